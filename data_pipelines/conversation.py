@@ -1,0 +1,73 @@
+"""The one record that every source becomes and everything downstream reads, and the error for what does not fit.
+
+A plain document is a conversation of one turn with the role "text". A turn's weight multiplies the loss of its
+tokens: 0 for what is read but not learned (questions, system prompts, tool results), 1 for what is learned.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+ROLES = ("system", "user", "assistant", "tool", "text")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """One utterance. `helpful=False` marks an answer that people liked less (Koala's "An Unhelpful Answer:")."""
+
+    role: str
+    text: str
+    weight: float
+    helpful: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in order, with the name of their source and an id that is unique within it."""
+
+    source: str
+    id: str
+    turns: tuple[Turn, ...]
+
+    def to_json(self) -> str:
+        """One line of JSON; keys in a fixed order, so equal conversations are equal bytes."""
+        turns = [[turn.role, turn.text, turn.weight, turn.helpful] for turn in self.turns]
+        return json.dumps({"source": self.source, "id": self.id, "turns": turns}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> "Conversation":
+        record = json.loads(line)
+        return cls(record["source"], record["id"], tuple(Turn(*turn) for turn in record["turns"]))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Where:
+    """A place in the input: file, row (from 1) and, inside a conversation, turn (from 1)."""
+
+    path: Path | str
+    row: int | None = None
+    turn: int | None = None
+
+    def __str__(self) -> str:
+        row = "" if self.row is None else f", row {self.row}"
+        return f"{self.path}{row}" + ("" if self.turn is None else f", turn {self.turn}")
+
+
+class DataError(ValueError):
+    """Input that does not fit: where it stands, what was found, what was expected."""
+
+    def __init__(self, where: Where, found: str, expected: str, reason: str):
+        super().__init__(f"{where}: found {found}; expected {expected}")
+        self.where, self.found, self.expected = where, found, expected
+        self.reason = reason  # a short name such as "wrong_keys", which counts are kept by
+
+    def to_dict(self) -> Mapping[str, str | int | None]:
+        return {
+            "file": str(self.where.path),
+            "row": self.where.row,
+            "turn": self.where.turn,
+            "reason": self.reason,
+            "found": self.found,
+            "expected": self.expected,
+        }
