@@ -1,0 +1,200 @@
+"""Prepared data on disk, and the only code that knows TensorFlow Datasets.
+
+    DIR/manifest.json                     what there is, with counts and hashes
+    DIR/<source>/1.0.0/<source>-<split>.array_record-00000 …    one TFDS dataset per source, without TensorFlow
+    DIR/rejects.jsonl, DIR/tokenizer/     see `prepare`
+
+A record has one feature, "conversation": the text of `Conversation.to_json`. `tfds.data_source(source, split=…,
+data_dir=DIR)` reads it as well. TFDS would hash and shuffle the keys of its examples; its SequentialWriter does not:
+records stay in the order in which they came.
+
+The manifest, per source: kind, weight, files (path, bytes, sha256), rows = kept_rows + the sum of `rejected` (reason
+-> rows), repaired (reason -> rows), and per split: examples, characters, sha256 (of the records, each with a line
+break behind it, so `sha256sum` of the exported JSON lines gives the same), shards (file -> bytes). A row may give
+several conversations: the examples of all splits count these. "hash" covers all of that except the shards, whose
+bytes depend on the version of the compression.
+"""
+
+import difflib
+import errno
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from absl import logging
+
+from data_pipelines.conversation import Conversation
+
+SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+DATASET_VERSION = "1.0.0"
+FEATURE = "conversation"
+SHARD = 65_536  # examples
+BATCH = 1024  # examples written at a time
+
+Manifest = dict[str, Any]
+
+
+class DatasetError(Exception):
+    """Prepared data that is missing, damaged or does not have what was asked for."""
+
+
+def write_source(directory: Path | str, source: str, splits: Mapping[str, Iterable[Conversation]]) -> dict[str, Any]:
+    """Writes the splits as they come, and returns per split its examples, characters, sha256 and shards.
+
+    Raises OSError where the disk is full or cannot be written to.
+    """
+    tfds = _tfds()
+    folder = Path(directory) / source / DATASET_VERSION
+    folder.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=source, version=tfds.core.Version(DATASET_VERSION), data_dir=str(folder), module_name=""
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict({FEATURE: tfds.features.Text()}))
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")
+    summary = {}
+    try:
+        for split, conversations in splits.items():
+            summary[split] = _write_split(writer, split, conversations)
+        writer.close_all()
+    except RuntimeError as error:  # how the ArrayRecord writer reports what the system told it
+        full = os.strerror(errno.ENOSPC) in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
+    for split, entry in summary.items():
+        shards = sorted(folder.glob(f"{source}-{split}.array_record-*"))
+        entry["shards"] = {shard.name: shard.stat().st_size for shard in shards}
+    return summary
+
+
+def _write_split(writer: Any, split: str, conversations: Iterable[Conversation]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    examples = characters = 0
+    remaining = iter(conversations)
+    while batch := list(itertools.islice(remaining, BATCH)):
+        if not examples:
+            writer.initialize_splits([split])  # an empty split is none, for TFDS
+        lines = [conversation.to_json() for conversation in batch]
+        for line in lines:
+            digest.update(line.encode() + b"\n")
+        examples += len(batch)
+        characters += sum(len(turn.text) for conversation in batch for turn in conversation.turns)
+        writer.add_examples({split: [{FEATURE: line} for line in lines]})
+    return {"examples": examples, "characters": characters, "sha256": digest.hexdigest()}
+
+
+class SourceDataset(Sequence[Conversation]):
+    """The conversations of a split in their order, each read when asked for. Can be pickled."""
+
+    def __init__(self, name: str, records: Sequence[Mapping[str, bytes]]):
+        self.name, self._records = name, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name}: found index {index}; expected one of {len(self)} examples")
+        try:
+            return Conversation.from_json(self._records[index % len(self)][FEATURE])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DatasetError(f"{self.name}: example {index} is damaged ({error}); {_AGAIN}") from error
+
+
+_AGAIN = "prepare the data again with --force"
+
+
+def open_source(directory: Path | str, source: str, split: str) -> SourceDataset:
+    """Random access to a split. Raises DatasetError where it does not exist or is not what the manifest says."""
+    folder = Path(directory) / source / DATASET_VERSION
+    sources = read_manifest(directory)["sources"]
+    _one_of(source, sources, f"{directory}: source")
+    splits = sources[source]["splits"]
+    _one_of(split, splits, f"{directory}: split of {source}")
+    name = f"{directory}: {source}, {split}"
+    for shard, size in splits[split]["shards"].items():
+        found = (folder / shard).stat().st_size if (folder / shard).exists() else None
+        if found != size:
+            state = "no file" if found is None else f"{found:,} bytes"
+            raise DatasetError(f"{folder / shard}: found {state}; expected {size:,} bytes; {_AGAIN}")
+    if not splits[split]["examples"]:
+        return SourceDataset(name, ())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)  # TFDS tells where it reads from, at every opening
+    try:
+        records = _tfds().builder_from_directory(str(folder)).as_data_source(split)
+    except Exception as error:  # TFDS raises many kinds for files that it cannot make sense of
+        raise DatasetError(f"{name}: cannot be read ({error}); {_AGAIN}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if len(records) != splits[split]["examples"]:
+        expected = splits[split]["examples"]
+        raise DatasetError(f"{name}: found {len(records)} examples; expected {expected}; {_AGAIN}")
+    return SourceDataset(name, records)
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """sha256 over version, sources and tokenizer: what decides which examples there are, and in which order."""
+    content: Manifest = json.loads(json.dumps({key: manifest.get(key) for key in ("version", "sources", "tokenizer")}))
+    for entry in content["sources"].values():
+        for split in entry["splits"].values():
+            split.pop("shards", None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(directory: Path | str, manifest: Manifest) -> Manifest:
+    """Checks the accounts, adds version and hash, writes. Written last: a folder with a manifest is complete."""
+    for name, entry in manifest["sources"].items():
+        rejected = sum(entry["rejected"].values())
+        if entry["rows"] != entry["kept_rows"] + rejected:
+            raise AssertionError(f"{name}: {entry['rows']} rows, {entry['kept_rows']} kept, {rejected} rejected")
+    complete = {"version": MANIFEST_VERSION, **manifest}
+    complete["hash"] = manifest_hash(complete)
+    text = json.dumps(complete, indent=1, ensure_ascii=False)
+    (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return complete
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """Raises DatasetError if there is none, if it was changed by hand, or if it is of another version."""
+    path = Path(directory) / MANIFEST
+    if not path.parent.is_dir():
+        raise DatasetError(f"{directory}: found no such folder; expected one that data_pipelines.prepare wrote")
+    if not path.exists():
+        raise DatasetError(f"{path}: found no file; expected the manifest of prepared data in this folder")
+    try:
+        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, stored = manifest["version"], manifest["hash"]
+        actual = manifest_hash(manifest) if version == MANIFEST_VERSION else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path}: found a damaged manifest ({error!r}); {_AGAIN}") from error
+    if actual is None:
+        raise DatasetError(f"{path}: found version {version}; expected {MANIFEST_VERSION}; {_AGAIN}")
+    if stored != actual:
+        raise DatasetError(f"{path}: found the hash {stored}; expected {actual} for its content; {_AGAIN}")
+    return manifest
+
+
+def _one_of(name: str, known: Iterable[str], what: str) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise DatasetError(f"{what}: found {name!r}; expected one of {', '.join(known)}{hint}")
+
+
+def _tfds() -> Any:
+    """TFDS, which takes a second to import, told not to look for Google Cloud."""
+    os.environ.setdefault("NO_GCE_CHECK", "true")
+    import tensorflow_datasets
+
+    return tensorflow_datasets

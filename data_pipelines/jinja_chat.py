@@ -1,0 +1,171 @@
+"""Renders Hugging Face chat templates: jinja2 in a sandbox, with the assistant's spans and inert content.
+
+A template is somebody else's program. It runs in jinja2's ImmutableSandboxedEnvironment without a loader (no files,
+no imports), and its output is bounded, as are the products and powers it may form. A loop that burns time without
+writing anything is not stopped.
+
+Marks. Three private-use characters carry what plain text cannot say: _INERT breaks up special tokens that occur in
+the content of a turn, so that only those the template writes are taken for real; _OPEN and _CLOSE surround what
+`{% generation %}` produces. Content that happens to hold a mark has it swapped for an unused character on the way in
+and swapped back on the way out.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+_MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
+_MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that is not valid, not allowed, or does not fit the conversation."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: marks what is inside as written by the assistant."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opening, closing = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE))
+        return nodes.Scope([opening, *body, closing]).set_lineno(line)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _result_size(operator, left, right) > _MAX_RESULT:
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _result_size(operator: str, left: Any, right: Any) -> int:
+    """Items or bits that `left operator right` takes; 0 where that cannot be much."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    for sequence, count in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(count, int):
+            return len(sequence) * count
+    return 0
+
+
+class Rendered(NamedTuple):
+    """Text of a rendered conversation, still with inert marks, and the (start, end) of each generation block."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    swapped: Mapping[int, str]
+
+    def clean(self, start: int, end: int) -> str:
+        """The real text of a part: inert marks taken out, swapped characters back in place."""
+        text = self.text[start:end].replace(_INERT, "")
+        return text.translate(self.swapped) if self.swapped else text  # translate is slow even with nothing to do
+
+    def position(self, start: int, at: int) -> int:
+        """Where character `at` of the text stands in `clean(start, …)`."""
+        return at - start - self.text.count(_INERT, start, at)
+
+
+class ChatRenderer:
+    """A compiled chat template. `has_generation` tells whether it marks the assistant's text."""
+
+    def __init__(self, source: str, special_tokens: Iterable[str], *, now: datetime.datetime | None = None):
+        if any(mark in source for mark in _MARKS):
+            raise ChatTemplateError("the chat template holds a character of U+E000..E002, which are used as marks")
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        del environment.globals["lipsum"]  # text of any length
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(f"the chat template does not compile: line {error.lineno}: {error}") from error
+        self.has_generation = any(data.data == _OPEN for data in tree.find_all(nodes.TemplateData))
+        pieces = sorted(special_tokens)
+        self._starts = re.compile(f"(?={'|'.join(map(re.escape, pieces))}).", re.DOTALL) if pieces else None
+        self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
+        self._longest = max(map(len, self._prefixes), default=0)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Rendered:
+        """Renders messages ({"role", "content", …}); raises ChatTemplateError for whatever goes wrong in it."""
+        swap = _unused([m["content"] for m in messages])
+        swapped = [m["content"].translate(swap) if swap else m["content"] for m in messages]
+        inert = [{**m, "content": self._inert(content)} for m, content in zip(messages, swapped)]
+        limit = (1 << 20) + 10 * sum(len(m["content"]) for m in messages)
+        try:
+            parts = self._template.generate(messages=inert, tools=None, documents=None, **variables)
+            marked = "".join(_at_most(limit, parts))
+        except jinja2.exceptions.SecurityError as error:
+            raise ChatTemplateError(f"the chat template tries something that is not allowed: {error}") from error
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ChatTemplateError(f"the chat template fails: {error}") from error
+        text, spans = _take_out_spans(marked)
+        return Rendered(text, spans, {ord(new): chr(old) for old, new in swap.items()})
+
+    def _inert(self, content: str) -> str:
+        """Puts a mark after the first character of every special token in the content, also of one that only
+        begins at its end and that the next text could complete."""
+        if self._starts is None:
+            return content
+        tail = content.rstrip()
+        for size in range(1, min(self._longest, len(tail)) + 1):
+            if tail[-size:] in self._prefixes:
+                at = len(tail) - size + 1
+                content = content[:at] + _INERT + content[at:]
+        return self._starts.sub(lambda match: match[0] + _INERT, content)
+
+
+def _at_most(limit: int, parts: Iterable[str]) -> Iterator[str]:
+    for part in parts:
+        limit -= len(part)
+        if limit < 0:
+            raise ValueError("it writes more than 1 MiB and ten times its input")
+        yield part
+
+
+def _unused(contents: Iterable[str]) -> dict[int, str]:
+    """{mark: stand-in} for contents that hold a mark; stand-ins are private-use characters found in none of them."""
+    joined = "".join(contents)
+    if not any(mark in joined for mark in _MARKS):
+        return {}
+    used = set(joined)
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return {ord(mark): next(free) for mark in _MARKS}
+
+
+def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    parts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    at, opened = 0, None
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+        if part == _OPEN:
+            opened = at
+        elif part == _CLOSE and opened is not None:
+            spans.append((opened, at))
+        elif part != _CLOSE:
+            parts.append(part)
+            at += len(part)
+    return "".join(parts), spans
+
+
+def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+    """As in Hugging Face: plain JSON, where jinja2's own filter would escape <, >, & and quotes for HTML."""
+    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,267 @@
+"""Rows out of files: .json, .jsonl, .csv and .txt, each also as .gz, read as a stream.
+
+`read_rows` yields (Where, row); a row is an object with its fields. The row of a `Where` is, from 1:
+  .jsonl  the line
+  .json   the item of the array; or of the objects that follow one another, since many a .json holds JSON lines
+  .csv    the record after the header, whose names become the keys; all values are text
+  .txt    the document, as {"text": …}; see `separator`
+
+What does not fit is passed to `on_error` as a DataError; raising it, the default, ends the reading. If `on_error`
+returns, reading goes on with the next row where there is a safe place to go on from: the next line of .jsonl, the next
+record of .csv. After a syntax error within .json, a damaged gzip file or text that is not UTF-8, there is none (in
+.jsonl a line that is not UTF-8 costs that line alone). Each call of `on_error` stands for one row.
+
+Memory: one row at a time, a few times `max_row_bytes` at most. Bytes and lines count in the unpacked file.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+from data_pipelines.conversation import DataError, Where
+from data_pipelines.json_stream import JsonError, json_values, syntax_error
+from data_pipelines.sources import shown
+
+MAX_ROW_BYTES = 64 << 20
+CHUNK = 1 << 20
+
+OnError = Callable[[DataError], None]
+Rows = Iterator[tuple[Where, dict[str, Any]]]
+
+
+class _Stop(Exception):
+    """Carries the error after which a file cannot be read on."""
+
+    def __init__(self, error: DataError):
+        self.error = error
+
+
+def _raise(error: DataError) -> None:
+    raise error
+
+
+def read_rows(
+    path: Path | str,
+    *,
+    name: str | None = None,
+    raw: BinaryIO | None = None,
+    on_error: OnError = _raise,
+    separator: int | str = 1,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> Rows:
+    """Yields the rows of a file; see above for their form and for errors.
+
+    `name` is what errors and `Where` call the file, by default its path. `raw` is the file already opened, for a
+    caller that watches how far it is read. `separator` ends a document of a .txt file: a run of that many empty lines
+    or more, or a mark such as "<|endoftext|>".
+    """
+    reader = _Reader(name or str(path), on_error, max_row_bytes)
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    readers = {".json": reader.json, ".jsonl": reader.jsonl, ".ndjson": reader.jsonl, ".csv": reader.csv}
+    stopped: DataError | None = None
+    try:
+        if kind not in (*readers, ".txt"):
+            expected = f"{', '.join(readers)} or .txt, or that and .gz"
+            reader.stop(f"the suffix {kind!r}", expected, "unknown_suffix", whole=True)
+        with raw or open(path, "rb", buffering=0) as file:
+            reader.open(file, packed)
+            yield from reader.text(separator) if kind == ".txt" else readers[kind]()
+        if not reader.rows:
+            reader.stop("no rows", "a row or more", "empty_file", whole=True)
+    except _Stop as stop:
+        stopped = stop.error
+    except EOFError:
+        stopped = reader.error("the end of the file within gzip data", "a complete gzip file", "truncated_gzip")
+    except (gzip.BadGzipFile, zlib.error) as error:
+        stopped = reader.error(f"damaged gzip data ({error})", "an intact gzip file", "damaged_gzip")
+    if stopped:
+        on_error(stopped)
+
+
+class _Reader:
+    """One file: `row` is the last row that was read, `rows` how many were yielded or rejected."""
+
+    stream: BinaryIO
+
+    def __init__(self, name: str, on_error: OnError, max_row_bytes: int):
+        self.name, self.on_error, self.max_row_bytes = name, on_error, max_row_bytes
+        self.row = self.rows = 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def error(self, found: str, expected: str, reason: str, whole: bool = False) -> DataError:
+        """An error in the row after the last one, or in the whole file."""
+        return DataError(Where(self.name, None if whole else self.row + 1), found, expected, reason)
+
+    def stop(self, found: str, expected: str, reason: str, whole: bool = False) -> NoReturn:
+        raise _Stop(self.error(found, expected, reason, whole))
+
+    def reject(self, found: str, expected: str, reason: str) -> None:
+        """An error in the last row; reading goes on."""
+        self.rows += 1
+        self.on_error(DataError(Where(self.name, self.row), found, expected, reason))
+
+    def accept(self, value: object) -> Rows:
+        if isinstance(value, dict):
+            self.rows += 1
+            yield Where(self.name, self.row), value
+        else:
+            self.reject(shown(value), "an object {…}", "not_an_object")
+
+    def open(self, file: BinaryIO, packed: bool) -> None:
+        buffered = io.BufferedReader(cast(io.RawIOBase, file), CHUNK)
+        start = buffered.peek(2)[:2]
+        if packed and start and start != b"\x1f\x8b":
+            found = f"a file that starts with the bytes {start.hex(' ')}"
+            self.stop(found, "a gzip file, because of .gz", "not_gzip", whole=True)
+        stream = gzip.GzipFile(fileobj=buffered) if packed else buffered
+        self.stream = cast(BinaryIO, stream)
+        start = stream.peek(1 << 12)[: 1 << 12]
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.stop("UTF-16 text", "text in UTF-8", "not_utf8", whole=True)
+        if b"\0" in start:
+            hint = " (a gzip file without .gz?)" if start.startswith(b"\x1f\x8b") else ""
+            self.stop(f"a zero byte at byte {start.index(0)}{hint}", "a text file", "binary_file", whole=True)
+        if start.startswith(codecs.BOM_UTF8):
+            self.stream.read(len(codecs.BOM_UTF8))
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(byte, line). Of a line that is too long only the start is kept, one byte more than allowed."""
+        offset = self.stream.tell()
+        while line := self.stream.readline(self.max_row_bytes + 1):
+            size, last = len(line), line
+            while len(line) > self.max_row_bytes and last and not last.endswith(b"\n"):
+                last = self.stream.readline(CHUNK)
+                size += len(last)
+            yield offset, line
+            offset += size
+
+    def strings(self) -> Iterator[str]:
+        """Lines of text, for formats in which a bad line cannot be left out."""
+        for offset, line in self.lines():
+            if len(line) > self.max_row_bytes:
+                self.stop_too_long()
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                self.stop(*not_utf8(error, offset))
+
+    def stop_too_long(self) -> NoReturn:
+        self.stop(f"a row of more than {self.max_row_bytes:,} bytes", "shorter rows", "row_too_long")
+
+    def jsonl(self) -> Rows:
+        for offset, line in self.lines():
+            self.row += 1
+            if len(line) > self.max_row_bytes:
+                self.reject(f"a line of more than {self.max_row_bytes:,} bytes", "shorter rows", "row_too_long")
+                continue
+            try:
+                value = json.loads(text) if (text := line.decode().strip()) else None
+            except UnicodeDecodeError as error:
+                self.reject(*not_utf8(error, offset))
+            except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+                problem = syntax_error(error, self.row)
+                self.reject(problem.found, problem.expected, problem.reason)
+            else:
+                if text:
+                    yield from self.accept(value)
+
+    def characters(self, size: int) -> str:
+        """About `size` further characters, none at the end."""
+        text = ""
+        while not text:
+            chunk = self.stream.read(size)
+            start = self.stream.tell() - len(chunk) - len(self.decoder.getstate()[0])
+            try:
+                text = self.decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                self.stop(*not_utf8(error, start))
+            if not chunk:
+                break
+        return text
+
+    def json(self) -> Rows:
+        try:
+            for value in json_values(self.characters, self.max_row_bytes):
+                self.row += 1
+                yield from self.accept(value)
+        except JsonError as error:
+            self.stop(error.found, error.expected, error.reason)
+
+    def csv(self) -> Rows:
+        csv.field_size_limit(self.max_row_bytes)  # for the whole process; its default of 128 kB cuts long answers
+        records = csv.reader(self.strings(), strict=True)
+        try:
+            header = next(records, [])
+        except csv.Error as error:
+            self.stop(f"a header that is not CSV ({error})", "the names of the columns", "invalid_csv")
+        if len(set(header)) < len(header) or not all(header):
+            self.stop(f"the header {header}", "different names of the columns", "invalid_csv")
+        while True:
+            try:
+                fields = next(records, None)
+            except csv.Error as error:
+                self.row += 1
+                self.reject(f"a record that is not CSV ({error})", "fields with closed quotes", "invalid_csv")
+                continue
+            if fields is None:
+                return
+            if not fields:  # an empty line
+                continue
+            self.row += 1
+            if len(fields) == len(header):
+                yield from self.accept(dict(zip(header, fields)))
+            else:
+                self.reject(f"{len(fields)} fields", f"{len(header)}: {', '.join(header)}", "wrong_columns")
+
+    def text(self, separator: int | str) -> Rows:
+        split = self.marked(separator) if isinstance(separator, str) else self.spaced(separator)
+        document: list[str] = []
+        size = 0
+        for line in split:
+            if line is not None:
+                document.append(line)
+                size += len(line)
+                if size > self.max_row_bytes:
+                    self.stop_too_long()
+                continue
+            text = "".join(document).strip("\n")
+            document, size = [], 0
+            if text.strip():
+                self.row += 1
+                yield from self.accept({"text": text})
+
+    def marked(self, mark: str) -> Iterator[str | None]:
+        """Pieces of documents, and None at the end of each."""
+        for line in self.strings():
+            first, *others = line.replace("\r\n", "\n").split(mark)
+            yield first
+            for other in others:
+                yield from (None, other)
+        yield None
+
+    def spaced(self, least: int) -> Iterator[str | None]:
+        """As `marked`, for runs of empty lines; shorter runs belong to the document."""
+        empty = 0
+        for line in self.strings():
+            line = line.replace("\r\n", "\n")
+            if not line.strip():
+                empty += 1
+                continue
+            if empty:
+                yield "\n" * empty if empty < least else None
+            empty = 0
+            yield line
+        yield None
+
+
+def not_utf8(error: UnicodeDecodeError, offset: int) -> tuple[str, str, str]:
+    byte = error.object[error.start]
+    return f"byte {offset + error.start:,} is 0x{byte:02x}, which is not UTF-8", "text in UTF-8", "not_utf8"

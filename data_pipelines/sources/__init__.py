@@ -1,0 +1,193 @@
+"""Sources: one module per data set, each turning rows of its files into conversations.
+
+A module that reads files has a docstring (format, origin, licence, what Koala did), `FORMAT` (the expected shape in
+one line), `ORIGIN` (where a person gets the files), `PATTERNS` (globs under the input folder; "!glob" leaves out) and
+
+    convert(row: Row, where: Where) -> list[Conversation]    # DataError where the row does not fit
+
+It may have `REPAIRS`: reason -> function(row) -> row, tried when `convert` raises a DataError with that reason; every
+repair is counted. A module that makes its text up has `generate(**options)` instead, which yields conversations or
+pairs (split, conversation). The kind of a source is the name of its module here, or a dotted path to one elsewhere.
+
+The rest of this file is what the modules share.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from types import ModuleType
+from typing import Any
+
+from data_pipelines.conversation import Conversation, DataError, Turn, Where
+
+Row = Mapping[str, Any]
+
+SHOWN = 60  # characters of a value that an error message quotes
+
+
+class Filtered(DataError):
+    """A row left out on purpose (a tie, a phrase): counted as a reject, but no reason to stop."""
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(kind: str) -> ModuleType:
+    """The module of a kind. Raises ValueError for one that does not exist or has neither of the two functions."""
+    known = names()
+    if kind not in known and "." not in kind:
+        nearest = difflib.get_close_matches(kind, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"kind: found {kind!r}; expected one of {', '.join(known)} or a dotted module path{hint}")
+    path = f"{__name__}.{kind}" if kind in known else kind
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise ValueError(f"kind: found {kind!r}, which cannot be imported ({error}); expected a module") from error
+    if not hasattr(module, "convert") and not hasattr(module, "generate"):
+        raise ValueError(f"kind: found {kind!r} without convert or generate; expected a module with one of them")
+    return module
+
+
+def stem(path: PurePath | str) -> str:
+    """`hc3/all.jsonl.gz` -> `hc3/all`: what the ids of a file's conversations start with."""
+    pure = PurePath(path)
+    if pure.suffix.lower() == ".gz":
+        pure = pure.with_suffix("")
+    return pure.with_suffix("").as_posix()
+
+
+def row_id(where: Where) -> str:
+    return f"{stem(where.path)}:{where.row}"
+
+
+def at(where: Where, turn: int) -> Where:
+    return dataclasses.replace(where, turn=turn)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: its type and its start, on one line, without control characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        keys = ", ".join(json.dumps(str(key)[:SHOWN]) for key in list(value)[:12])
+        return f"an object with the keys {keys}" if value else "an empty object"
+    if isinstance(value, str):
+        return "an empty text" if not value.strip() else f"the text {_quoted(value)}"
+    if isinstance(value, Sequence):
+        return f"a list of {len(value)}"
+    return f"{type(value).__name__} {str(value)[:SHOWN]}"
+
+
+def _quoted(text: str) -> str:
+    return repr(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
+
+
+def need(row: Row, keys: Sequence[str], where: Where, expected: str) -> None:
+    missing = [key for key in keys if key not in row]
+    if missing:
+        names = " and ".join(json.dumps(key) for key in missing)
+        raise DataError(where, f"{shown(row)}, without {names}", expected, "wrong_keys")
+
+
+def string(value: object, name: str, where: Where, *, empty: str | None = "empty_text") -> str:
+    """`value` if it is text. An empty one is an error with the reason `empty`, unless that is None."""
+    if not isinstance(value, str):
+        raise DataError(where, f"{name} is {shown(value)}", f"{name} as text", "wrong_type")
+    if empty and not value.strip():
+        raise DataError(where, f"{name} is empty", f"{name} with text in it", empty)
+    return value
+
+
+def number(value: object, name: str, where: Where) -> float:
+    """`value` as a float, if it is a finite number; a boolean is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer that no float can hold
+            if math.isfinite(value):
+                return float(value)
+    raise DataError(where, f"{name} is {shown(value)}", f"{name} as a finite number", "wrong_type")
+
+
+def items(value: object, name: str, where: Where) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(where, f"{name} is {shown(value)}", f"{name} as a list", "wrong_type")
+    return value
+
+
+def exchange(question: str, answer: str, helpful: bool = True) -> tuple[Turn, Turn]:
+    return Turn("user", question, 0.0), Turn("assistant", answer, 1.0, helpful)
+
+
+def preference(source: str, where: Where, better: tuple[str, str], worse: tuple[str, str]) -> list[Conversation]:
+    """Two (question, answer) pairs as a helpful and an unhelpful conversation; the same answer twice does not fit."""
+    if better[1] == worse[1]:
+        found = "the same text as the better and the worse answer"
+        raise DataError(where, found, "two different answers", "identical_pair")
+    return [
+        Conversation(source, f"{row_id(where)}:chosen", exchange(*better)),
+        Conversation(source, f"{row_id(where)}:rejected", exchange(*worse, helpful=False)),
+    ]
+
+
+def alternate(roles: Sequence[str], where: Where, expected: str) -> None:
+    """Checks the order of turns: [system] user [tool…] assistant [tool…] [assistant] user … assistant.
+
+    What stands in the middle is checked before the ends, so that a repair of an end (dropping a turn) can only be
+    followed by an error about the other end, and turn numbers always count the turns of the file.
+    """
+    follows = {
+        "system": {"user", "assistant"},  # system, assistant: an end to repair
+        "user": {"assistant", "tool"},
+        "tool": {"assistant", "tool"},
+        "assistant": {"user", "tool"},
+    }
+    for number, (before, after) in enumerate(itertools.pairwise(roles), start=2):
+        if after not in follows[before]:
+            found = f"a turn of the {after} after a turn of the {before}"
+            raise DataError(at(where, number), found, expected, "not_alternating")
+    spoken = [role for role in roles if role != "system"]
+    if "user" not in spoken or "assistant" not in spoken:
+        found = f"only turns of {' and '.join(sorted(set(roles)))}" if roles else "no turns"
+        raise DataError(where, found, expected, "no_exchange")
+    if spoken[0] != "user":
+        first = len(roles) - len(spoken) + 1
+        raise DataError(at(where, first), f"a first turn of the {spoken[0]}", expected, f"starts_with_{spoken[0]}")
+    if spoken[-1] != "assistant":
+        found = f"a last turn of the {spoken[-1]}"
+        raise DataError(at(where, len(roles)), found, expected, f"ends_with_{spoken[-1]}")
+
+
+def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None:
+    """What must hold for a conversation of any source, beyond its types. Raises DataError naming the turn."""
+    for turn_number, turn in enumerate(conversation.turns, start=1):
+        here = at(where, turn_number)
+        if not turn.text.strip():
+            raise DataError(here, "an empty turn", "a turn with text in it", "empty_text")
+        if len(turn.text) > max_turn_chars:
+            found = f"a turn of {len(turn.text):,} characters"
+            raise DataError(here, found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long")
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            found = f"half a surrogate pair (U+{ord(turn.text[error.start]):04X}) at character {error.start}"
+            raise DataError(here, found, "text that UTF-8 can hold", "half_surrogate") from None
+        if not (math.isfinite(turn.weight) and turn.weight >= 0):
+            raise DataError(here, f"the weight {turn.weight}", "a finite weight, 0 or more", "wrong_weight")
+    if not any(turn.weight for turn in conversation.turns):
+        raise DataError(where, "no turn with a weight above 0", "something to learn", "nothing_to_learn")
+
+
+def stable_hash(key: str) -> int:
+    """64 bits that depend on the text alone: not on the process, the platform or the order of rows."""
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big")

@@ -1,0 +1,292 @@
+"""Conversation -> token ids and loss weights, and the prompt for generation by the same path.
+
+A template lays a conversation out as segments: special tokens by id, and texts that are tokenised one by one, each
+with its loss weight. Headers, questions and bos weigh 0; an assistant's text and the token that ends it weigh what
+the turn does; a document (one turn with the role "text") is `bos text eos` whatever the template.
+
+* `koala`: the format of Koala, as koala_data_pipeline writes it and EasyLM's TextProcessor reads it.
+* `chat`: <|user|>question<|end|><|assistant|>answer<|end|>, for tokenizers that have these special tokens.
+* `tokenizer`: the chat template that came with the tokenizer; or a .jinja file; or a jinja string.
+* `text`: documents only.
+
+Too long examples keep their beginning: everything after `max_length` ids is cut off, eos included.
+"""
+
+import abc
+import dataclasses
+import datetime
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.jinja_chat import ChatRenderer, ChatTemplateError, Rendered
+from data_pipelines.tokenization import Ids, Tokenizer
+
+CHAT = """\
+{{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}
+{{ raise_exception('template "chat" has no role ' ~ m.role) }}{% endif %}<|{{ m.role }}|>
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}
+{%- else %}{{ m.content }}<|end|>{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+_CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """ids int32[n]; weights float32[n], the loss weight of predicting token i; how many ids were cut off."""
+
+    ids: Ids
+    weights: npt.NDArray[np.float32]
+    cut: int = 0
+
+
+class Segment(NamedTuple):
+    """A special token's id or a text, with its loss weight; `spans` (start, end, weight) in characters where only
+    parts of a text carry loss. `continued` as in Tokenizer.encode_batch."""
+
+    content: str | int
+    weight: float = 0.0
+    spans: tuple[tuple[int, int, float], ...] = ()
+    continued: bool = False
+
+
+class Template(abc.ABC):
+    """Encodes conversations. `stop_ids` end an answer; `fingerprint` changes with whatever changes the ids.
+
+    max_length: longest example in ids (a row of T inputs holds T + 1). ignore_helpful: treat an answer marked
+    unhelpful like any other, as preference objectives need; otherwise it gets its marker, or is an error where
+    the template has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int | None, ignore_helpful: bool, source: str):
+        if tokenizer.eos_id is None:
+            raise ValueError(f"{tokenizer.path}: found no end-of-text token; name it in tokenizer_config.json")
+        self.tokenizer, self.max_length, self.ignore_helpful = tokenizer, max_length, ignore_helpful
+        self._bos = [] if tokenizer.bos_id is None else [Segment(tokenizer.bos_id)]
+        self._eos = tokenizer.eos_id
+        identity = [
+            type(self).__name__,
+            source,
+            max_length,
+            ignore_helpful,
+            tokenizer.fingerprint,
+            self._bos,
+            self._eos,
+        ]
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    @abc.abstractmethod
+    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+        """Lays out a chat; with `prompt` up to where the assistant's next answer begins."""
+
+    def encode(self, conversation: Conversation) -> Example | None:
+        """The example, or None where no token that carries loss is left. Raises ValueError naming the conversation."""
+        return self.encode_many([conversation])[0]
+
+    __call__ = encode
+
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[Example | None]:
+        """`encode` of each; one call of the tokenizer for all texts."""
+        layouts = [self._layout(conversation, prompt=False) for conversation in conversations]
+        texts: dict[tuple[bool, bool], list[str]] = {}
+        for content, _, spans, continued in itertools.chain.from_iterable(layouts):
+            if isinstance(content, str):
+                texts.setdefault((continued, bool(spans)), []).append(content)
+        encoded: dict[tuple[bool, bool], Iterator[Any]] = {}
+        for (continued, spanned), group in texts.items():
+            tokenize = self.tokenizer.encode_offsets if spanned else self.tokenizer.encode_batch
+            encoded[continued, spanned] = iter(tokenize(group, continued=continued))
+        return [self._assemble(layout, encoded) for layout in layouts]
+
+    def render_prompt(self, conversation: Conversation) -> list[int]:
+        """Ids that the assistant's next answer continues; of a document, its beginning without eos."""
+        if conversation.turns[-1].role == "assistant":
+            raise ValueError(f"{conversation.source}/{conversation.id}: a prompt cannot end with an assistant's turn")
+        ids: list[int] = []
+        for content, _, _, continued in self._layout(conversation, prompt=True):
+            ids += [content] if isinstance(content, int) else self.tokenizer.encode(content, continued=continued)
+        return ids
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """eos and, where another special token ends an assistant's text, that one."""
+        turns = (Turn("user", "a", 0.0), Turn("assistant", "b", 1.0))
+        try:
+            last = [content for content, weight, *_ in self.segments(turns, prompt=False) if weight][-1]
+        except (ValueError, IndexError):
+            return (self._eos,)
+        return tuple(dict.fromkeys([self._eos, *([last] if isinstance(last, int) else [])]))
+
+    def _layout(self, conversation: Conversation, prompt: bool) -> list[Segment]:
+        turns = conversation.turns
+        try:
+            if any(turn.role == "text" for turn in turns):
+                if len(turns) > 1:
+                    raise ValueError(f'found {len(turns)} turns; expected a document to be a single turn, role "text"')
+                end = [] if prompt else [Segment(self._eos, turns[0].weight)]
+                return [*self._bos, Segment(turns[0].text, turns[0].weight), *end]
+            if self.ignore_helpful:
+                turns = tuple(dataclasses.replace(turn, helpful=True) for turn in turns)
+            return self.segments(turns, prompt=prompt)
+        except ValueError as error:
+            raise ChatTemplateError(f"{conversation.source}/{conversation.id}: {error}") from error
+
+    def _assemble(self, layout: list[Segment], encoded: dict[tuple[bool, bool], Iterator[Any]]) -> Example | None:
+        parts = [_ids_and_weights(segment, encoded) for segment in layout]
+        size = sum(len(part) for part, _ in parts)
+        ids, weights = np.empty(size, np.int32), np.empty(size, np.float32)
+        at = 0
+        for part, weight in parts:
+            end = at + len(part)
+            ids[at:end], weights[at:end] = part, weight
+            at = end
+        cut = 0 if self.max_length is None else max(0, size - self.max_length)
+        if cut:
+            ids, weights = ids[:-cut].copy(), weights[:-cut].copy()
+        return Example(ids, weights, cut) if weights[1:].any() else None
+
+
+def _ids_and_weights(segment: Segment, encoded: dict[tuple[bool, bool], Iterator[Any]]) -> tuple[Any, Any]:
+    """(ids, one weight or an array of weights); takes the next text of the segment's kind from `encoded`."""
+    if isinstance(segment.content, int):
+        return (segment.content,), segment.weight
+    found = next(encoded[segment.continued, bool(segment.spans)])
+    if not segment.spans:
+        return found, segment.weight
+    # A token belongs to a span that it overlaps; one with an empty range counts as one character long.
+    ids, starts, ends = found
+    weights, ends = np.zeros(len(ids), np.float32), np.maximum(ends, starts + 1)
+    for start, end, weight in segment.spans:
+        weights[(starts < end) & (ends > start)] = weight
+    return ids, weights
+
+
+class TextTemplate(Template):
+    """Documents only."""
+
+    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+        raise ValueError(f'found roles {[turn.role for turn in turns]}; template "text" takes one turn, role "text"')
+
+
+class KoalaTemplate(Template):
+    """`BEGINNING OF CONVERSATION: USER: question GPT:` answer eos `USER: question GPT:` answer eos …
+
+    Each stretch in backquotes and each answer is tokenised on its own, so between "GPT:" and the answer there is
+    no space but the one that sentencepiece puts before a segment. An unhelpful answer follows "An Unhelpful
+    Answer:" in place of "GPT:"; generation always asks with "GPT:". Koala has no system turn: its text is put
+    where it stands, at the beginning that is after "BEGINNING OF CONVERSATION: ". Questions after the last answer
+    are left out of an example.
+    """
+
+    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+        segments = list(self._bos)
+        field = ["BEGINNING OF CONVERSATION:"]
+        for turn in turns:
+            if turn.role == "assistant":
+                field.append("GPT:" if turn.helpful else "An Unhelpful Answer:")
+                answer, end = Segment(turn.text, turn.weight), Segment(self._eos, turn.weight)
+                segments += [Segment(" ".join(field)), answer, end]
+                field = []
+            elif turn.role in ("user", "system"):
+                field += ["USER:", turn.text] if turn.role == "user" else [turn.text]
+            else:
+                raise ValueError(f'template "koala" has no role {turn.role!r}')
+        return [*segments, Segment(" ".join([*field, "GPT:"]))] if prompt else segments
+
+
+class JinjaTemplate(Template):
+    """A Hugging Face chat template. Its own special tokens are ids, those that turns contain are plain text; the
+    pieces between are tokenised one by one, which gives the ids that Hugging Face gives for the whole string.
+
+    What carries loss is what `{% generation %}` surrounds (the n-th block has the weight of the n-th assistant's
+    turn); a template without it serves for prompts, and encoding with it is an error. A template that calls
+    `strftime_now` writes today's date unless `now` is given, so that a resumed run would see other data.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str,
+        max_length: int | None = None,
+        ignore_helpful: bool = False,
+        now: datetime.datetime | None = None,
+    ):
+        super().__init__(tokenizer, max_length, ignore_helpful, f"{source}{now or ''}")
+        self._renderer = ChatRenderer(source, tokenizer.special_tokens, now=now)
+        self._marks_unhelpful = "helpful" in source
+        names = {token_id: piece for piece, token_id in tokenizer.special_tokens.items()}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        self._variables = {key: names[value] for key, value in ids.items() if value is not None}
+
+    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+        if not (prompt or self._renderer.has_generation):
+            raise ChatTemplateError(
+                "the chat template has no {% generation %} block, so nothing tells which tokens carry loss"
+            )
+        if not (self._marks_unhelpful or all(turn.helpful for turn in turns)):
+            raise ChatTemplateError("found an unhelpful answer; this chat template does not mark it (no `helpful`)")
+        messages = [{"role": turn.role, "content": turn.text, "helpful": turn.helpful} for turn in turns]
+        rendered = self._renderer.render(messages, add_generation_prompt=prompt, **self._variables)
+        spans = [] if prompt else _weighted(rendered.spans, [t.weight for t in turns if t.role == "assistant"])
+        pieces = self.tokenizer.split_special(rendered.text)
+        return [segment for piece in pieces if (segment := _segment(rendered, spans, *piece)).content != ""]
+
+
+def _weighted(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Gives each generation block its turn's weight."""
+    if len(spans) != len(weights):
+        if len(set(weights)) > 1 or (not spans and any(weights)):
+            raise ChatTemplateError(f"found {len(spans)} generation blocks for {len(weights)} turns of the assistant")
+        weights = [*weights[:1]] * len(spans)
+    return [(start, end, weight) for (start, end), weight in zip(spans, weights) if weight]
+
+
+def _segment(
+    rendered: Rendered, spans: Sequence[tuple[int, int, float]], start: int, end: int, special: int | None
+) -> Segment:
+    inside = [(max(a, start), min(b, end), weight) for a, b, weight in spans if a < end and b > start]
+    if special is not None:
+        return Segment(special, inside[0][2] if inside else 0.0)
+    text = rendered.clean(start, end)
+    if len(inside) == 1 and inside[0][:2] == (start, end):
+        return Segment(text, inside[0][2], continued=start > 0)
+    parts = tuple((rendered.position(start, a), rendered.position(start, b), weight) for a, b, weight in inside)
+    return Segment(text, 0.0, parts, continued=start > 0)
+
+
+def get_template(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    ignore_helpful: bool = False,
+    now: datetime.datetime | None = None,
+) -> Template:
+    """The template called `koala`, `chat`, `text` or `tokenizer`, a .jinja file, or a jinja string."""
+    if name == "koala":
+        return KoalaTemplate(tokenizer, max_length, ignore_helpful, name)
+    if name == "text":
+        return TextTemplate(tokenizer, max_length, ignore_helpful, name)
+    if name == "chat":
+        if missing := [piece for piece in _CHAT_TOKENS if piece not in tokenizer.special_tokens]:
+            raise ValueError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
+        source = CHAT
+    elif name == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{tokenizer.path}: found no chat template (tokenizer_config.json, chat_template.jinja)")
+        source = tokenizer.chat_template
+    elif name.endswith(".jinja"):
+        source = Path(name).read_text("utf-8")
+    elif "{{" in name or "{%" in name:
+        source = name
+    else:
+        raise ValueError(
+            f"template: found {name!r}; expected koala, chat, text, tokenizer, a .jinja file or jinja text"
+        )
+    return JinjaTemplate(tokenizer, source, max_length, ignore_helpful, now)

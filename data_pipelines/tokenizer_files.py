@@ -1,0 +1,84 @@
+"""What stands in the files of a tokenizer besides its vocabulary, and llama2.c's own format."""
+
+import dataclasses
+import enum
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+BESIDE = ("special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
+USUAL_NAMES = {
+    "bos": ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>"),
+    "eos": ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "[EOS]", "<|endoftext|>"),
+    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>"),
+}
+
+
+class PieceType(enum.IntEnum):
+    """Types of a sentencepiece piece, numbered as in sentencepiece_model.proto."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What the files beside a model say: names of bos, eos, pad; all special tokens (id or None); chat template."""
+
+    names: Mapping[str, str]
+    special: Mapping[str, int | None]
+    chat_template: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Declared":
+        config: dict[str, Any] = {}
+        for name in BESIDE[:2]:
+            if (folder / name).is_file():
+                config |= json.loads((folder / name).read_text("utf-8"))
+        content = lambda token: token["content"] if isinstance(token, dict) else token
+        names = {kind: content(config[f"{kind}_token"]) for kind in USUAL_NAMES if config.get(f"{kind}_token")}
+        extra = config.get("additional_special_tokens") or ()
+        special: dict[str, int | None] = dict.fromkeys([*names.values(), *map(content, extra)])
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            if token.get("special"):
+                special[token["content"]] = int(token_id)
+        template = config.get("chat_template")
+        if (folder / BESIDE[2]).is_file():
+            template = (folder / BESIDE[2]).read_text("utf-8")
+        return cls(names, special, template if isinstance(template, str) else None)
+
+
+def sentencepiece_proto(model: bytes = b"") -> Any:
+    """A sentencepiece model as the protobuf message that it is stored as."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+
+
+def llama2c_model(path: Path) -> bytes:
+    """A llama2.c tokenizer.bin (int32 longest length, then float32 score, int32 length, bytes per token; 0 unk,
+    1 bos, 2 eos, 3..258 the 256 bytes) as the sentencepiece BPE model that it was exported from."""
+    proto = sentencepiece_proto()
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    first = [("<unk>", PieceType.UNKNOWN), ("<s>", PieceType.CONTROL), ("</s>", PieceType.CONTROL)]
+    first += [(f"<0x{byte:02X}>", PieceType.BYTE) for byte in range(256)]
+    for token_id, (text, score) in enumerate(_llama2c_tokens(path)):
+        piece, kind = first[token_id] if token_id < len(first) else (text.replace(" ", "▁"), PieceType.NORMAL)
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    model: bytes = proto.SerializeToString()
+    return model
+
+
+def _llama2c_tokens(path: Path) -> Iterator[tuple[str, float]]:
+    data, at = path.read_bytes(), 4
+    while at < len(data):
+        try:
+            score, size = struct.unpack_from("<fi", data, at)
+            text, at = struct.unpack_from(f"{size}s", data, at + 8)[0].decode("utf-8"), at + 8 + size
+        except (struct.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, byte {at}: found {error}; expected a token of a llama2.c tokenizer") from error
+        yield text, score

@@ -1,0 +1,106 @@
+"""Train a subword tokenizer: `python -m data_pipelines.train_tokenizer --input FILE... --vocab_size N --output DIR`.
+
+Byte-level BPE, written as the one file `tokenizer.json` of the `tokenizers` library. Why byte-level, and not the
+sentencepiece way (spaces written as U+2581, characters outside the vocabulary as byte tokens <0xNN>):
+
+* It is lossless. With the sentencepiece way a U+2581 of the text comes back as a space, and a text that spells
+  <0x41> may come back as "A". Here text becomes UTF-8 bytes, every byte is a token, and nothing else happens: no
+  normalisation, no prefix space, no unknown token. `decode(encode(text)) == text` for every Unicode string.
+* It spends no slots on rare characters: 256 tokens cover every script, the rest of a small vocabulary is merges.
+
+Digits are tokens of their own and never merged, not even with the space before them, so that a number always looks
+the same and arithmetic is done by position. A space is merged with the word after it, so a letter that stands alone
+(" k") is one token.
+
+Text that spells a special token is encoded as that token. Whoever encodes text of others sets the property
+`encode_special_tokens` of the loaded tokenizer, which encodes it as plain text instead; it is not stored in the file.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS = FIRST_TOKENS = ("<pad>", "<bos>", "<eos>")
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+FILE = "tokenizer.json"
+BYTES = 256
+
+# Words and punctuation take the space before them, digits do not. A line break ends a token, so that a line reads the
+# same whatever stands before it; other white space keeps to itself, but leaves its last space to the word after it.
+WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
+
+
+def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], path: str | Path) -> None:
+    """Writes `path`/tokenizer.json, with ids: <pad> 0, <bos> 1, <eos> 2, `special_tokens`, 256 bytes, merges.
+
+    The same texts give the same file. The vocabulary ends up smaller than `vocab_size` where the texts have no
+    further pair that occurs twice. Raises ValueError for repeated special tokens, for a vocabulary that the
+    special tokens and bytes do not fit into, and for texts without a character.
+    """
+    special = [*FIRST_TOKENS, *special_tokens]
+    if len(set(special)) < len(special) or not all(special):
+        raise ValueError(f"special_tokens: found {special}; expected each once, and none empty")
+    least = len(special) + BYTES
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size: found {vocab_size}; expected {least} or more: {len(special)} special tokens, {BYTES} bytes"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(not_empty(texts), trainer)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / FILE))
+
+
+def not_empty(texts: Iterable[str]) -> Iterator[str]:
+    """The texts as they are; ValueError at their end if there was nothing in them."""
+    characters = 0
+    for text in texts:
+        characters += len(text)
+        yield text
+    if not characters:
+        raise ValueError("texts: found none, or only empty ones; expected text to train a tokenizer on")
+
+
+def lines(paths: Iterable[str]) -> Iterator[str]:
+    """Line by line, each with its line break, so that a file of any size fits."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                yield from file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: found {error}; expected UTF-8") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    values = flags.FLAGS
+    try:
+        train(lines([*values.input, *argv[1:]]), values.vocab_size, values.special_tokens, values.output)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    # Not at the top of the file: flags are global names, and `prepare` imports this module and has flags of its own.
+    flags.DEFINE_multi_string("input", None, "A text file, UTF-8; more of them may follow.", required=True)
+    flags.DEFINE_integer("vocab_size", 2048, "Tokens in all, with the special tokens and the 256 bytes.")
+    flags.DEFINE_list("special_tokens", list(CHAT_TOKENS), "The tokens after <pad>, <bos> and <eos>.")
+    flags.DEFINE_string("output", None, f"The folder that {FILE} is written to.", required=True)
+    app.run(main)

@@ -1,0 +1,174 @@
+"""The configuration of a run: every key with its default, and the checks that make a wrong one an error.
+
+A config file is a Python function, `get_config(arg="") -> ConfigDict`, that starts from `base()` and changes what
+the experiment changes. On the command line
+
+    --config=configs/koala13b.py:size=7b,fsdp=8 --config.optimizer.learning_rate=1e-5
+
+the part after ":" goes to `get_config` (read it with `parse_arg`), and `--config.<section>.<key>` overrides one
+value. Unknown keys and values of another type are errors that name the nearest key, in all three places.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.families import preset
+
+
+def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
+    """All sections with their defaults; `model` names a preset, whose keys `overrides` replace."""
+    return ConfigDict(
+        {
+            "model": dataclasses.asdict(preset(model, **overrides)),
+            "init_from": {
+                "path": "",  # a run's checkpoint folder, or a Hugging Face folder; "": random weights
+                "rename": (),  # "regex=replacement" applied to the names in that checkpoint
+            },
+            "data": {
+                "path": "",  # a folder made by data_pipelines.prepare
+                "prepare": "",  # the data config that makes it, for when it is not there yet
+                "prepare_input": "",  # the raw files that config reads; "" where it generates its own
+                "sources": (),  # "name" or "name=weight"; (): all, with the weights of the prepared data
+                "tokenizer": "",  # file or folder; "": the one in the data folder
+                "template": "koala",  # koala | chat | a jinja file
+                "length": 2048,  # tokens a row
+                "batch_size": 8,  # rows a step, over all devices
+                "packing": "best_fit",  # best_fit | none
+                "pool": 256,  # examples packed together
+                "shards": 0,  # logical shards of the data order; 0: batch_size
+                "workers": 1,  # batches prepared ahead
+            },
+            "numerics": {
+                "precision": "bf16",  # float32 | bf16 | bf16_pure
+                "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
+            },
+            "mesh": {"stage": 1, "replica": 1, "fsdp": -1, "sequence": 1, "expert": 1, "tensor": 1},
+            "optimizer": {
+                "learning_rate": 2e-5,
+                "end_learning_rate": 0.0,
+                "schedule": "cosine",  # constant | linear | cosine | two_stage
+                "warmup_steps": 0,
+                "stage_at": 0.5,  # two_stage: when the second line starts, as a share of the run
+                "stage_learning_rate": 0.0,  # two_stage: where it starts
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "decay": r"(kernel|embedding)$",  # which weights decay
+                "clip_norm": 1.0,
+            },
+            "objective": {
+                "z_loss": 0.0,
+                "chunk": 1024,  # tokens a device whose logits exist at a time
+            },
+            "train": {
+                "steps": 0,  # one of steps, epochs and tokens says how long
+                "epochs": 0.0,
+                "tokens": 0,
+                "seed": 0,
+                "accumulate": 1,  # micro-batches a step
+                "ema": 0.0,  # decay of the weight average; 0: none
+                "spike_factor": 0.0,  # skip steps whose gradient norm exceeds this many times its mean; 0: never
+                "max_skipped": 20,  # steps skipped in a row that stop the run
+                "profile": "",  # "10:13" traces those steps; "": no trace
+            },
+            "checkpoint": {
+                "dir": "",  # "": <log.dir>/checkpoints
+                "every": 1000,  # steps
+                "keep": 3,  # the last ones; 0: all
+                "keep_best": "",  # also keep the best by this metric, as "eval/loss" (lower is better)
+                "minutes": 30.0,  # a temporary one when this long has passed without; 0: never
+                "resume": True,
+                "force": False,  # resume although config or data changed
+            },
+            "eval": {
+                "every": 500,  # steps; 0: never
+                "examples": 200,  # held-out examples a source
+                "samples": 4,  # answers written to the log at each evaluation
+                "max_new_tokens": 64,
+            },
+            "log": {
+                "dir": "runs/default",
+                "every": 10,  # steps
+                "peak_tflops": 0.0,  # of one device, for MFU where the device is unknown; 0: look it up
+            },
+        },
+        # () of a tuple must not be taken for the type of its elements
+        convert_dict=True,
+    )
+
+
+def parse_arg(arg: str, **defaults: Any) -> Any:
+    """Reads "size=7b,fsdp=8,tiny" against typed defaults; a bare name means True.
+
+    Returns a ConfigDict of the defaults with what was given. Raises UserError for an unknown key (naming the
+    nearest) and for a value that does not have its default's type.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        key, _, text = item.partition("=")
+        if key not in defaults:
+            raise UserError(f"unknown config argument {key!r}: {nearest(key, defaults)}")
+        values[key] = _typed(key, text if "=" in item else "true", defaults[key])
+    return ConfigDict(values)
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"config argument {key}={text}: expected true or false")
+        return text.lower() == "true"
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        raise UserError(f"config argument {key}={text}: expected {type(default).__name__}") from error
+
+
+def nearest(key: str, known: Any) -> str:
+    """ "did you mean ...?" for an unknown key."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The `model` section as the value that the modules read."""
+    return ModelConfig(**config.model)
+
+
+POSITIVE = (
+    "data.length",
+    "data.batch_size",
+    "data.pool",
+    "train.accumulate",
+    "objective.chunk",
+    "log.every",
+    "checkpoint.every",
+)
+
+
+def check(config: ConfigDict) -> None:
+    """What can be told to be wrong from the config alone. Raises UserError naming the key."""
+    model_config(config)
+    lengths = [key for key in ("steps", "epochs", "tokens") if config.train[key]]
+    if len(lengths) != 1:
+        found = " and ".join(lengths) or "none of them"
+        raise UserError(f"train: set exactly one of steps, epochs and tokens; found {found}")
+    for name in POSITIVE:
+        section, key = name.split(".")
+        if config[section][key] < 1:
+            raise UserError(f"{name} = {config[section][key]}: expected a positive number")
+    if config.data.batch_size % config.train.accumulate:
+        raise UserError(
+            f"train.accumulate = {config.train.accumulate}: "
+            f"expected a divisor of data.batch_size = {config.data.batch_size}"
+        )
+    if config.data.length > config.model.max_length:
+        raise UserError(
+            f"data.length = {config.data.length}: longer than model.max_length = {config.model.max_length}; "
+            "raise model.max_length if the model may be trained beyond the positions it was made for"
+        )

@@ -1,0 +1,61 @@
+"""Opens whatever a model was saved as: a run's checkpoint, a Hugging Face folder, a llama2.c file."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from data_pipelines.template import Template, load_template
+from data_pipelines.tokenization import Tokenizer, load_tokenizer
+from easylm_plus.errors import UserError
+from easylm_plus.inference.chat import Chatter
+from easylm_plus.inference.generate import Generator
+from easylm_plus.interop.huggingface import load_hf
+from easylm_plus.interop.llama2c import load_llama2c
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.transformer import Transformer
+from easylm_plus.numerics.precision import precision
+from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
+
+
+class Opened(NamedTuple):
+    """A model that can be talked to, and where it came from."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    template: Template
+    config: dict[str, Any]  # the run's resolved config; empty for other people's files
+    place: str
+
+    def chatter(self, stop: tuple[str, ...] = ()) -> Chatter:
+        """The model as something that answers."""
+        generator = Generator(self.model, self.params, self.template.stop_ids)
+        return Chatter(generator, self.tokenizer, self.template, stop)
+
+
+def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "") -> Opened:
+    """Opens a run's folder (its last step, or `step`), a Hugging Face folder, or a llama2.c .bin file.
+
+    `tokenizer` and `template` replace those of the checkpoint; other people's files need a template where they
+    bring none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found; expected a run's log.dir, a Hugging Face folder or a llama2.c file")
+    if path.is_file():
+        model, params = load_llama2c(path)
+        words = load_tokenizer(tokenizer or path.parent / "tokenizer.model")
+        return Opened(model, params, words, load_template(template or "text", words), {}, str(path))
+    if (path / "config.json").is_file():
+        model, params = load_hf(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        words = load_tokenizer(tokenizer or path)
+        return Opened(model, params, words, load_template(template or "tokenizer", words), {}, str(path))
+    directory, step = locate(path, step)
+    config = read_meta(directory, step)["config"]
+    model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
+    params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    words = load_tokenizer(tokenizer or directory / "tokenizer")
+    template = template or config["data"]["template"]
+    return Opened(model, params, words, load_template(template, words), config, f"{directory}/{step}")

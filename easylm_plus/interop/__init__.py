@@ -1,0 +1,1 @@
+"""Other people's files: which of their names is which of ours."""

@@ -1,0 +1,154 @@
+"""Hugging Face folders: config.json and safetensors -> ModelConfig and parameters.
+
+One table says which of their tensors is which of ours; kernels are [out, in] there and [in, out] here. Tensors are
+read one at a time, so host memory holds one stacked weight, never the model. Weights in PyTorch's own format are
+refused: unpickling runs code.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.precision import POLICIES
+from easylm_plus.tree import path_name
+
+# ours -> theirs; {i} is the layer. A name that ends in "kernel" is transposed.
+LLAMA = {
+    "embed_tokens/embedding": "model.embed_tokens.weight",
+    "norm/weight": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+    "layers/{i}/input_layernorm/weight": "model.layers.{i}.input_layernorm.weight",
+    "layers/{i}/post_attention_layernorm/weight": "model.layers.{i}.post_attention_layernorm.weight",
+    **{f"layers/{{i}}/self_attn/{p}_proj/kernel": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"},
+    **{f"layers/{{i}}/self_attn/{p}_proj/bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"},
+    **{f"layers/{{i}}/mlp/{p}_proj/kernel": f"model.layers.{{i}}.mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+}
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
+
+
+def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
+    """config.json -> ModelConfig. What we cannot represent is an error, never dropped."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected the config.json of a Hugging Face model")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: found architecture {architecture}, expected one of {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: found hidden_act {raw['hidden_act']!r}, expected 'silu'")
+    heads, qwen = raw["num_attention_heads"], architecture == "Qwen2ForCausalLM"
+    # Qwen2 states a window that it uses only where use_sliding_window says so
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
+    values = {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "intermediate_size": raw["intermediate_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "max_length": raw["max_position_embeddings"],
+        "norm_eps": raw["rms_norm_eps"],
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        "qkv_bias": raw.get("attention_bias", qwen),
+        "sliding_window": window or 0,
+        **_rope(raw, path),
+    }
+    return ModelConfig(**{**values, **overrides})
+
+
+def _rope(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> our keys."""
+    new = raw.get("rope_parameters") or {}
+    scaling = {**(raw.get("rope_scaling") or {}), **new}
+    theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{path}: found rope scaling {kind!r}, expected default, linear or llama3")
+    keys = {"rope_theta": theta, "rope_scaling": kind, "rope_factor": float(scaling["factor"])}
+    if kind == "llama3":
+        keys |= {
+            "rope_low_freq_factor": float(scaling["low_freq_factor"]),
+            "rope_high_freq_factor": float(scaling["high_freq_factor"]),
+            "rope_original_length": int(scaling["original_max_position_embeddings"]),
+        }
+    return keys
+
+
+def load_hf(folder: str | Path, dtype: Any = jnp.float32, **overrides: Any) -> tuple[Transformer, Any]:
+    """A Hugging Face folder -> (model, params). `overrides` replace keys of the ModelConfig.
+
+    `model.apply({"params": params}, tokens)` gives float32 logits [B, T, V].
+    """
+    config = read_config(folder, **overrides)
+    policy = POLICIES["float32" if jnp.dtype(dtype) == jnp.float32 else "bf16_pure"]
+    model = Transformer(config, policy)
+    return model, load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
+
+
+def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any:
+    """The weights of a folder in the shape of `model`'s tree, each handed to `place` as soon as it is read."""
+    files = _files(Path(folder))
+    shapes, _ = abstract_parameters(model)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    read = lambda theirs, ours, shape: _read(files, theirs, ours, shape, Path(folder))
+    values = []
+    for path, leaf in leaves:
+        name = path_name(path)
+        values.append(place(name, _assemble(name, leaf.shape, model.config, read)))
+    return jax.tree_util.tree_unflatten(treedef, values)
+
+
+def _assemble(name: str, shape: tuple[int, ...], config: ModelConfig, read: Callable) -> np.ndarray:
+    """One of our arrays: a tensor of theirs, or one per layer stacked."""
+    if not name.startswith("layers/"):
+        return read(LLAMA[name], name, shape)
+    if config.scan_layers:
+        ours = "layers/{i}/" + name.removeprefix("layers/")
+        return np.stack([read(LLAMA[ours].format(i=i), name, shape[1:]) for i in range(config.num_layers)])
+    _, layer, rest = name.split("/", 2)
+    return read(LLAMA["layers/{i}/" + rest].format(i=layer), name, shape)
+
+
+def _read(files: Mapping[str, Path], theirs: str, ours: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    if theirs not in files:
+        raise UserError(f"{folder}: found no tensor {theirs}, which is our {ours} {list(shape)}")
+    with safe_open(files[theirs], framework="flax") as tensors:
+        array = np.asarray(tensors.get_tensor(theirs))
+    array = array.T if ours.endswith("kernel") else array
+    if array.shape != shape:
+        raise UserError(f"{folder}: {theirs} has shape {list(array.shape)}, our {ours} expects {list(shape)}")
+    return array
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """tensor name -> file that holds it."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        other = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+        found = f"only {other[0]}, which can run code when read" if other else "no weights"
+        raise UserError(f"{folder}: found {found}; expected *.safetensors")
+    return dict(_names(paths))
+
+
+def _names(paths: list[Path]) -> Iterator[tuple[str, Path]]:
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                yield from ((name, path) for name in tensors.keys())  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged safetensors file ({error})") from error

@@ -1,0 +1,216 @@
+"""Self-attention: projections, rotary positions, and five ways to compute softmax(QK'/sqrt(K))V.
+
+Several documents share a row (packing), so a query sees a key only if the key is not later, lies in the same
+segment, and is within the sliding window if there is one. Positions restart in each segment, but order within a
+row does not, so causality is decided by row index.
+
+    xla       jax.nn.dot_product_attention; everywhere; materialises the [T, S] scores
+    blocked   causal blocks of queries on contiguous [B*G, T, K] operands: skips the upper triangle; what XLA:CPU
+              multiplies fastest, and the default there
+    cudnn     fused kernel on NVIDIA GPUs; with packing it takes a [B, 1, T, T] mask, since it has no segment ids
+    splash    fused Pallas kernel on TPUs, with segment ids
+    auto      splash on TPU, cudnn on GPU in 16 bit, blocked on CPU; the startup banner says which
+
+A name that cannot be had is an error, never a silent substitute. Decoding with a cache always runs `xla`.
+
+Legend: B batch, T queries, S keys, D embed, H heads, G kv heads, R = H / G, K head_dim.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.initializers import initializer
+from easylm_plus.models.rope import rotate
+from easylm_plus.models.weights import Projection
+from easylm_plus.numerics.precision import Precision
+from easylm_plus.parallel.sharding import constrain, spec_of
+
+BLOCK = 128  # queries a block in `blocked`; keeps a block of scores in the CPU's cache
+NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
+
+
+class Layout(NamedTuple):
+    """What the attention layers share: rotations of the queries, and who belongs to which document."""
+
+    cos: jax.Array  # float32[B, T, 1, K/2]
+    sin: jax.Array
+    segments_BT: jax.Array | None  # int32, 0 = padding; None: one document a row
+    key_segments_BS: jax.Array | None = None  # of the cache's slots, 0 = empty; None: no cache
+    offset: jax.Array | int = 0  # the cache slot of the first query
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, S, G, K]; with a leading layer axis in a scanned model."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query self-attention."""
+
+    config: ModelConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, layout: Layout, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x -> (attention output [B, T, D], the cache with this call's keys and values written)."""
+        c = self.config
+        B, T, D = x_BTD.shape
+        q = self._heads("q_proj", x_BTD, c.num_heads, "heads")
+        k = self._heads("k_proj", x_BTD, c.num_kv_heads, "kv_heads")
+        v = self._heads("v_proj", x_BTD, c.num_kv_heads, "kv_heads")
+        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        if cache is None:
+            y = attend(q, k, v, layout.segments_BT, c)
+        else:
+            cache = LayerCache(*(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), layout.offset, axis=1)
+                                 for old, new in zip(cache, (k, v))))  # fmt: skip
+            y = _xla(q, cache.k, cache.v, mask=_cache_mask(layout, T, c.sliding_window))
+        y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
+        out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, name="o_proj")
+        return constrain(out(y), "batch", "length", "act_embed"), cache
+
+    def _heads(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
+        c = self.config
+        dense = Projection(
+            heads * c.head_dim,
+            ("embed", axis),
+            initializer(c, "hidden"),
+            self.precision,
+            c.qkv_bias,
+            name=name,
+        )
+        y = dense(x_BTD).reshape(*x_BTD.shape[:2], heads, c.head_dim)
+        return constrain(y, "batch", "length", f"act_{axis}", None)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    config: ModelConfig,
+) -> jax.Array:
+    """Causal attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
+    name = resolve(config.attention, jax.default_backend(), q_BTHK.dtype)
+    # every query needs the keys of the whole row, which the `sequence` axis cuts
+    k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
+    v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
+    window = config.sliding_window
+    if name == "blocked":
+        return _blocked(q_BTHK, k_BTGK, v_BTGK, segments_BT, window)
+    if name == "splash":
+        return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT, window)
+    if segments_BT is None and not window:
+        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation=name)  # type: ignore[arg-type]
+    mask = causal_mask(q_BTHK.shape[1], segments_BT, window)[:, None]
+    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, implementation=name)  # type: ignore[arg-type]
+
+
+def resolve(name: str, platform: str, dtype: Any) -> str:
+    """`auto` -> the implementation for this platform; a name the platform cannot run is a UserError."""
+    half = jnp.dtype(dtype).itemsize == 2
+    if name == "auto":
+        return {"tpu": "splash", "gpu": "cudnn" if half else "xla"}.get(platform, "blocked")
+    needs = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
+    if needs != platform:
+        raise UserError(f"model.attention = {name!r} needs a {needs.upper()}, this is a {platform.upper()}; "
+                         "expected xla, blocked or auto")  # fmt: skip
+    if name == "cudnn" and not half:
+        raise UserError(
+            "model.attention = 'cudnn' computes in 16 bit only; use numerics.precision = bf16 or attention = xla"
+        )
+    return name
+
+
+def causal_mask(T: int, segments_BT: jax.Array | None, window: int) -> jax.Array:
+    """bool[B or 1, T, T], true where query t may see key s."""
+    return _visible(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT, window)
+
+
+def _visible(
+    t: jax.Array, s: jax.Array, q_segments: jax.Array | None, k_segments: jax.Array | None, window: int
+) -> jax.Array:
+    """Row indices and segments of queries and keys -> bool[B or 1, T, S]."""
+    mask = (s[None, :] <= t[:, None])[None]
+    if window:
+        mask &= (s[None, :] > t[:, None] - window)[None]
+    if q_segments is not None and k_segments is not None:
+        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask
+
+
+def _cache_mask(layout: Layout, T: int, window: int) -> jax.Array:
+    """bool[B, T, S]: slots already written, of the same segment, not later than the query."""
+    slots = jnp.arange(layout.key_segments_BS.shape[1])  # type: ignore[union-attr]
+    return _visible(layout.offset + jnp.arange(T), slots, layout.segments_BT, layout.key_segments_BS, window)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None], implementation="xla"
+    )
+
+
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
+    """Blocks of queries against the keys up to them. Exact: each row's softmax is whole.
+
+    The barriers keep the slices as arrays of their own: fused into the products, XLA:CPU would fall back to a
+    loop nest that is several times slower than its library call.
+    """
+    B, T, H, K = q.shape
+    G, R = k.shape[2], H // k.shape[2]
+    q = q.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B * G, R, T, K)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(B * G, T, K) for x in (k, v))
+    visible, outputs = causal_mask(T, segments, window), []
+    for start in range(0, T, BLOCK):
+        end = min(start + BLOCK, T)
+        first = max(0, start - window + 1) if window else 0
+        block, keys, values = jax.lax.optimization_barrier(
+            (q[:, :, start:end].reshape(B * G, -1, K), k[:, first:end], v[:, first:end])
+        )
+        scores = jnp.einsum("nqk,nsk->nqs", block, keys, preferred_element_type=jnp.float32) * K**-0.5
+        scores = scores.reshape(-1, G, R, end - start, end - first)
+        scores = jnp.where(visible[:, None, None, start:end, first:end], scores, NEVER)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B * G, -1, end - first)
+        outputs.append(jnp.einsum("nqs,nsk->nqk", weights, values).reshape(B * G, R, end - start, K))
+    y = jnp.concatenate(outputs, axis=2).reshape(B, G, R, T, K)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, interpret: bool = False
+) -> jax.Array:
+    """The Pallas kernel, mapped over batch and heads: a custom call that GSPMD cannot partition by itself."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+        attention = kernel.make_splash_mha_single_device(masks.MultiHeadMask([one] * q.shape[2]), interpret=interpret)
+        heads_first = (x.transpose(0, 2, 1, 3) for x in (q * scale, k, v))
+        y = jax.vmap(attention)(*heads_first, segment_ids=kernel.SegmentIds(segments, segments))
+        return y.transpose(0, 2, 1, 3)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, segments)
+    q_spec, k_spec = (
+        spec_of(("batch", None, axis, None), x.shape, mesh) for axis, x in (("act_heads", q), ("act_kv_heads", k))
+    )
+    row = PartitionSpec(q_spec[0], None)
+    return jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, row), out_specs=q_spec, check_vma=False)(
+        q, k, v, segments
+    )

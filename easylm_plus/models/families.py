@@ -1,0 +1,55 @@
+"""The model families as rows of values. `preset("llama-7b")` is a ModelConfig; a config file overrides its keys.
+
+Sources: LLaMA (arXiv:2302.13971, table 2), Llama 2 (arXiv:2307.09288, table 1), Llama 3 (arXiv:2407.21783, table 3),
+Koala (BAIR blog, 2023-04-03: LLaMA weights fine-tuned), Qwen2 (arXiv:2407.10671, table 1).
+"""
+
+import dataclasses
+import difflib
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+
+
+def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int | None = None, **rest: object) -> ModelConfig:
+    return ModelConfig(
+        **{  # type: ignore[arg-type]
+            "vocab_size": 32000,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads or heads,
+            "head_dim": hidden // heads,
+            **rest,
+        }
+    )
+
+
+_LLAMA3 = {"vocab_size": 128256, "max_length": 8192, "norm_eps": 1e-5, "rope_theta": 500000.0}
+
+PRESETS = {
+    # A few thousand parameters: for tests and for stepping through the code.
+    "debug": _llama(64, 128, 2, 4, 2, vocab_size=512, max_length=256, scan_layers=False),
+    # About a million: learns the embedded tasks on a laptop CPU. Unrolled, because XLA:CPU gains from it.
+    "tiny": _llama(128, 384, 4, 4, vocab_size=2048, max_length=512, tie_embeddings=True, scan_layers=False),
+    "llama-7b": _llama(4096, 11008, 32, 32),
+    "llama-13b": _llama(5120, 13824, 40, 40),
+    "llama-30b": _llama(6656, 17920, 60, 52),
+    "llama-65b": _llama(8192, 22016, 80, 64, norm_eps=1e-5),
+    "llama2-7b": _llama(4096, 11008, 32, 32, max_length=4096, norm_eps=1e-5),
+    "llama2-13b": _llama(5120, 13824, 40, 40, max_length=4096, norm_eps=1e-5),
+    "llama2-70b": _llama(8192, 28672, 80, 64, 8, max_length=4096, norm_eps=1e-5),
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, **_LLAMA3),
+    "llama3-70b": _llama(8192, 28672, 80, 64, 8, **_LLAMA3),
+    "qwen2-7b": _llama(3584, 18944, 28, 28, 4, vocab_size=152064, max_length=32768, rope_theta=1e6, qkv_bias=True),
+}
+PRESETS |= {"koala-7b": PRESETS["llama-7b"], "koala-13b": PRESETS["llama-13b"]}
+
+
+def preset(name: str, **overrides: object) -> ModelConfig:
+    """The named ModelConfig, with some keys replaced. An unknown name is an error that names the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown model {name!r}: did you mean {near!r}? Known: {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], **overrides)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in Hugging Face's half-split layout.
+
+Feature i of a head is paired with feature i + K/2, and the pair turns by position * frequency_i. Meta's original
+checkpoints pair neighbours instead; importing those permutes the columns of q_proj and k_proj once.
+
+Legend: B batch, T length, N heads, K head_dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easylm_plus.models.config import ModelConfig
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position, float32[K/2], after the scaling that the config names.
+
+    linear  positions divided by the factor (Chen et al. 2023, arXiv:2306.15595)
+    ntk     theta raised so that the slowest pair is stretched by the factor and the fastest not at all
+    llama3  slow pairs divided by the factor, fast ones kept, a ramp between (Llama 3.1's released code)
+    """
+    half = config.head_dim // 2
+    theta = config.rope_theta
+    if config.rope_scaling == "ntk":
+        theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+    freqs = theta ** -(np.arange(half, dtype=np.float64) / half)
+    if config.rope_scaling == "linear":
+        freqs = freqs / config.rope_factor
+    elif config.rope_scaling == "llama3":
+        freqs = _llama3(freqs, config)
+    return freqs.astype(np.float32)
+
+
+def _llama3(freqs: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Pairs are told apart by how often they turn within the original context length."""
+    turns = config.rope_original_length * freqs / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: fully divided, 1: untouched
+    return keep * freqs + (1 - keep) * freqs / config.rope_factor
+
+
+def rotations(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32[B, T, 1, K/2], for all layers at once."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(config))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns every pair of every head; computed in float32, returned in x's dtype."""
+    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)

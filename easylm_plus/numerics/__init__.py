@@ -1,0 +1,1 @@
+"""How weights are stored and multiplied: leaf types, the verbs that read them, and the precision policy."""

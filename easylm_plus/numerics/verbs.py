@@ -1,0 +1,73 @@
+"""The verbs: the only code that multiplies by a weight.
+
+A model fetches a weight as it finds it in the parameter tree and hands it to a verb; what the leaf *is* (a plain
+array, FP8 codes, packed ternary digits, a low-rank pair on top of either) decides how it multiplies. A leaf type
+registers its own implementation; the ones below are for plain arrays.
+
+Legend: D in-features, F out-features, V vocabulary; `...` any leading axes.
+"""
+
+from functools import singledispatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from easylm_plus.parallel.sharding import constrain, mesh_axis_size
+
+
+def project(x: jax.Array, w: Any) -> jax.Array:
+    """x[..., D] times w[D, F] -> [..., F] in x's dtype."""
+    return _project(w, x)
+
+
+def lookup(ids: jax.Array, w: Any, dtype: DTypeLike) -> jax.Array:
+    """Rows of w[V, D] at ids[...] -> [..., D] in `dtype`."""
+    return _lookup(w, ids, dtype)
+
+
+def unembed(x: jax.Array, w: Any) -> jax.Array:
+    """x[..., D] times the transposed embedding w[V, D] -> [..., V] in x's dtype: the head of a tied model."""
+    return _unembed(w, x)
+
+
+def dense(w: Any) -> jax.Array:
+    """The plain array that a leaf stands for."""
+    return _dense(w)
+
+
+@singledispatch
+def _project(w: Any, x: jax.Array) -> jax.Array:
+    return _matmul(x, w.astype(x.dtype), contract=0)
+
+
+@singledispatch
+def _lookup(w: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    if mesh_axis_size("fsdp") > 1:
+        # gather the table's columns before the lookup: the partitioner would otherwise gather the *result* over
+        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way
+        w = constrain(w.astype(dtype), "vocab", None)
+    return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
+
+
+@singledispatch
+def _unembed(w: Any, x: jax.Array) -> jax.Array:
+    return _matmul(x, w.astype(x.dtype), contract=1)
+
+
+@singledispatch
+def _dense(w: Any) -> jax.Array:
+    return w
+
+
+def _matmul(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
+    """Contracts the last axis of x with axis `contract` of w.
+
+    As one 2-D product: XLA:CPU hands only those to its fast library, forwards and backwards. Merging [B, T] is not
+    possible where both are sharded (the partitioner would gather), so there the axes stay as they are.
+    """
+    if mesh_axis_size("sequence") > 1:
+        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (contract,)), ((), ())))
+    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), w, (((1,), (contract,)), ((), ())))
+    return flat.reshape(*x.shape[:-1], flat.shape[-1])

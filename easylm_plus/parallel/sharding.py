@@ -1,0 +1,99 @@
+"""One table from logical axes to mesh axes, and the three functions that read it.
+
+Weights and activations name their axes by meaning ("embed", "heads", ...); nothing else in the code base knows
+mesh axes. GSPMD (Xu et al. 2021, arXiv:2105.04663) partitions the step from the shardings of the weights and the
+few constraints on activations that `constrain` states.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: Mapping[str, MeshAxes] = {
+    # weights
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    # activations
+    "batch": ("replica", "fsdp"),
+    "length": "sequence",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_mlp": "tensor",
+}
+DATA_AXES = ("replica", "fsdp", "sequence")  # the axes that cut a batch [B, T]
+
+_rules: ContextVar[Mapping[str, MeshAxes]] = ContextVar("sharding_rules", default=RULES)
+
+
+def rules_for(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mapping[str, MeshAxes]:
+    """RULES, with heads left whole where their *count* does not divide: half a head is of no use to anyone."""
+    tensor = mesh.shape["tensor"]
+    whole: dict[str, MeshAxes] = {}
+    if num_heads % tensor:
+        whole |= {"heads": None, "act_heads": None}
+    if num_kv_heads % tensor:
+        whole |= {"kv_heads": None, "act_kv_heads": None}
+    return {**RULES, **whole}
+
+
+@contextmanager
+def use(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Iterator[None]:
+    """Everything traced inside is partitioned over `mesh` by `rules`."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def mesh_axis_size(axis: str) -> int:
+    """Size of a mesh axis in the current context; 1 where there is no mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def spec_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Logical axes of an array -> PartitionSpec; a dimension that the mesh axes do not divide stays whole."""
+    rules, entries, used = _rules.get(), [], set()
+    for name, dim in zip(axes, shape, strict=True):
+        wanted = rules[name] if name is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+        picked = tuple(a for a in wanted if a not in used and mesh.shape[a] > 1)
+        size = 1
+        for axis in picked:
+            size *= mesh.shape[axis]
+        if dim % size:
+            picked = ()
+        used.update(picked)
+        entries.append(picked if len(picked) > 1 else picked[0] if picked else None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States how an activation is sharded; a no-op without a mesh or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, mesh))
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Trees of logical axes and of shapes -> tree of NamedSharding (weights, as declared at init)."""
+    return jax.tree.map(
+        lambda names, leaf: NamedSharding(mesh, spec_of(tuple(names), leaf.shape, mesh)),
+        axes,
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )

@@ -1,0 +1,182 @@
+"""Checkpoints: orbax for the arrays, one JSON beside them for what orbax does not check.
+
+    <dir>/<step>/state     parameters, optimizer, guard (orbax, written in the background)
+    <dir>/<step>/data      where the data order stands (JSON)
+    <dir>/<step>/meta      names, shapes and dtypes of all arrays, the resolved config, the data's hash (JSON)
+    <dir>/tokenizer/       the tokenizer's file, so that a checkpoint can be talked to
+
+Orbax takes a leaf's type and static fields from the restore target and casts dtypes without a word, so `restore`
+compares meta with what the run expects before it reads a byte. A save is a temporary folder until it is whole; what
+a killed process leaves behind is swept away at the next start.
+"""
+
+import datetime
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from easylm_plus.errors import UserError
+from easylm_plus.tree import path_name
+
+SCHEMA = 1
+
+# Keys that may change between a checkpoint and its resumption: where things are and what is shown, never what is
+# computed. Everything else must be the same, or the resumed run would be neither of the two.
+FREE = (
+    r"(log|checkpoint|eval|mesh|init_from)\.",
+    r"train\.(profile|max_skipped)$",
+    r"data\.(path|prepare|prepare_input|workers|tokenizer)$",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they are, made if it is not there.
+      config: the `checkpoint` section: every, keep, keep_best.
+    """
+
+    def __init__(self, directory: str | Path, config: Mapping[str, Any]):
+        self.directory = Path(directory).absolute()
+        best = config["keep_best"]
+        policies: list[Any] = [keep_policy.LatestN(1)]  # a temporary one lives until the next
+        policies.append(keep_policy.EveryNSteps(config["every"], max_to_keep=config["keep"] or None))
+        if best:
+            policies.append(
+                keep_policy.BestN(get_metric_fn=lambda m: -m[best], n=1, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._best = best
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The last finished step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Any, meta: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Starts writing; returns when the arrays may be overwritten. Waits for a save still in progress first."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave({"schema": SCHEMA, "arrays": describe(state), **meta}),
+        )
+        scores = {self._best: metrics[self._best]} if self._best in metrics else None
+        self._manager.save(step, args=items, metrics=scores, force=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON beside a checkpoint."""
+        return read_meta(self.directory, step)
+
+    def restore(self, step: int, target: Any) -> tuple[Any, Any]:
+        """(state, data state). `target` is a tree of ShapeDtypeStruct with shardings, of any mesh."""
+        compare_arrays(self.meta(step)["arrays"], describe(target), f"{self.directory}/{step}")
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["data"]
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def steps(directory: str | Path) -> list[int]:
+    """The finished steps in a folder of checkpoints."""
+    names = (p.name for p in Path(directory).iterdir()) if Path(directory).is_dir() else ()
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def locate(directory: str | Path, step: int | None = None) -> tuple[Path, int]:
+    """A run's folder or its checkpoint folder -> (checkpoint folder, step), the last step by default."""
+    for place in (Path(directory), Path(directory) / "checkpoints"):
+        if found := steps(place):
+            if step is not None and step not in found:
+                raise UserError(f"{place} has no step {step}; it has {', '.join(map(str, found))}")
+            return place.absolute(), found[-1] if step is None else step
+    raise UserError(f"{directory}: found no checkpoint; expected a run's log.dir or its checkpoint folder")
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """The JSON beside a checkpoint; an error if it is not one of ours."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(directory / str(step) / "meta")
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{directory}/{step}: found no readable meta; expected a checkpoint of easylm_plus") from error
+    if meta["schema"] != SCHEMA:
+        raise UserError(f"{directory}/{step}: found checkpoint schema {meta['schema']}, expected {SCHEMA}")
+    return meta
+
+
+def read_parameters(directory: Path, step: int, shardings: Any = None) -> Any:
+    """Only the parameters of a checkpoint, in the dtypes and shapes that its meta names; the EMA's if it has one."""
+    arrays = read_meta(directory, step)["arrays"]
+    part = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
+    target: dict[str, Any] = {}
+    for name, info in arrays.items():
+        if name.startswith(part + "/"):
+            node = target
+            *parents, last = name.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = jax.ShapeDtypeStruct(tuple(info["shape"]), np.dtype(info["dtype"]), sharding=shardings)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(
+            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        return reader.restore(directory / str(step) / "state", args=args)[part]
+
+
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """path -> {shape, dtype} of every array (or abstract array) of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): {"shape": list(x.shape), "dtype": str(x.dtype)} for path, x in leaves}
+
+
+def compare_arrays(found: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+    """Raises UserError naming the first few arrays that differ in presence, shape or dtype."""
+    show = lambda info: "nothing" if info is None else f"{info['dtype']}{info['shape']}"
+    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    if names:
+        lines = [f"  {n}: found {show(found.get(n))}, expected {show(expected.get(n))}" for n in names[:5]]
+        more = f"\n  ... and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(f"{place} does not hold this model:\n" + "\n".join(lines) + more)
+
+
+def compare_runs(found: Mapping[str, Any], config: Mapping[str, Any], data_hash: str, place: str) -> None:
+    """Raises UserError if the checkpoint's config or data differ from this run's in anything that is computed."""
+    old, new = flatten(found["config"]), flatten(config)
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not any(re.match(f, k) for f in FREE)]
+    lines = [f"  {key}: found {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
+    if found["data_hash"] != data_hash:
+        lines.append(f"  the data: found hash {found['data_hash'][:12]}, now {data_hash[:12]}")
+    if lines:
+        advice = "--config.checkpoint.force=True resumes nevertheless; another log.dir starts afresh"
+        raise UserError(f"{place} was written by another run:\n" + "\n".join(lines) + f"\n{advice}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections -> {"section.key": value}, with tuples as lists, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def due(last: datetime.datetime, minutes: float) -> bool:
+    """Whether a temporary checkpoint is due."""
+    return minutes > 0 and datetime.datetime.now() - last > datetime.timedelta(minutes=minutes)

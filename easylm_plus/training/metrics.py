@@ -1,0 +1,79 @@
+"""Where a run's numbers go: a JSONL file and TensorBoard, both readable while it runs.
+
+Every JSONL row has "step", and each (step, kind) stands there once, also after restarts: a resumed run first drops
+the rows later than the checkpoint it starts from, since it will write them again.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Writes rows of numbers and texts. On all processes but the first it swallows everything."""
+
+    def __init__(self, directory: str | Path, start_step: int, enabled: bool = True):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self.path = Path(directory) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _truncate(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """One row; numbers also go to TensorBoard. A value that is not finite is written as null."""
+        if not self.enabled:
+            return
+        clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        self._file.write(json.dumps({"step": step, **clean}, ensure_ascii=False) + "\n")
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text for TensorBoard only, shown verbatim."""
+        if self.enabled:
+            self._board.add_text(name, "    " + text.replace("\n", "\n    "), step)
+
+    def flush(self) -> None:
+        """Everything written so far is on disk: called before a checkpoint, which must not know more than the log."""
+        if self.enabled:
+            self._file.flush()
+            self._board.flush()
+
+    def close(self) -> None:
+        if self.enabled:
+            self._file.close()
+            self._board.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Drops the rows after `last_step`, by way of a file beside it, so that a crash here loses nothing."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= last_step]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    beside.replace(path)

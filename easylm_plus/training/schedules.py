@@ -1,0 +1,52 @@
+"""Learning-rate schedules: functions of the optimizer step, float32[] -> float32[].
+
+All warm up linearly over `warmup_steps`, so that step 0 already moves (rate = peak / warmup_steps).
+
+    constant   the peak
+    linear     down to `end` over the rest of the run
+    cosine     half a cosine down to `end` (arXiv:1608.03983)
+    two_stage  linear from the peak; at `stage_at` of the run it drops to a lower line (BitNet b1.58, "The Era of
+               1-bit LLMs: Training Tips", section 3: a high rate first, a sudden decay midway)
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from easylm_plus.errors import UserError
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+KINDS = ("constant", "linear", "cosine", "two_stage")
+
+
+def schedule(config: Mapping[str, Any], total_steps: int) -> Schedule:
+    """Builds the schedule of a config's `optimizer` section.
+
+    Keys: schedule, learning_rate (the peak), end_learning_rate, warmup_steps, and for two_stage: stage_at (share
+    of the run) and stage_learning_rate (the peak of the second line).
+    """
+    kind, peak, end = config["schedule"], config["learning_rate"], config["end_learning_rate"]
+    warmup = config["warmup_steps"]
+    if kind not in KINDS:
+        raise UserError(f"optimizer.schedule = {kind!r}: expected one of {', '.join(KINDS)}")
+    if warmup > total_steps:
+        raise UserError(f"optimizer.warmup_steps = {warmup}: longer than the run of {total_steps} steps")
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = step.astype(jnp.float32)
+        done = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        if kind == "constant":
+            value = jnp.full_like(step, peak)
+        elif kind == "linear":
+            value = peak + (end - peak) * done
+        elif kind == "cosine":
+            value = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        else:
+            second = config["stage_learning_rate"] + (end - config["stage_learning_rate"]) * done
+            value = jnp.where(step < config["stage_at"] * total_steps, peak + (end - peak) * done, second)
+        return value * jnp.minimum(1.0, (step + 1) / max(1, warmup))
+
+    return rate

@@ -1,0 +1,62 @@
+"""Everything that a step changes, as one pytree: what a checkpoint holds and a restart needs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from easylm_plus.training.optimizer import Optimizer
+from easylm_plus.tree import path_name
+
+
+@struct.dataclass
+class Guard:
+    """What the skip decision remembers. All scalars; the norm and its count ignore skipped steps."""
+
+    norm: jax.Array  # float32: running mean of the gradient norm
+    count: jax.Array  # int32: steps in that mean
+    skipped: jax.Array  # int32: steps skipped since the start
+    streak: jax.Array  # int32: steps skipped in a row up to now
+
+
+@struct.dataclass
+class TrainState:
+    """step counts every batch, skipped ones included: the data order and the schedule are functions of it."""
+
+    step: jax.Array  # int32
+    params: Any
+    opt_state: Any
+    numerics: Any  # observed state of weight transforms; empty where there are none
+    ema: Any  # running mean of the parameters, or None
+    guard: Guard
+
+
+def new_state(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
+    """The state before the first step."""
+    zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: the step donates them all
+    guard = Guard(jnp.zeros((), jnp.float32), zero(), zero(), zero())
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(zero(), params, optimizer.init(params), {}, copy, guard)
+
+
+def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:
+    """NamedShardings for a whole (abstract) state: what mirrors a parameter is sharded like it.
+
+    A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA);
+    scalars and everything else are replicated.
+    """
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    known = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            if name in known and shapes[name] == leaf.shape:
+                return known[name]
+        return whole
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
