@@ -58,7 +58,7 @@ def rendered(conversation: Conversation) -> Group:
 def turn_lines(turn: Turn) -> Text:
     unhelpful = "" if turn.helpful else ", unhelpful"
     head = plain(f"{turn.role} (weight {turn.weight:g}{unhelpful})\n", "bold")
-    return head + plain(turn.text, "green" if turn.weight > 0 else "bright_black")
+    return Text.assemble(head, plain(turn.text, "green" if turn.weight > 0 else "bright_black"))
 
 
 def rows(text: str) -> slice:

@@ -24,6 +24,17 @@ from jinja2.parser import Parser
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
+# What a template may raise: its own errors, and those of the operations it calls for.
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplateError(ValueError):
@@ -111,7 +122,7 @@ class ChatRenderer:
             marked = "".join(_at_most(limit, parts))
         except jinja2.exceptions.SecurityError as error:
             raise ChatTemplateError(f"the chat template tries something that is not allowed: {error}") from error
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except _FAILURES as error:
             raise ChatTemplateError(f"the chat template fails: {error}") from error
         text, spans = _take_out_spans(marked)
         return Rendered(text, spans, {ord(new): chr(old) for old, new in swap.items()})

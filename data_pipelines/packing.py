@@ -23,6 +23,8 @@ def pack_pool(examples: Sequence[Example], length: int, method: Packing) -> list
 
     best_fit: best-fit decreasing (D. S. Johnson, "Near-optimal bin packing algorithms", 1973): longest first, each
     into the fullest row that still has room. none: one example a row. The same examples always give the same rows.
+    (grain's BestFitPackIterDataset, fed the sorted pool, makes as many rows, but takes 42 ms for 256 examples where
+    this takes 0.4, about as long as tokenising them, and importing grain imports JAX.)
     Raises ValueError for an example that no row can hold, and for an unknown method.
     """
     sizes = [len(example.ids) - 1 for example in examples]

@@ -219,7 +219,7 @@ class _Reader:
             if len(fields) == len(header):
                 yield from self.accept(dict(zip(header, fields)))
             else:
-                self.reject(f"{len(fields)} fields", f"{len(header)}: {', '.join(header)}", "wrong_columns")
+                self.reject(f"{len(fields)} fields", f"{len(header)}, as in the header {header}", "wrong_columns")
 
     def text(self, separator: int | str) -> Rows:
         split = self.marked(separator) if isinstance(separator, str) else self.spaced(separator)

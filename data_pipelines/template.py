@@ -260,7 +260,7 @@ def _segment(
     return Segment(text, 0.0, parts, continued=start > 0)
 
 
-def get_template(
+def load_template(
     name: str,
     tokenizer: Tokenizer,
     *,

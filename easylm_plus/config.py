@@ -27,6 +27,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
             "model": dataclasses.asdict(preset(model, **overrides)),
             "init_from": {
                 "path": "",  # a run's checkpoint folder, or a Hugging Face folder; "": random weights
+                "origin": "",  # where a person gets it, for the message when it is not there
                 "rename": (),  # "regex=replacement" applied to the names in that checkpoint
             },
             "data": {
@@ -34,6 +35,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "prepare": "",  # the data config that makes it, for when it is not there yet
                 "prepare_input": "",  # the raw files that config reads; "" where it generates its own
                 "sources": (),  # "name" or "name=weight"; (): all, with the weights of the prepared data
+                "origin": "",  # where a person gets the raw files, for the message when they are not there
+                "tokenizer_origin": "",  # likewise
                 "tokenizer": "",  # file or folder; "": the one in the data folder
                 "template": "koala",  # koala | chat | a jinja file
                 "length": 2048,  # tokens a row
@@ -53,6 +56,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "end_learning_rate": 0.0,
                 "schedule": "cosine",  # constant | linear | cosine | two_stage
                 "warmup_steps": 0,
+                "warmup_share": 0.0,  # of the run, instead of warmup_steps
                 "stage_at": 0.5,  # two_stage: when the second line starts, as a share of the run
                 "stage_learning_rate": 0.0,  # two_stage: where it starts
                 "b1": 0.9,

@@ -5,17 +5,18 @@ import os
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 
 from data_pipelines.conversation import DataError
 from easylm_plus.errors import UserError
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and exits; bad input ends in its message and exit status 1 (flags: 2)."""
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # orbax tells every save in twenty lines
     app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
 
 

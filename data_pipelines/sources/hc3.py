@@ -51,7 +51,9 @@ def flat(row: Row, where: Where) -> Conversation:
 
 
 def without_empty_answers(row: Row) -> Row:
-    kept = {key: [a for a in row[key] if not isinstance(a, str) or a.strip()] for key in AUTHORS}
+    """Only the empty ones go: whatever else is wrong with the lists is left for `convert` to report."""
+    lists = {key: row[key] for key in AUTHORS if isinstance(row[key], list)}
+    kept = {key: [a for a in answers if not isinstance(a, str) or a.strip()] for key, answers in lists.items()}
     return {**row, **kept}
 
 

@@ -18,6 +18,14 @@ def set_backend_flags(precision: str, deterministic: bool) -> None:
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in wanted if flag not in flags)])
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $EASYLM_PLUS_CACHE or ~/.cache/easylm_plus."""
+    folder = os.environ.get("EASYLM_PLUS_CACHE") or os.path.expanduser("~/.cache/easylm_plus")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def join() -> None:
     """Joins the other processes of a job, if there are any.
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from easylm_plus.errors import UserError
@@ -177,6 +178,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def due(last: datetime.datetime, minutes: float) -> bool:
-    """Whether a temporary checkpoint is due."""
-    return minutes > 0 and datetime.datetime.now() - last > datetime.timedelta(minutes=minutes)
+def due(last: datetime.datetime, minutes: float, step: int) -> bool:
+    """Whether a temporary checkpoint is due: the same answer on all processes, so asked seldom where there are many."""
+    late = minutes > 0 and datetime.datetime.now() - last > datetime.timedelta(minutes=minutes)
+    if jax.process_count() == 1:
+        return late
+    return step % 100 == 0 and bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))

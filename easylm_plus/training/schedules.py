@@ -25,11 +25,11 @@ KINDS = ("constant", "linear", "cosine", "two_stage")
 def schedule(config: Mapping[str, Any], total_steps: int) -> Schedule:
     """Builds the schedule of a config's `optimizer` section.
 
-    Keys: schedule, learning_rate (the peak), end_learning_rate, warmup_steps, and for two_stage: stage_at (share
-    of the run) and stage_learning_rate (the peak of the second line).
+    Keys: schedule, learning_rate (the peak), end_learning_rate, warmup_steps or warmup_share, and for two_stage:
+    stage_at (share of the run) and stage_learning_rate (the peak of the second line).
     """
     kind, peak, end = config["schedule"], config["learning_rate"], config["end_learning_rate"]
-    warmup = config["warmup_steps"]
+    warmup = config["warmup_steps"] or round(config["warmup_share"] * total_steps)
     if kind not in KINDS:
         raise UserError(f"optimizer.schedule = {kind!r}: expected one of {', '.join(KINDS)}")
     if warmup > total_steps:

@@ -98,7 +98,7 @@ BROKEN = [  # name, bytes, reason, row, what the message must contain
     ("a.jsonl", (GOOD + "null\n").encode(), "not_an_object", 2, ["null"]),
     ("a.jsonl", (GOOD + "[" * 200_000).encode(), "invalid_json", 2, ["nested too deeply"]),
     ("a.jsonl", (GOOD + '{"n": ' + "9" * 5000 + "}").encode(), "invalid_json", 2, ["digits"]),
-    ("a.csv", b"q,a\n1\n", "wrong_columns", 1, ["1 fields", "2: q, a"]),
+    ("a.csv", b"q,a\n1\n", "wrong_columns", 1, ["1 fields", "2, as in the header"]),
     ("a.csv", b"q,a\n1,2,3\n", "wrong_columns", 1, ["3 fields"]),
     ("a.csv", b"q,q\n1,2\n", "invalid_csv", 1, ["header ['q', 'q']", "different names"]),
     ("a.csv", b'q,a\n1,"no end\n', "invalid_csv", 1, ["not CSV", "closed quotes"]),

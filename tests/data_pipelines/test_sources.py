@@ -1,5 +1,7 @@
 """Every source turns rows of its format into the right turns and weights, and names what does not fit."""
 
+import random
+
 import pytest
 
 from data_pipelines import sources
@@ -321,6 +323,56 @@ def test_registry():
         sources.load("no_such.module")
     with pytest.raises(ValueError, match="without convert or generate"):
         sources.load("json.decoder")
+
+
+JUNK = (None, True, 3, -1.5, float("nan"), 10**400, "", " ", "x", [], [None], [[]], {}, {"text": None}, "\ud800")
+
+
+def mutated(value, rng):
+    """A copy with junk in one place or more."""
+    if rng.random() < 0.15:
+        return rng.choice(JUNK)
+    if isinstance(value, dict):
+        return {key: mutated(each, rng) for key, each in value.items() if rng.random() < 0.95}
+    return [mutated(each, rng) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("sharegpt", {**chat(("gpt", "a"), ("human", "b"), ("gpt", "c"), ("human", "d")), "system": "s"}),
+        ("sharegpt", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}], "weight": 0.5}] * 2}),
+        ("hc3", {"question": "ask", "human_answers": ["", "a"], "chatgpt_answers": ["b"], "source": "x"}),
+        ("hc3", {"text": "a", "question": "b", "label": "ai"}),
+        ("oig", {"text": "<human>: a\n<bot>: b"}),
+        ("alpaca", {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}),
+        ("hh_rlhf", HH),
+        ("webgpt", WEBGPT),
+        ("summarize", SUMMARIZE),
+        ("text", {"text": "a"}),
+        ("jsonl", {"turns": [["user", "a", 0.0, True], ["assistant", "b", 1.0, False]]}),
+    ],
+)
+def test_junk_gives_data_errors_and_nothing_else(kind, row):
+    module = sources.load(kind)
+    rng = random.Random(kind)
+    outcomes = set()
+    for _ in range(400):
+        junk = mutated(row, rng)
+        for _ in range(3):
+            try:
+                for conversation in module.convert(junk, WHERE) if isinstance(junk, dict) else ():
+                    sources.check(conversation, WHERE, 1000)
+                outcomes.add("fits")
+                break
+            except DataError as error:
+                outcomes.add(error.reason)
+                assert "\n" not in str(error)
+                repair = getattr(module, "REPAIRS", {}).get(error.reason)
+                if repair is None:
+                    break
+                junk = repair(junk)
+    assert len(outcomes) > 2
 
 
 def test_values_in_messages_are_short_and_inert():

@@ -1,0 +1,226 @@
+"""Train or fine-tune a model.
+
+    python -m easylm_plus.train --config=configs/koala_tiny.py
+    python -m easylm_plus.train --config=configs/koala13b.py:size=7b --config.optimizer.learning_rate=1e-5
+
+Running the same command again continues from the last checkpoint. Read from top to bottom, this file is the whole
+story of a run.
+"""
+
+import datetime
+import time
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data_pipelines.prefetch import Prefetch
+from easylm_plus import config as configs
+from easylm_plus.door import console, run
+from easylm_plus.evaluation.loss import make_evaluate
+from easylm_plus.evaluation.samples import make_sampler
+from easylm_plus.models.attention import resolve
+from easylm_plus.models.config import train_flops_per_token
+from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
+from easylm_plus.numerics.precision import precision
+from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.parallel import cluster, sharding
+from easylm_plus.parallel.mesh import make_mesh
+from easylm_plus.planning.lowered import matmul_formats
+from easylm_plus.planning.memory import estimate
+from easylm_plus.training import checkpoint, restore
+from easylm_plus.training import data as data_module
+from easylm_plus.training.curves import draw
+from easylm_plus.training.meter import Meter, device_peak_tflops
+from easylm_plus.training.metrics import MetricsLog
+from easylm_plus.training.optimizer import adamw
+from easylm_plus.training.preemption import EXIT_STATUS, Preemption
+from easylm_plus.training.preflight import preflight
+from easylm_plus.training.profile import Profiler
+from easylm_plus.training.state import new_state, state_shardings
+from easylm_plus.training.step import make_train_step
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment", lock_config=True)
+
+
+def main() -> int:
+    """Runs the experiment that --config names; returns the exit status."""
+    config = CONFIG.value
+
+    ####################################### What the run needs #######################################
+    configs.check(config)
+    preflight(config)
+    cluster.set_backend_flags(config.numerics.precision, config.numerics.deterministic)
+    cluster.use_compilation_cache()
+    cluster.join()
+    first = jax.process_index() == 0
+
+    ####################################### Mesh and data #############################################
+    mesh = make_mesh(config.mesh)
+    batch_sharding = data_module.batch_sharding(config, mesh)
+    data = data_module.open_data(config)
+    steps = data_module.total_steps(config, data)
+    rows = data_module.local_rows(batch_sharding, config.data.batch_size, config.data.length)
+    loader = data_module.make_loader(config, data, rows)
+    put = lambda batch: data_module.put(batch, batch_sharding, rows, config.data.batch_size)
+
+    ####################################### Model, objective, optimizer ###############################
+    policy = precision(config.numerics.precision)
+    model = Transformer(configs.model_config(config), policy)
+    attention = resolve(model.config.attention, jax.default_backend(), policy.compute)
+    objective = LanguageModel(model, len(data.sources), config.objective.z_loss, config.objective.chunk)
+    optimizer = adamw(config.optimizer, steps)
+    rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
+
+    with sharding.use(mesh, rules):
+        ################################### State: resume, warm start, or random ######################
+        shapes, axes = abstract_parameters(model)
+        param_shardings = sharding.shardings(axes, shapes, mesh)
+        make_state = lambda params: new_state(params, optimizer, ema=config.train.ema > 0)
+        abstract = jax.eval_shape(make_state, shapes)
+        shardings = state_shardings(abstract, param_shardings, mesh)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+        saved = checkpoint.Checkpoints(config.checkpoint.dir or f"{config.log.dir}/checkpoints", config.checkpoint)
+        start = saved.latest() if config.checkpoint.resume else None
+        meter_state = None
+        if start is not None:
+            if not config.checkpoint.force:
+                checkpoint.compare_runs(saved.meta(start), config.to_dict(), data.hash, f"{saved.directory}/{start}")
+            state, position = saved.restore(start, target)
+            loader.set_state(position["loader"])
+            meter_state, origin = position["meter"], f"step {start} of {saved.directory}"
+        else:
+            key = jax.random.key(config.train.seed)
+            params = jax.jit(lambda: init_parameters(model, key), out_shardings=param_shardings)()
+            origin = "random weights"
+            if config.init_from.path:
+                params, taken = restore.warm_start(params, config.init_from.path, model, config.init_from.rename)
+                origin = f"weights of {config.init_from.path}"
+                console.print(restore.table(taken))
+            state = jax.jit(make_state, out_shardings=shardings)(params)
+        start = start or 0
+
+        ################################### Compile the step ##########################################
+        replicated = NamedSharding(mesh, PartitionSpec())
+        train_step = jax.jit(
+            make_train_step(objective, optimizer, config.train), donate_argnums=0, out_shardings=(shardings, replicated)
+        )
+        tokens = config.data.batch_size * config.data.length
+        micro = tokens // config.train.accumulate
+        needed = estimate(abstract, shardings, model.config, policy, micro, config.objective.chunk, mesh.size)
+        banner = Table(show_header=False, box=None)
+        banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
+        banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
+        banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
+        banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
+        banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens; starts from {origin}")
+        banner.add_row("memory", f"about {needed} a device")
+        console.print(banner)
+        compiling = time.perf_counter()
+        example = data_module.batch_shapes(config, batch_sharding)
+        train_step = train_step.lower(target, example).compile()
+        compiled = Table(show_header=False, box=None)
+        compiled.add_row("attention", attention)
+        compiled.add_row("matmuls", matmul_formats(train_step.as_text()))
+        compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
+        console.print(compiled)
+
+        ################################### Evaluation and logs #######################################
+        evaluate_loss = make_evaluate(objective, data.sources)
+        sampler = make_sampler(
+            model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
+        )
+        log = MetricsLog(config.log.dir, start, enabled=first)
+        log.text(start, "config", str(config))
+        peak = mesh.size * device_peak_tflops(jax.devices()[0], config.log.peak_tflops)
+        flops = train_flops_per_token(model.config, config.data.length)
+        meter = Meter(log, config.log.every, data.sources, tokens, flops, peak, config.train.max_skipped)
+        if meter_state:
+            meter.set_state(meter_state)
+        scores: dict[str, float] = {}
+
+        def evaluate(step: int) -> None:
+            """Held-out loss and a few sampled answers, into the log."""
+            params = state.params if state.ema is None else state.ema
+            scores.update(evaluate_loss(params, (put(b) for b in data_module.heldout_batches(config, data, rows))))
+            log.write(step, scores)
+            texts = sampler(params)
+            for name, text in texts.items():
+                log.text(step, f"samples/{name}", text)
+            console.print(f"step {step}: held-out loss {scores['eval/loss']:.4f}")
+
+        def save(step: int) -> None:
+            """A checkpoint of everything; the log is on disk first, so that it never knows less."""
+            meter.drain()
+            log.flush()
+            position = {"loader": data_module.merged_state(loader_state), "meter": meter.get_state()}
+            meta = {"config": config.to_dict(), "data_hash": data.hash}
+            saved.save(step, state, position, meta, scores)
+
+        ################################### The loop ##################################################
+        progress = Progress(
+            TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"), console=console, disable=not first,
+        )  # fmt: skip
+        data.tokenizer.save(saved.directory / "tokenizer")
+        step, stopped, last_save = start, False, datetime.datetime.now()
+        if start == 0 and config.eval.every:
+            evaluate(0)
+        with log, progress, Preemption() as preemption, Prefetch(loader, config.data.workers) as batches:
+            profiler = Profiler(config.train.profile, config.log.dir)
+            task = progress.add_task("train", total=steps, completed=start, shown="")
+            meter.restart_clock()
+            while step < steps:
+                waiting = time.perf_counter()
+                batch, loader_state = next(batches)
+                meter.waited(time.perf_counter() - waiting)
+                profiler.before(step)
+                state, metrics = train_step(state, put(batch))
+                step += 1
+                profiler.after(step, state)
+                meter.push(step, metrics, {"examples": data_module.digest(batch)})
+                progress.update(task, completed=step, shown=shown(meter.last))
+                last, stopped = step == steps, preemption.requested(step)
+                if config.eval.every and (step % config.eval.every == 0 or last) and not stopped:
+                    meter.drain()
+                    evaluate(step)
+                    meter.restart_clock()
+                due = checkpoint.due(last_save, config.checkpoint.minutes, step)
+                if step % config.checkpoint.every == 0 or last or stopped or due:
+                    save(step)
+                    last_save = datetime.datetime.now()
+                    meter.restart_clock()
+                if stopped:
+                    break
+            meter.drain()
+            saved.wait()
+
+    ####################################### After the run #############################################
+    saved.close()
+    if stopped:
+        console.print(f"stopped by a signal after step {step}; the same command continues from there")
+        return EXIT_STATUS
+    if first:
+        picture = draw(config.log.dir)
+        console.print(f"done: {step} steps; curves in {picture}, checkpoints in {saved.directory}")
+    return 0
+
+
+def describe_mesh(mesh: jax.sharding.Mesh) -> str:
+    """The axes that are not 1, as "fsdp 8 x tensor 2"."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+
+
+def shown(row: dict) -> str:
+    """The last row of the log, for the progress line."""
+    if not row:
+        return ""
+    mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""What is written is what is read, in order; damage is noticed and named."""
+
+import hashlib
+import json
+import pickle
+
+import pytest
+from rich.console import Console
+
+from data_pipelines import datasets, inspect
+from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.datasets import DatasetError, open_source, read_manifest, write_manifest, write_source
+
+
+def conversations(count, text="tell é"):
+    """Ids in an order that neither sorting nor hashing would give."""
+    for i in range(count):
+        turns = Turn("user", f"ask {i}", 0.0), Turn("assistant", text, 0.5, helpful=bool(i % 2))
+        yield Conversation("chat", f"{(i * 7) % count}", turns)
+
+
+def prepared(folder, splits):
+    entry = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 2}, "repaired": {}, "weight": 0, "files": []}
+    entry["splits"] = write_source(folder, "chat", splits)
+    return write_manifest(folder, {"sources": {"chat": entry}, "tokenizer": None})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "out"
+    folder.mkdir()
+    prepared(folder, {"train": conversations(2500), "heldout": iter(())})
+    return folder
+
+
+def test_round_trip_in_order(folder):
+    train = open_source(folder, "chat", "train")
+    expected = list(conversations(2500))
+    assert len(train) == 2500
+    assert train[:] == expected
+    assert (train[7], train[-1], train[10:13]) == (expected[7], expected[-1], expected[10:13])
+    assert list(open_source(folder, "chat", "heldout")) == []
+    with pytest.raises(IndexError, match="found index 2500; expected one of 2500"):
+        train[2500]
+
+
+def test_a_dataset_survives_pickling(folder):
+    train = pickle.loads(pickle.dumps(open_source(folder, "chat", "train")))
+    assert train[3] == open_source(folder, "chat", "train")[3]
+
+
+def test_tfds_alone_can_read_it(folder):
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source("chat", split="train", data_dir=folder)
+    assert Conversation.from_json(source[5]["conversation"]) == open_source(folder, "chat", "train")[5]
+
+
+def test_manifest_counts_and_hashes(folder):
+    manifest = read_manifest(folder)
+    split = manifest["sources"]["chat"]["splits"]["train"]
+    lines = [conversation.to_json() + "\n" for conversation in conversations(2500)]
+    assert split["examples"] == 2500
+    assert split["characters"] == sum(len(f"ask {i}") + len("tell é") for i in range(2500))
+    assert split["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert manifest["hash"] == datasets.manifest_hash(manifest)
+
+
+def test_one_record_changes_the_hash_and_repetition_does_not(tmp_path):
+    def hash_of(name, rows):
+        (tmp_path / name).mkdir()
+        return prepared(tmp_path / name, {"train": rows, "heldout": iter(())})["hash"]
+
+    rows = list(conversations(20))
+    first = hash_of("first", rows)
+    assert hash_of("again", rows) == first
+    changed = [*rows[:-1], Conversation("chat", rows[-1].id, (Turn("text", "other", 1.0),))]
+    assert hash_of("changed", changed) != first
+    assert hash_of("swapped", [rows[1], rows[0], *rows[2:]]) != first
+    weighted = json.loads((tmp_path / "first/manifest.json").read_text())
+    weighted["sources"]["chat"]["weight"] = 3
+    assert datasets.manifest_hash(weighted) != first
+    weighted["sources"]["chat"]["weight"] = 0
+    weighted["sources"]["chat"]["splits"]["train"]["shards"] = {}  # depend on the version of the compression
+    assert datasets.manifest_hash(weighted) == first
+
+
+def test_many_shards_are_one_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHARD", 8)
+    prepared(tmp_path, {"train": conversations(50), "heldout": conversations(3)})
+    assert len(read_manifest(tmp_path)["sources"]["chat"]["splits"]["train"]["shards"]) == 7
+    assert list(open_source(tmp_path, "chat", "train")) == list(conversations(50))
+    assert list(open_source(tmp_path, "chat", "heldout")) == list(conversations(3))
+
+
+def test_accounts_must_add_up(tmp_path):
+    entry = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 1}, "splits": {}}
+    with pytest.raises(AssertionError, match="chat: 9 rows, 7 kept, 1 rejected"):
+        write_manifest(tmp_path, {"sources": {"chat": entry}})
+
+
+def test_what_is_not_there(folder, tmp_path):
+    with pytest.raises(DatasetError, match="nowhere: found no such folder"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match=r"manifest\.json: found no file"):
+        read_manifest(tmp_path)
+    with pytest.raises(DatasetError, match=r"source: found 'chatt'; expected one of chat; did you mean 'chat'\?"):
+        open_source(folder, "chatt", "train")
+    with pytest.raises(DatasetError, match=r"split of chat: found 'held_out'.*did you mean 'heldout'"):
+        open_source(folder, "chat", "held_out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:-30], "damaged manifest"),
+        (lambda text: "[]", "damaged manifest"),
+        (lambda text: text.replace('"rows": 9', '"rows": 10'), "found the hash"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "found version 2; expected 1"),
+    ],
+)
+def test_damaged_manifest(tmp_path, change, message):
+    prepared(tmp_path, {"train": conversations(3), "heldout": iter(())})
+    path = tmp_path / "manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DatasetError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_damaged_shards(tmp_path):
+    prepared(tmp_path, {"train": conversations(300), "heldout": iter(())})
+    (shard,) = (tmp_path / "chat").rglob("*array_record*")
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DatasetError, match=rf"{shard.name}: found [\d,]+ bytes; expected {len(data):,} bytes"):
+        open_source(tmp_path, "chat", "train")
+    flipped = bytearray(data)
+    flipped[len(data) // 3] ^= 255  # the size is right, the content is not
+    shard.write_bytes(flipped)
+    train = open_source(tmp_path, "chat", "train")
+    with pytest.raises(DatasetError, match=r"example .* is damaged"):
+        list(train)
+    shard.unlink()
+    with pytest.raises(DatasetError, match="found no file"):
+        open_source(tmp_path, "chat", "train")
+
+
+def screen(renderable):
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_inspect_shows_text_as_it_is_and_learned_text_green():
+    evil = "[red]x[/red] [/] \x1b]0;title\x07 \u202e [link=file:///]y[/link]"
+    conversation = Conversation("chat", "[b]1[/b]", (Turn("user", evil, 0.0), Turn("assistant", "yes", 1.0)))
+    shown = screen(inspect.rendered(conversation))
+    assert "[red]x[/red] [/] ␛]0;title␇ \ufffd [link=file:///]y[/link]" in shown
+    assert "[b]1[/b]" in shown
+    assert "\x1b]" not in shown and "\u202e" not in shown
+    assert "\x1b[32myes" in shown
+    assert "\x1b[32m[red]" not in shown
+
+
+def test_inspect_table_has_every_source_and_reason(folder):
+    manifest = read_manifest(folder)
+    manifest["sources"]["[b]odd[/b]"] = manifest["sources"]["chat"]
+    shown = screen(inspect.manifest_table(manifest))
+    assert "chat" in shown and "2,500" in shown and "[b]odd[/b]" in shown
+    assert "2 tie" in shown
+
+
+@pytest.mark.parametrize("text, picked", [("0:2", [0, 1]), ("3", [3]), ("-1", [9]), ("-2:", [8, 9]), (":1", [0])])
+def test_inspect_rows(text, picked):
+    assert list(range(10))[inspect.rows(text)] == picked
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2:3", "1.5"])
+def test_inspect_rows_that_are_none(text):
+    with pytest.raises(ValueError):
+        inspect.rows(text)

@@ -1,0 +1,91 @@
+"""Tokenizers of every back end, trained in a moment on a few sentences, and the folder of real data."""
+
+import functools
+import io
+import struct
+import tempfile
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_pipelines.tokenization import load_tokenizer
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+real_data = [pytest.mark.real_data, pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data")]
+
+CHAT = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "llama2c")
+SENTENCES = [
+    "Bees make honey, and bears like it; the moon is far away.",
+    "USER: What is the name of that river? GPT: It is the Loire.",
+    "BEGINNING OF CONVERSATION: An Unhelpful Answer: ask somebody else!",
+    "user assistant system end 0123456789 é ü 琵琶湖 < | > / [ ] {}",
+    "one two three four five six seven eight nine ten, again and again",
+] * 4
+_FOLDER = tempfile.TemporaryDirectory(prefix="tiny_tokenizers_")
+
+
+@functools.cache
+def tiny(kind):
+    """bytes | first | always: tokenizer.json, byte-level or Metaspace with that prepend_scheme. sentencepiece: the
+    chat tokens as user-defined symbols; control: as control symbols; llama2c: a .bin without chat tokens."""
+    folder = Path(_FOLDER.name) / kind
+    folder.mkdir()
+    if kind == "sentencepiece":
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=CHAT))
+    elif kind == "control":
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=CHAT))
+    elif kind == "llama2c":
+        (folder / "tokenizer.bin").write_bytes(llama2c_file(sentencepiece_model()))
+    else:
+        hugging_face(kind).save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def hugging_face(kind, special=("<unk>", "<pad>", "<bos>", "<eos>", *CHAT)):
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
+        alphabet = []
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+@functools.cache
+def _trained(user_defined_symbols, control_symbols):
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=writer,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=list(user_defined_symbols),
+        control_symbols=list(control_symbols),
+        minloglevel=2,
+    )
+    return writer.getvalue()
+
+
+def sentencepiece_model(user_defined_symbols=(), control_symbols=()):
+    return _trained(tuple(user_defined_symbols), tuple(control_symbols))
+
+
+def llama2c_file(model):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(i).replace("▁", " ").encode() for i in range(processor.vocab_size())]
+    body = [struct.pack("<fi", processor.get_score(i), len(piece)) + piece for i, piece in enumerate(pieces)]
+    return struct.pack("<i", max(map(len, pieces))) + b"".join(body)
