@@ -16,12 +16,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and exits; bad input ends in its message and exit status 1 (flags: 2)."""
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # orbax tells every save in twenty lines
     app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
 
 
 def guarded(main: Callable[[], int | None]) -> int:
     """`main`'s exit status; errors that the user can mend are printed, all others keep their traceback."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells every save in twenty lines
     try:
         return main() or 0
     except (UserError, DataError) as error:

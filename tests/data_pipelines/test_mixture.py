@@ -73,8 +73,8 @@ def test_permutations_are_even_and_fixed():
     assert permute(123, 10**12, 5) == FIXED_LARGE
 
 
-FIXED = []
-FIXED_LARGE = 0
+FIXED = [9, 0, 2, 1, 7, 3, 6, 5, 4, 8]
+FIXED_LARGE = 375387563088
 
 
 def test_without_weights_an_epoch_is_every_example_once():
@@ -85,7 +85,9 @@ def test_without_weights_an_epoch_is_every_example_once():
         epochs = [[mixture.draw(k) for k in range(38 * e, 38 * (e + 1))] for e in range(2)]
         for e, epoch in enumerate(epochs):
             assert sorted(d.source for d in epoch) == [0] * 30 + [1] * 7 + [2]
-            assert {(d.source, d.example) for d in epoch} == {(s, i) for s, n in enumerate([30, 7, 1]) for i in range(n)}
+            assert {(d.source, d.example) for d in epoch} == {
+                (s, i) for s, n in enumerate([30, 7, 1]) for i in range(n)
+            }
             assert {d.epoch for d in epoch} == {e}
         assert [d.example for d in epochs[0]] != [d.example for d in epochs[1]]
 
@@ -102,7 +104,11 @@ def test_a_source_is_reshuffled_each_epoch_whatever_stands_beside_it():
 def test_weights_become_integers():
     cycle_weights = lambda *weights: Mixture({str(i): 3 for i in range(len(weights))},
                                              {str(i): w for i, w in enumerate(weights)}).cycle_weights  # fmt: skip
-    assert cycle_weights(0.3, 0.7) == [3, 7] and cycle_weights(10, 20) == [1, 2] and cycle_weights(0.1, 1e-6) == [100_000, 1]
+    assert (
+        cycle_weights(0.3, 0.7) == [3, 7]
+        and cycle_weights(10, 20) == [1, 2]
+        and cycle_weights(0.1, 1e-6) == [100_000, 1]
+    )
     rounded = cycle_weights(1.0, 3.14159265358979, 1e-9)
     assert rounded[2] == 1 and sum(rounded) <= MAX_CYCLE
     assert rounded[1] / rounded[0] == pytest.approx(3.14159265358979, rel=1e-4)

@@ -74,8 +74,8 @@ def test_best_fit_decreasing_is_near_the_best_and_always_the_same(lengths):
     examples = examples_of(lengths)
     rows = pack_pool(examples, 32, "best_fit")
     assert rows == pack_pool(examples, 32, "best_fit") and all(row == sorted(row) for row in rows)
-    least = -(-sum(n - 1 for n in lengths) // 32)
-    assert len(rows) <= 11 / 9 * max(least, sum(n - 1 > 16 for n in lengths)) + len(rows) * 0 + 4
+    fewest = max(-(-sum(n - 1 for n in lengths) // 32), sum(n - 1 > 16 for n in lengths))
+    assert fewest <= len(rows) <= 11 / 9 * fewest + 4  # Johnson's bound
 
 
 def test_the_fullest_row_that_fits_is_taken():
