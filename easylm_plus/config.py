@@ -99,6 +99,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
             "log": {
                 "dir": "runs/default",
                 "every": 10,  # steps
+                "params_hash": False,  # a hash of the parameters in each row, for comparing runs bit for bit
                 "peak_tflops": 0.0,  # of one device, for MFU where the device is unknown; 0: look it up
             },
         },

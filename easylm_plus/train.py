@@ -40,7 +40,7 @@ from easylm_plus.training.preemption import EXIT_STATUS, Preemption
 from easylm_plus.training.preflight import preflight
 from easylm_plus.training.profile import Profiler
 from easylm_plus.training.state import new_state, state_shardings
-from easylm_plus.training.step import make_train_step
+from easylm_plus.training.step import fingerprint, make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment", lock_config=True)
 
@@ -129,6 +129,7 @@ def main() -> int:
         console.print(compiled)
 
         ################################### Evaluation and logs #######################################
+        params_hash = jax.jit(fingerprint)
         evaluate_loss = make_evaluate(objective, data.sources)
         sampler = make_sampler(
             model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
@@ -181,6 +182,8 @@ def main() -> int:
                 state, metrics = train_step(state, put(batch))
                 step += 1
                 profiler.after(step, state)
+                if config.log.params_hash:
+                    metrics["params_hash"] = params_hash(state.params)
                 meter.push(step, metrics, {"examples": data_module.digest(batch)})
                 progress.update(task, completed=step, shown=shown(meter.last))
                 last, stopped = step == steps, preemption.requested(step)

@@ -39,8 +39,8 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> list[list[int]]:
-        """The continuation of each prompt, at most `max_new_tokens` long, in one batch."""
-        tokens, segments = self._padded(prompts, max_new_tokens)
+        """The continuation of each prompt in one batch: at most `max_new_tokens`, and what the model's length holds."""
+        tokens, segments, max_new_tokens = self._padded(prompts, max_new_tokens)
         logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + max_new_tokens)
         key = jax.random.key(seed)
         out_BN = self._loop(
@@ -52,7 +52,7 @@ class Generator:
         self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[int]:
         """Yields the tokens of one continuation as they are made; the same ones that `__call__` returns."""
-        tokens, segments = self._padded([prompt], max_new_tokens)
+        tokens, segments, max_new_tokens = self._padded([prompt], max_new_tokens)
         logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + max_new_tokens)
         key, options = jax.random.key(seed), checked(sampling)
         for n in range(max_new_tokens):
@@ -62,20 +62,20 @@ class Generator:
             yield int(token[0])
             logits, cache = self._decode(self.params, cache, token, jnp.asarray([len(prompt) + n]))
 
-    def _padded(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32[B, P], segments int32[B, P]), both 0 on the left of shorter prompts."""
+    def _padded(self, prompts: Sequence[Sequence[int]], wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(tokens int32[B, P], segments int32[B, P], new tokens that fit); 0 on the left of shorter prompts."""
         longest = max(map(len, prompts))
         limit = self.model.config.max_length
         if min(map(len, prompts)) == 0:
             raise UserError("an empty prompt: expected at least one token, as the begin-of-sequence token")
-        if longest + max_new_tokens > limit:
-            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit}")
+        if longest >= limit:
+            raise UserError(f"a prompt of {longest} tokens leaves no room in the model's {limit}")
         P = -(-longest // ROUND) * ROUND
         tokens, segments = np.zeros((2, len(prompts), P), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, P - len(prompt) :] = prompt
             segments[row, P - len(prompt) :] = 1
-        return tokens, segments
+        return tokens, segments, min(wanted, limit - longest)
 
     def _until_stop(self, row: np.ndarray) -> list[int]:
         ends = np.flatnonzero(np.isin(row, self._stop))

@@ -124,6 +124,8 @@ class Meter:
             "memory_bytes": memory_in_use(),
             **extra,
         }
+        if "params_hash" in metrics:
+            row["params_hash"] = f"{int(metrics['params_hash']):08x}"
         if self.peak_tflops:
             row["mfu"] = tflops / self.peak_tflops
         self.log.write(step, row)

@@ -91,3 +91,17 @@ def average(ema: Any, params: Any, decay: float) -> Any:
     if ema is None:
         return None
     return jax.tree.map(lambda old, new: old + (new - old) * (1 - decay), ema, params)
+
+
+def fingerprint(params: Any) -> jax.Array:
+    """uint32 hash of all parameters' bits: any flipped bit changes it (for parameters of 16 or 32 bits)."""
+
+    def of_leaf(x: jax.Array) -> jax.Array:
+        kind = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).ravel()
+        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(params):
+        total = total * jnp.uint32(16777619) + of_leaf(leaf)
+    return total

@@ -1,0 +1,87 @@
+"""Measure a model on held-out data: loss by source, and exact match of its greedy answers.
+
+    python -m easylm_plus.evaluate --checkpoint=runs/koala_tiny --data=data/embedded --exact=reversal,conversion
+
+Answers are generated the way the chat generates them. The figures are printed and written to --output as JSON.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from absl import flags
+from rich.table import Table
+
+from data_pipelines import datasets
+from data_pipelines.conversation import Conversation
+from data_pipelines.loader import evaluation_batches
+from easylm_plus.door import console, run
+from easylm_plus.evaluation.exact_match import Answer, answers, exact_match
+from easylm_plus.evaluation.loss import make_evaluate, unigram_entropy
+from easylm_plus.inference.load import Opened, open_model
+from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.parallel import cluster
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face folder or llama2.c file", required=True)
+STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
+DATA = flags.DEFINE_string("data", "", "prepared folder; that of the run by default")
+EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out examples a source")
+EXACT = flags.DEFINE_list("exact", [], "sources whose answers are compared letter for letter")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "longest answer")
+SHOW = flags.DEFINE_integer("show", 2, "answers shown a source")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures")
+
+
+def main() -> int:
+    """Prints the figures of one checkpoint."""
+    cluster.use_compilation_cache()
+    opened = open_model(CHECKPOINT.value, step=STEP.value)
+    folder = DATA.value or opened.config["data"]["path"]
+    names = [n for n, s in datasets.read_manifest(folder)["sources"].items() if "heldout" in s["splits"]]
+    heldout = {name: datasets.open_source(folder, name, "heldout") for name in names}
+
+    figures = losses(opened, heldout)
+    results = {task: ask(opened, list(heldout[task][: EXAMPLES.value])) for task in EXACT.value}
+    figures |= {f"exact/{task}": share for task, share in exact_match(results).items()}
+
+    console.print(table(figures))
+    for task, rows in results.items():
+        for row in rows[: SHOW.value]:
+            mark = "right" if row.correct else f"wrong, expected {row.expected!r}"
+            console.print(f"{task}: {row.question!r} -> {row.given!r} ({mark})", markup=False)
+    if OUTPUT.value:
+        Path(OUTPUT.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def losses(opened: Opened, heldout: dict) -> dict[str, float]:
+    """eval/loss in all and by source, and the unigram entropy of the same tokens, in nats."""
+    length = opened.config["data"]["length"] if opened.config else opened.model.config.max_length
+    batches = [
+        batch.arrays
+        for batch in evaluation_batches(
+            heldout, opened.template, batch_size=8, length=length, limit_per_source=EXAMPLES.value
+        )
+    ]
+    objective = LanguageModel(opened.model, len(heldout))
+    figures = make_evaluate(objective, list(heldout))(opened.params, batches)
+    return figures | {"eval/unigram_entropy": unigram_entropy(batches, opened.model.config.vocab_size)}
+
+
+def ask(opened: Opened, conversations: list[Conversation]) -> list[Answer]:
+    """Greedy answers to the held-out questions."""
+    return answers(opened.chatter(), conversations, MAX_NEW_TOKENS.value)
+
+
+def table(figures: dict[str, float]) -> Table:
+    """The figures for the terminal."""
+    show = Table("figure", "value", "perplexity")
+    for name, value in figures.items():
+        is_loss = name.startswith("eval/loss")
+        text = f"{value:.1%}" if name.startswith("exact/") else f"{value:.4f}"
+        show.add_row(name, text, f"{math.exp(min(value, 50)):.2f}" if is_loss else "")
+    return show
+
+
+if __name__ == "__main__":
+    run(main)

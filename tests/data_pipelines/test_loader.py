@@ -1,0 +1,323 @@
+"""The stream of batches is the same however often it is interrupted and on however many processes it is made."""
+
+import gzip
+import json
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import REAL, real_data, tiny
+
+from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.loader import Loader, Prefetch, evaluation_batches, merge_states
+from data_pipelines.template import Example, load_template
+from data_pipelines.tokenization import load_tokenizer
+
+LENGTH = 32
+
+
+def source(name, size, words):
+    """Conversations of up to `words` words each."""
+    texts = ["bees like honey " * (1 + i * 7 % words) for i in range(size)]
+    return [Conversation(name, str(i), (Turn("user", "", 0.0), Turn("assistant", t, 1.0))) for i, t in enumerate(texts)]
+
+
+def encode(conversation):
+    """One id a word, no tokenizer; the id tells the conversation."""
+    n = 2 + len(conversation.turns[-1].text.split())
+    start = 10_000 * (conversation.source == "b") + 40 * int(conversation.id)
+    ids = np.arange(start, start + n, dtype=np.int32)[: LENGTH + 1]
+    return Example(ids, (np.arange(len(ids)) > 1).astype(np.float32), n - len(ids))
+
+
+SOURCES = {"a": source("a", 47, 9), "b": source("b", 19, 3)}
+
+
+def loader(**options):
+    defaults = {"batch_size": 4, "length": LENGTH, "pool": 12, "seed": 5, "manifest_hash": "h"}
+    return Loader(options.pop("sources", SOURCES), options.pop("weights", None), options.pop("encode", encode),
+                  **defaults | options)  # fmt: skip
+
+
+def take(batches, number):
+    return [next(batches) for _ in range(number)]
+
+
+def require_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert one.examples == other.examples
+        assert all((one.arrays[name] == other.arrays[name]).all() for name in other.arrays)
+
+
+def joined(parts):
+    """The batches of several processes side by side."""
+    return [
+        type(step[0])(
+            {name: np.concatenate([part.arrays[name] for part in step]) for name in step[0].arrays},
+            [row for part in step for row in part.examples],
+        )
+        for step in zip(*parts)
+    ]
+
+
+def rows_of(batch_size, processes):
+    share = batch_size // processes
+    return [range(i * share, (i + 1) * share) for i in range(processes)]
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": "none"}, {"shards": 8, "pool": 5}, {"weights": {"a": 2, "b": 3}}])
+def test_resuming_is_exact(options):
+    expected = take(loader(**options), 12)
+    for at in (0, 1, 4, 7, 11):
+        first = loader(**options)
+        take(first, at)
+        state = json.loads(json.dumps(first.get_state()))
+        second = loader(**options)
+        second.set_state(state)
+        assert second.get_state() == state
+        require_same(take(second, 12 - at), expected[at:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(shards=st.sampled_from([1, 2, 3, 8, 12, 16, 24]), counts=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4))
+def test_any_number_of_processes_makes_the_same_stream(shards, counts):
+    options = {"batch_size": 8, "shards": shards, "pool": 6}
+    expected = take(loader(**options), 3 * len(counts))
+    state = loader(**options).get_state()
+    for i, processes in enumerate(counts):
+        parts = [loader(rows=rows, **options) for rows in rows_of(8, processes)]
+        for part in parts:
+            part.set_state(state)
+        require_same(joined([take(part, 3) for part in parts]), expected[3 * i : 3 * i + 3])
+        state = json.loads(json.dumps(merge_states([part.get_state() for part in parts])))
+
+
+def test_a_process_follows_its_own_shards_only():
+    seen = []
+    part = loader(batch_size=8, rows=range(2, 4), encode=lambda c: seen.append(c.id) or encode(c))
+    take(part, 1)
+    assert [p is None for p in part.get_state()["positions"]] == [i not in (2, 3) for i in range(8)]
+    assert len(seen) < 2 * 12
+
+
+def test_a_state_of_another_order_is_refused_field_by_field():
+    state = loader().get_state()
+    with pytest.raises(ValueError, match="batch_size: found 4, expected 8; shards: found 4, expected 8$"):
+        loader(batch_size=8).set_state(state)
+    for field, value in [("length", 64), ("seed", 6), ("pool", 13), ("manifest_hash", "other"), ("draws", 66)]:
+        with pytest.raises(ValueError, match=f"{field}: found {state[field]}, expected {value}$"):
+            loader(**{field: value}).set_state(state)
+    with pytest.raises(ValueError, match=r"weights: found \[\['a', 47\], \['b', 19\]\], expected \[\['a', 1\]"):
+        loader(weights={"a": 1, "b": 1}).set_state(state)
+    with pytest.raises(ValueError, match="packing: found best_fit, expected none"):
+        loader(packing="none").set_state(state)
+    with pytest.raises(ValueError, match="version: found 0, expected 1"):
+        loader().set_state({**state, "version": 0})
+
+
+def test_states_that_do_not_belong_together_are_refused():
+    parts = [loader(rows=rows) for rows in rows_of(4, 2)]
+    states = [part.get_state() for part in parts]
+    with pytest.raises(ValueError, match=r"no positions for shards \[2, 3\]"):
+        parts[1].set_state(states[0])
+    next(parts[0])
+    with pytest.raises(ValueError, match=r"differ in \['step'\]"):
+        merge_states([parts[0].get_state(), states[1]])
+    with pytest.raises(ValueError, match=r"shard 0 stands at \[0, 0\] and at \[7, 7\]"):
+        merge_states([states[0], {**states[0], "positions": [[7, 7]] * 4}])
+    broken = loader()
+    broken.set_state({**loader().get_state(), "positions": [[0, 999]] * 4})
+    with pytest.raises(ValueError, match="the state is at row 999 of a pool of"):
+        next(broken)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": "none"}, {"shards": 8}, {"shards": 3}, {"pool": 1000}, {"pool": 1}]
+)
+def test_an_epoch_reads_everything_once_and_fills_up_with_empty_rows(options):
+    whole = loader(draws=66, **options)
+    batches = list(whole)
+    seen = Counter(example for batch in batches for row in batch.examples for example in row)
+    assert seen == Counter({(c.source, c.id): 1 for s in SOURCES.values() for c in s})
+    assert whole.exhausted and next(whole, None) is None and any(batches[-1].examples)
+    tokens = sum(len(encode(c).ids) - 1 for s in SOURCES.values() for c in s)
+    assert sum(np.count_nonzero(b.arrays["segment_ids"]) for b in batches) == tokens
+    stats = whole.stats()
+    assert (stats["examples"], stats["tokens"], stats["dropped"]) == (66, tokens, {})
+    assert stats["padding_share"] == pytest.approx(1 - tokens / (len(batches) * 4 * LENGTH))
+    assert stats["loss_tokens"] == sum(np.count_nonzero(b.arrays["loss_weights"]) for b in batches)
+    assert stats["sources"]["b"]["examples"] == 19
+    assert stats["examples_cut"] == sum(encode(c).cut > 0 for s in SOURCES.values() for c in s)
+
+
+def test_a_part_of_the_rows_goes_on_with_empty_batches_at_the_end():
+    expected = list(loader(draws=66))
+    parts = [loader(draws=66, rows=rows) for rows in rows_of(4, 2)]
+    made = joined([take(part, len(expected) + 2) for part in parts])
+    require_same(made[: len(expected)], expected)
+    assert all(part.exhausted for part in parts)
+    assert not any(array.any() for batch in made[len(expected) :] for array in batch.arrays.values())
+
+
+def test_rows_say_where_they_come_from():
+    for batch in take(loader(), 5):
+        for row, examples in enumerate(batch.examples):
+            for segment, (name, number) in enumerate(examples, start=1):
+                here = batch.arrays["segment_ids"][row] == segment
+                assert set(batch.arrays["source_ids"][row, here]) == {["a", "b"].index(name)}
+                assert batch.arrays["inputs"][row, here][0] == 10_000 * (name == "b") + 40 * int(number)
+
+
+def test_proportions_hold_although_one_source_fills_rows_faster():
+    sources = {"a": source("a", 40, 1), "b": [Conversation("b", str(i), source("b", 1, 1)[0].turns) for i in range(40)]}
+    long = lambda c: Example(np.arange(30, dtype=np.int32), np.ones(30, np.float32)) if c.source == "a" else encode(c)
+
+    def share(kind):
+        batches = kind(sources, {"a": 1, "b": 1}, long, batch_size=4, length=LENGTH, pool=16)
+        take(batches, 150)
+        stats = batches.stats()
+        return stats["sources"]["a"]["examples"] / stats["examples"]
+
+    class Aliased(Loader):  # control: shard s takes the draws k = s (mod S)
+        def _place(self, shard, block):
+            return shard
+
+    assert share(Loader) == pytest.approx(0.5, abs=0.03)
+    assert share(Aliased) < 0.3
+
+
+def test_rows_of_a_pool_are_not_in_the_order_of_their_length():
+    first = loader(sources={"a": SOURCES["a"]}, batch_size=1, pool=47, draws=47, packing="none")
+    lengths = [np.count_nonzero(batch.arrays["segment_ids"]) for batch in first]
+    assert sorted(lengths) != lengths != sorted(lengths, reverse=True)
+    best_fit = loader(sources={"a": SOURCES["a"]}, batch_size=1, pool=47, draws=47)
+    longest = [np.bincount(batch.arrays["segment_ids"][0])[1:].max() for batch in best_fit]
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.6  # sorted: -0.95
+
+
+def test_shards_do_not_all_tokenise_in_the_same_step():
+    seen, made = [], []
+    batches = loader(batch_size=8, pool=64, cache_bytes=0, encode=lambda c: seen.append(c.id) or encode(c))
+    for _ in range(12):
+        seen.clear()
+        next(batches)
+        made.append(len(seen))
+    assert made[0] < 8 * 64 * 0.6 and max(made[1:]) <= 4 * 64
+
+
+def test_what_carries_no_loss_is_dropped_and_counted():
+    half = lambda c: None if int(c.id) % 2 else encode(c)
+    some = loader(draws=66, encode=half)
+    names = [example for batch in some for row in batch.examples for example in row]
+    assert len(names) == 24 + 10 and all(int(number) % 2 == 0 for _, number in names)
+    assert some.stats()["dropped"] == {"no loss tokens": 23 + 9}
+    assert some.stats()["sources"]["b"]["dropped"] == {"no loss tokens": 9}
+    assert list(loader(draws=66, encode=lambda c: None)) == []
+    with pytest.raises(ValueError, match="draws in a row left nothing that carries loss"):
+        next(loader(encode=lambda c: None))
+
+
+def test_later_epochs_come_from_the_cache():
+    calls = []
+    counting = lambda c: calls.append((c.source, c.id)) or encode(c)
+    expected = list(loader(draws=132, encode=counting))
+    assert len(calls) == len(set(calls)) == 66
+    calls.clear()
+    require_same(list(loader(draws=132, encode=counting, cache_bytes=0)), expected)
+    assert len(calls) > 100
+
+
+def test_with_a_real_template_and_all_at_once():
+    template = load_template("koala", tiny("bytes"), max_length=65)
+    together = Loader(SOURCES, None, template, batch_size=2, length=64, pool=8, draws=66)
+    one_by_one = Loader(SOURCES, None, template.encode, batch_size=2, length=64, pool=8, draws=66)
+    require_same(list(together), list(one_by_one))
+    assert together.stats()["examples"] > 0
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"pool": 0}, {"rows": range(0)}, {"rows": range(3, 5)}])
+def test_impossible_options_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        loader(**wrong)
+
+
+# --- prefetching
+
+
+def test_prefetching_gives_the_same_batches_each_with_its_own_state():
+    expected = list(loader(draws=66))
+    with Prefetch(loader(draws=66), depth=3) as ahead:
+        pairs = list(ahead)
+        assert next(ahead, "end") == "end"
+    require_same([batch for batch, _ in pairs], expected)
+    resumed = loader(draws=66)
+    resumed.set_state(pairs[2][1])
+    require_same(list(resumed), expected[3:])
+
+
+def test_prefetching_passes_errors_on_and_can_be_closed_at_any_time():
+    def failing(conversation):
+        if int(conversation.id) == 30:
+            raise OSError("disk gone")
+        return encode(conversation)
+
+    before = threading.active_count()
+    with Prefetch(loader(encode=failing)) as ahead, pytest.raises(OSError, match="disk gone"):
+        for _ in ahead:
+            pass
+    for depth in (1, 5):
+        ahead = Prefetch(loader(), depth)
+        next(ahead)
+        time.sleep(0.02)
+        ahead.close()
+        ahead.close()
+        with pytest.raises(ValueError, match="closed"):
+            next(ahead)
+    assert threading.active_count() == before
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_evaluation_sees_every_example_once_in_every_process(packing):
+    options = {"batch_size": 4, "length": LENGTH, "packing": packing, "pool": 7}
+    batches = list(evaluation_batches(SOURCES, encode, **options))
+    seen = Counter(example for batch in batches for row in batch.examples for example in row)
+    assert seen == Counter({(c.source, c.id): 1 for s in SOURCES.values() for c in s})
+    assert all(batch.arrays["inputs"].shape == (4, LENGTH) for batch in batches)
+    assert all(all(batch.examples) for batch in batches[:-1])
+    require_same(list(evaluation_batches(SOURCES, encode, **options)), batches)
+    parts = [list(evaluation_batches(SOURCES, encode, rows=rows, **options)) for rows in rows_of(4, 2)]
+    require_same(joined(parts), batches)
+
+
+def test_evaluation_of_a_few_and_of_none():
+    few = list(evaluation_batches(SOURCES, encode, batch_size=4, length=LENGTH, limit_per_source=3))
+    names = sorted(example for batch in few for row in batch.examples for example in row)
+    assert names == [(s, str(i)) for s in "ab" for i in range(3)] and few[-1].examples[-1] == []
+    assert list(evaluation_batches(SOURCES, lambda c: None, batch_size=4, length=LENGTH)) == []
+    assert list(evaluation_batches({"a": []}, encode, batch_size=4, length=LENGTH)) == []
+
+
+class TestRealFiles:
+    pytestmark = real_data
+
+    def test_alpaca_fills_rows_of_2048(self):
+        with gzip.open(REAL / "koala" / "alpaca" / "alpaca_5000.json.gz") as file:
+            rows = [row for row in json.load(file)[:3000] if row["output"]]
+        alpaca = [
+            Conversation("alpaca", str(i), (Turn("user", f"{r['instruction']} {r['input']}", 0.0),
+                                            Turn("assistant", r["output"], 1.0)))
+            for i, r in enumerate(rows)
+        ]  # fmt: skip
+        tokenizer = load_tokenizer(REAL / "tokenizers" / "llama2_sp32000")
+        template = load_template("koala", tokenizer, max_length=2049)
+        batches = Loader({"alpaca": alpaca}, None, template, batch_size=2, length=2048)
+        take(batches, 40)
+        assert batches.stats()["padding_share"] < 0.08
