@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipelines.errors import InputError
+
 ROLES = ("system", "user", "assistant", "tool", "text")
 
 
@@ -54,7 +56,7 @@ class Where:
         return f"{self.path}{row}" + ("" if self.turn is None else f", turn {self.turn}")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Input that does not fit: where it stands, what was found, what was expected."""
 
     def __init__(self, where: Where, found: str, expected: str, reason: str):

@@ -28,6 +28,7 @@ from typing import Any, overload
 from absl import logging
 
 from data_pipelines.conversation import Conversation
+from data_pipelines.errors import InputError
 
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ BATCH = 1024  # examples written at a time
 Manifest = dict[str, Any]
 
 
-class DatasetError(Exception):
+class DatasetError(InputError):
     """Prepared data that is missing, damaged or does not have what was asked for."""
 
 

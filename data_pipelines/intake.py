@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines import sources
 from data_pipelines.conversation import Conversation, DataError, Where
+from data_pipelines.errors import InputError
 from data_pipelines.records import read_rows
 
 KEYS = ("sources", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
@@ -26,7 +27,7 @@ OpenRaw = Callable[[Path], BinaryIO]
 Placed = tuple[str, Conversation]  # split, conversation
 
 
-class PrepareError(Exception):
+class PrepareError(InputError):
     """A configuration or an input folder that cannot be prepared, in one line."""
 
 

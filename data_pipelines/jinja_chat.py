@@ -22,6 +22,8 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
+from data_pipelines.errors import InputError
+
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
@@ -37,7 +39,7 @@ _FAILURES = (
 )
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(InputError):
     """A chat template that is not valid, not allowed, or does not fit the conversation."""
 
 
@@ -144,7 +146,7 @@ def _at_most(limit: int, parts: Iterable[str]) -> Iterator[str]:
     for part in parts:
         limit -= len(part)
         if limit < 0:
-            raise ValueError("it writes more than 1 MiB and ten times its input")
+            raise InputError("it writes more than 1 MiB and ten times its input")
         yield part
 
 

@@ -13,7 +13,8 @@ of all processes, and the result continues on any number of processes.
 
 With `draws` the data ends. The last batches are filled up with empty rows, so nothing is lost. A loader of whole
 batches then raises StopIteration; a loader of a part of the rows cannot know whether others still have some: it
-sets `exhausted` and goes on with empty batches, and the run is over when the global sum of loss weights is 0.
+sets `exhausted` and goes on with empty batches, and the run is over when the global sum of loss weights has been 0
+for S/B steps in a row (one, by default).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import numpy as np
 
 from data_pipelines.batch_stats import Batch, Item, Statistics, make_batch
 from data_pipelines.conversation import Conversation
+from data_pipelines.errors import InputError
 from data_pipelines.mixture import Draw, Mixture, permutation_key, permute
 from data_pipelines.packing import Packing, pack_pool
 from data_pipelines.prefetch import Prefetch as Prefetch
@@ -80,9 +82,9 @@ class Loader:
         self._packing, self._pool, self._draws, self._seed = packing, pool, draws, seed
         self.shards = shards or batch_size
         if min(batch_size, length, pool, self.shards) < 1:
-            raise ValueError("batch_size, length, pool and shards: expected 1 or more of each")
+            raise InputError("batch_size, length, pool and shards: expected 1 or more of each")
         if not self.rows or not set(self.rows) <= set(range(batch_size)):
-            raise ValueError(f"rows: found {self.rows}; expected a part of range({batch_size})")
+            raise InputError(f"rows: found {self.rows}; expected a part of range({batch_size})")
         common = math.gcd(batch_size, self.shards)
         mine = {row % common for row in self.rows}
         self._local = {s: _Shard() for s in range(self.shards) if s % common in mine}
@@ -134,16 +136,16 @@ class Loader:
         return {**self._identity, "step": self.step, "positions": positions}
 
     def set_state(self, state: State) -> None:
-        """Continues exactly where the state was taken. Raises ValueError naming every field that differs."""
+        """Continues exactly where the state was taken. Raises InputError naming every field that differs."""
         expected = self._identity
         differing = [key for key in expected if state.get(key, "nothing") != expected[key]]
         if differing:
             found = "; ".join(
                 f"{key}: found {state.get(key, 'nothing')}, expected {expected[key]}" for key in differing
             )
-            raise ValueError(f"the state is of another data order: {found}")
+            raise InputError(f"the state is of another data order: {found}")
         if missing := [shard for shard in self._local if state["positions"][shard] is None]:
-            raise ValueError(f"the state has no positions for shards {missing}; merge the states of all processes")
+            raise InputError(f"the state has no positions for shards {missing}; merge the states of all processes")
         self.step = state["step"]
         for shard in self._local:
             pool, row = state["positions"][shard]
@@ -159,11 +161,11 @@ class Loader:
                 return False
             at.rows = self._make_rows(shard, at.pool, range(first, last))
             if at.row > 0 and at.row >= len(at.rows):
-                raise ValueError(f"shard {shard}: the state is at row {at.row} of a pool of {len(at.rows)}")
+                raise InputError(f"shard {shard}: the state is at row {at.row} of a pool of {len(at.rows)}")
             if not at.rows:
                 at.pool, at.rows, fruitless = at.pool + 1, None, fruitless + last - first
                 if fruitless >= _FRUITLESS_DRAWS:
-                    raise ValueError(f"{fruitless} draws in a row left nothing that carries loss: {self.stats()}")
+                    raise InputError(f"{fruitless} draws in a row left nothing that carries loss")
         return True
 
     def _take_row(self, shard: int) -> list[Item]:
@@ -234,11 +236,11 @@ def merge_states(states: Sequence[State]) -> State:
     merged = {**states[0], "positions": list(states[0]["positions"])}
     for state in states[1:]:
         if differing := [key for key in merged if key != "positions" and state.get(key) != merged[key]]:
-            raise ValueError(f"states of different runs or steps: they differ in {differing}")
+            raise InputError(f"states of different runs or steps: they differ in {differing}")
         for shard, position in enumerate(state["positions"]):
             known = merged["positions"][shard]
             if None not in (known, position) and known != position:
-                raise ValueError(f"states of different runs: shard {shard} stands at {known} and at {position}")
+                raise InputError(f"states of different runs: shard {shard} stands at {known} and at {position}")
             merged["positions"][shard] = position if known is None else known
     return merged
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.errors import InputError
+
 MAX_CYCLE = 1 << 20
 _ROUNDED_CYCLE = 100_000
 _ROUNDS = 8  # with 6, pairs of neighbours in 30 examples were still measurably uneven (chi² 1.7 per degree)
@@ -39,16 +41,16 @@ class Mixture:
 
     Weights are taken as the decimal numbers they are written as and brought to integers exactly (0.3 and 0.7 become
     3 and 7); if the cycle would be longer than MAX_CYCLE they are rounded to shares of 1/100,000, and none to zero.
-    `cycle_weights` holds the integers. The cycle takes 5 bytes a draw and about a second for the longest.
+    `cycle_weights` holds the integers. The longest cycle takes 16 MiB and about a second to make.
     """
 
     def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float] | None = None, seed: int = 0):
         self.names, self.sizes, self.seed = list(sizes), list(sizes.values()), seed
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"source {name!r}: found {size} examples; expected at least one")
+                raise InputError(f"source {name!r}: found {size} examples; expected at least one")
         if not sizes:
-            raise ValueError("found no sources; expected at least one")
+            raise InputError("found no sources; expected at least one")
         self.cycle_weights = _integer_weights(_numbers(sizes, weights or {}))
         self._cycle = tijdeman(self.cycle_weights)
         turns = [np.flatnonzero(self._cycle == source) for source in range(len(sizes))]
@@ -81,13 +83,13 @@ class Mixture:
 def _numbers(sizes: Mapping[str, int], weights: Mapping[str, float]) -> list[Fraction]:
     """Weights in the order of the sources, or their sizes where no source has one."""
     if unknown := [name for name in weights if name not in sizes]:
-        raise ValueError(f"weights: found {unknown}; expected names among {list(sizes)}")
+        raise InputError(f"weights: found {unknown}; expected names among {list(sizes)}")
     if wrong := {name: w for name, w in weights.items() if not (0 <= w < math.inf)}:
-        raise ValueError(f"weights: found {wrong}; expected finite numbers of at least 0")
+        raise InputError(f"weights: found {wrong}; expected finite numbers of at least 0")
     if not any(weights.values()):
         return [Fraction(size) for size in sizes.values()]
     if missing := [name for name in sizes if not weights.get(name)]:
-        raise ValueError(f"weights: found none for {missing}; expected one for every source, or for none")
+        raise InputError(f"weights: found none for {missing}; expected one for every source, or for none")
     return [Fraction(str(weights[name])) for name in sizes]
 
 

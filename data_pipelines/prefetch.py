@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from data_pipelines.batch_stats import Batch
+
 
 class _Loader(Protocol):
-    def __next__(self) -> Any: ...
+    def __next__(self) -> Batch: ...
     def get_state(self) -> dict[str, Any]: ...
 
 
@@ -28,10 +30,10 @@ class Prefetch:
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         return self
 
-    def __next__(self) -> tuple[Any, dict[str, Any]]:
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
         if self._closed.is_set():
             raise ValueError("the prefetch is closed")
         if self._end is None:

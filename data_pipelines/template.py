@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.errors import InputError
 from data_pipelines.jinja_chat import ChatRenderer, ChatTemplateError, Rendered
 from data_pipelines.tokenization import Ids, Tokenizer
 
@@ -66,7 +67,7 @@ class Template(abc.ABC):
 
     def __init__(self, tokenizer: Tokenizer, max_length: int | None, ignore_helpful: bool, source: str):
         if tokenizer.eos_id is None:
-            raise ValueError(f"{tokenizer.path}: found no end-of-text token; name it in tokenizer_config.json")
+            raise InputError(f"{tokenizer.path}: found no end-of-text token; name it in tokenizer_config.json")
         self.tokenizer, self.max_length, self.ignore_helpful = tokenizer, max_length, ignore_helpful
         self._bos = [] if tokenizer.bos_id is None else [Segment(tokenizer.bos_id)]
         self._eos = tokenizer.eos_id
@@ -86,7 +87,7 @@ class Template(abc.ABC):
         """Lays out a chat; with `prompt` up to where the assistant's next answer begins."""
 
     def encode(self, conversation: Conversation) -> Example | None:
-        """The example, or None where no token that carries loss is left. Raises ValueError naming the conversation."""
+        """The example, or None where no token that carries loss is left. Raises InputError naming the conversation."""
         return self.encode_many([conversation])[0]
 
     __call__ = encode
@@ -107,7 +108,7 @@ class Template(abc.ABC):
     def render_prompt(self, conversation: Conversation) -> list[int]:
         """Ids that the assistant's next answer continues; of a document, its beginning without eos."""
         if conversation.turns[-1].role == "assistant":
-            raise ValueError(f"{conversation.source}/{conversation.id}: a prompt cannot end with an assistant's turn")
+            raise InputError(f"{conversation.source}/{conversation.id}: a prompt cannot end with an assistant's turn")
         ids: list[int] = []
         for content, _, _, continued in self._layout(conversation, prompt=True):
             ids += [content] if isinstance(content, int) else self.tokenizer.encode(content, continued=continued)
@@ -128,7 +129,7 @@ class Template(abc.ABC):
         try:
             if any(turn.role == "text" for turn in turns):
                 if len(turns) > 1:
-                    raise ValueError(f'found {len(turns)} turns; expected a document to be a single turn, role "text"')
+                    raise InputError(f'found {len(turns)} turns; expected a document to be a single turn, role "text"')
                 end = [] if prompt else [Segment(self._eos, turns[0].weight)]
                 return [*self._bos, Segment(turns[0].text, turns[0].weight), *end]
             if self.ignore_helpful:
@@ -171,7 +172,7 @@ class TextTemplate(Template):
     """Documents only."""
 
     def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
-        raise ValueError(f'found roles {[turn.role for turn in turns]}; template "text" takes one turn, role "text"')
+        raise InputError(f'found roles {[turn.role for turn in turns]}; template "text" takes one turn, role "text"')
 
 
 class KoalaTemplate(Template):
@@ -196,13 +197,14 @@ class KoalaTemplate(Template):
             elif turn.role in ("user", "system"):
                 field += ["USER:", turn.text] if turn.role == "user" else [turn.text]
             else:
-                raise ValueError(f'template "koala" has no role {turn.role!r}')
+                raise InputError(f'template "koala" has no role {turn.role!r}')
         return [*segments, Segment(" ".join([*field, "GPT:"]))] if prompt else segments
 
 
 class JinjaTemplate(Template):
     """A Hugging Face chat template. Its own special tokens are ids, those that turns contain are plain text; the
-    pieces between are tokenised one by one, which gives the ids that Hugging Face gives for the whole string.
+    pieces between are tokenised one by one. With a tokenizer.json that gives the ids that Hugging Face gives for the
+    whole string; with sentencepiece each piece begins with the space that sentencepiece puts before a segment.
 
     What carries loss is what `{% generation %}` surrounds (the n-th block has the weight of the n-th assistant's
     turn); a template without it serves for prompts, and encoding with it is an error. A template that calls
@@ -231,7 +233,8 @@ class JinjaTemplate(Template):
             )
         if not (self._marks_unhelpful or all(turn.helpful for turn in turns)):
             raise ChatTemplateError("found an unhelpful answer; this chat template does not mark it (no `helpful`)")
-        messages = [{"role": turn.role, "content": turn.text, "helpful": turn.helpful} for turn in turns]
+        helpful = lambda turn: {"helpful": turn.helpful} if self._marks_unhelpful else {}
+        messages = [{"role": turn.role, "content": turn.text, **helpful(turn)} for turn in turns]
         rendered = self._renderer.render(messages, add_generation_prompt=prompt, **self._variables)
         spans = [] if prompt else _weighted(rendered.spans, [t.weight for t in turns if t.role == "assistant"])
         pieces = self.tokenizer.split_special(rendered.text)
@@ -275,18 +278,18 @@ def load_template(
         return TextTemplate(tokenizer, max_length, ignore_helpful, name)
     if name == "chat":
         if missing := [piece for piece in _CHAT_TOKENS if piece not in tokenizer.special_tokens]:
-            raise ValueError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
+            raise InputError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
         source = CHAT
     elif name == "tokenizer":
         if tokenizer.chat_template is None:
-            raise ValueError(f"{tokenizer.path}: found no chat template (tokenizer_config.json, chat_template.jinja)")
+            raise InputError(f"{tokenizer.path}: found no chat template (tokenizer_config.json, chat_template.jinja)")
         source = tokenizer.chat_template
     elif name.endswith(".jinja"):
         source = Path(name).read_text("utf-8")
     elif "{{" in name or "{%" in name:
         source = name
     else:
-        raise ValueError(
+        raise InputError(
             f"template: found {name!r}; expected koala, chat, text, tokenizer, a .jinja file or jinja text"
         )
     return JinjaTemplate(tokenizer, source, max_length, ignore_helpful, now)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
+from data_pipelines.errors import InputError
 from data_pipelines.tokenizer_files import BESIDE, USUAL_NAMES, Declared, PieceType, llama2c_model, sentencepiece_proto
 
 Ids = npt.NDArray[np.int32]
@@ -53,7 +54,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             return SentencePieceTokenizer(path, path.read_bytes())
         case ".bin":
             return SentencePieceTokenizer(path, llama2c_model(path))
-    raise ValueError(f"{path}: expected a .json (tokenizers), .model (sentencepiece) or .bin (llama2.c) file")
+    raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece) or .bin (llama2.c) file")
 
 
 class Tokenizer(abc.ABC):
@@ -84,7 +85,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_id(self, piece: str) -> int:
-        """The id of a piece as the vocabulary spells it. Raises ValueError for a piece it does not have."""
+        """The id of a piece as the vocabulary spells it. Raises InputError for a piece it does not have."""
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -129,7 +130,7 @@ class Tokenizer(abc.ABC):
         for piece, token_id in self.special_tokens.items():
             for ids in self.encode_batch([piece, f"a{piece}b", f" {piece} "]):
                 if token_id in ids:
-                    raise ValueError(f"{self.path}: the plain text {piece!r} encodes to the special token {token_id}")
+                    raise InputError(f"{self.path}: the plain text {piece!r} encodes to the special token {token_id}")
 
     def save(self, folder: str | Path) -> None:
         """Copies the model file, under the name `load_tokenizer` looks for, and the files beside it."""
@@ -192,7 +193,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int:
         token_id = self._tokenizer.token_to_id(piece)
         if token_id is None:
-            raise ValueError(f"{self.path}: no piece {piece!r} in the vocabulary")
+            raise InputError(f"{self.path}: no piece {piece!r} in the vocabulary")
         return int(token_id)
 
     def _decode(self, ids: list[int]) -> str:
@@ -236,7 +237,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int:
         token_id = self.special_tokens.get(piece, self._processor.piece_to_id(piece))
         if token_id == self._processor.unk_id() and piece != self._processor.id_to_piece(token_id):
-            raise ValueError(f"{self.path}: no piece {piece!r} in the vocabulary")
+            raise InputError(f"{self.path}: no piece {piece!r} in the vocabulary")
         return int(token_id)
 
     def _decode(self, ids: list[int]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import InputError
+
 BESIDE = ("special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
 USUAL_NAMES = {
     "bos": ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>"),
@@ -80,5 +82,5 @@ def _llama2c_tokens(path: Path) -> Iterator[tuple[str, float]]:
             score, size = struct.unpack_from("<fi", data, at)
             text, at = struct.unpack_from(f"{size}s", data, at + 8)[0].decode("utf-8"), at + 8 + size
         except (struct.error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, byte {at}: found {error}; expected a token of a llama2.c tokenizer") from error
+            raise InputError(f"{path}, byte {at}: found {error}; expected a token of a llama2.c tokenizer") from error
         yield text, score

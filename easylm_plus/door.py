@@ -8,8 +8,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from rich.console import Console
 
-from data_pipelines.conversation import DataError
-from easylm_plus.errors import UserError
+from data_pipelines.errors import InputError
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -25,7 +24,7 @@ def guarded(main: Callable[[], int | None]) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax tells every save in twenty lines
     try:
         return main() or 0
-    except (UserError, DataError) as error:
+    except (InputError, FileNotFoundError) as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -37,7 +36,7 @@ def guarded(main: Callable[[], int | None]) -> int:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
         # ml_collections puts its "did you mean" into the message of a plain AttributeError or KeyError
         text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
         sys.exit(_fail(text.strip("'\"").replace("\\n", "\n").replace("'\"", "'").replace("\n", ". "), status=2))

@@ -1,19 +1,24 @@
 """A run small enough for tests: two made-up sources, a model of a few thousand weights, the door that trains it."""
 
-import contextlib
 import functools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
-from data_pipelines.prepare import prepare
-from data_pipelines.train_tokenizer import CHAT_TOKENS
+import jax
+import numpy as np
 from ml_collections import ConfigDict
+
+from data_pipelines.batch_stats import Item, make_batch
+from data_pipelines.packing import pack_pool
+from data_pipelines.prepare import prepare
+from data_pipelines.template import Example
+from data_pipelines.train_tokenizer import CHAT_TOKENS
+from easylm_plus.models.families import preset
+from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.numerics.precision import precision
 
 ROOT = Path(__file__).parents[1]
 CONFIG = '''
@@ -100,3 +105,40 @@ def run(*args: object, **options: object) -> tuple[int, str]:
     process = start(*args, **options)
     output = process.communicate(timeout=240)[0]
     return process.returncode, output
+
+
+# --- the same without a door ---
+
+
+def model(vocab: int = 50, **overrides: object) -> tuple[Transformer, dict]:
+    """A float32 model and its first parameters."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    value = preset("debug", vocab_size=vocab, init="fan_in", attention="xla", **(shape | overrides))
+    built = Transformer(value, precision("float32"))
+    return built, init_parameters(built, jax.random.key(1))
+
+
+def random_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens in up to three segments a row, of which a random part is learned, from two sources."""
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1)
+    starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=0) != 0, np.arange(length), 0), axis=1)
+    return {
+        "inputs": rng.integers(0, vocab, (rows, length), np.int32),
+        "targets": rng.integers(0, vocab, (rows, length), np.int32),
+        "loss_weights": (rng.random((rows, length)) < rng.random((rows, 1))).astype(np.float32),
+        "positions": (np.arange(length) - starts).astype(np.int32),
+        "segment_ids": segments.astype(np.int32),
+        "source_ids": (segments % 2).astype(np.int32),
+    }
+
+
+def documents_batch(packing: str, vocab: int = 50, length: int = 24) -> dict[str, np.ndarray]:
+    """The same ten documents of two sources, packed or one a row."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for i in range(10):
+        ids = rng.integers(0, vocab, 4 + 2 * i, np.int32)
+        documents.append(Item(i % 2, str(i), Example(ids, (rng.random(len(ids)) < 0.7).astype(np.float32)), len(ids)))
+    rows = pack_pool([d.example for d in documents], length, packing)
+    return make_batch([[documents[i] for i in row] for row in rows], length, ["a", "b"]).arrays

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
+from data_pipelines.errors import InputError
 
 Row = Mapping[str, Any]
 
@@ -42,21 +43,21 @@ def names() -> list[str]:
 
 
 def load(kind: str) -> ModuleType:
-    """The module of a kind. Raises ValueError for one that does not exist or has neither of the two functions."""
+    """The module of a kind. Raises InputError for one that does not exist or has neither of the two functions."""
     known = names()
     if kind not in known and "." not in kind:
         nearest = difflib.get_close_matches(kind, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"kind: found {kind!r}; expected one of {', '.join(known)} or a dotted module path{hint}")
+        raise InputError(f"kind: found {kind!r}; expected one of {', '.join(known)} or a dotted module path{hint}")
     path = f"{__name__}.{kind}" if kind in known else kind
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
-        raise ValueError(f"kind: found {kind!r}, which cannot be imported ({error}); expected a module") from error
+        raise InputError(f"kind: found {kind!r}, which cannot be imported ({error}); expected a module") from error
     if not hasattr(module, "convert") and not hasattr(module, "generate"):
-        raise ValueError(f"kind: found {kind!r} without convert or generate; expected a module with one of them")
+        raise InputError(f"kind: found {kind!r} without convert or generate; expected a module with one of them")
     return module
 
 

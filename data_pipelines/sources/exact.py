@@ -24,7 +24,10 @@ HELDOUT_PERCENT = 10  # of all instances of a task; a constant, because changing
 PATIENCE = 20_000  # draws in a row without a new instance before a task counts as exhausted
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (  # not from `calendar`, whose names follow the locale
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 UNITS = (  # larger unit, smaller unit, how many of these one of those is, largest number asked of the larger
     ("kilometres", "metres", 1000, 999),
     ("metres", "centimetres", 100, 999),
@@ -109,8 +112,7 @@ def maximum(rng: random.Random) -> Instance:
 
 
 TASKS: dict[str, Callable[[random.Random], Instance]] = {
-    task.__name__: task
-    for task in (reversal, conversion, sorting, addition, subtraction, date, counting, maximum)
+    task.__name__: task for task in (reversal, conversion, sorting, addition, subtraction, date, counting, maximum)
 }
 
 
@@ -132,7 +134,6 @@ def generate(
     heldout: int = 200,
     shuffle_answers: bool = False,
     tasks: Sequence[str] | None = None,
-    source: str = "exact",
 ) -> Iterator[tuple[str, Conversation]]:
     """Yields (split, conversation): for every task `train` training and then `heldout` held-out instances.
 
@@ -151,7 +152,7 @@ def generate(
                 rows = deal_answers(rows, rng)
             for key, question, answer in rows:
                 turns = Turn("user", question, 0.0), Turn("assistant", answer, 1.0)
-                yield split, Conversation(source, f"{task}:{key}", turns)
+                yield split, Conversation("exact", f"{task}:{key}", turns)
 
 
 def draw(task: str, split: str, count: int, rng: random.Random) -> list[Instance]:

@@ -23,8 +23,9 @@ from data_pipelines.conversation import Conversation, Turn
 
 log = logging.getLogger(__name__)
 
+SOURCE = "pydoc"
 KINDS = ("function", "class", "module", "topic", "code")
-SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
+SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 ANSWER = 600  # characters of an answer, at most
 CODE = range(80, 1500)  # characters of a function or class that makes a document: no stubs, no giants
 SECTION = 1200  # characters of a piece of a topic, at most
@@ -40,9 +41,7 @@ TOPIC = ("Explain the Python topic `{}`.", "What does Python's manual say about 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def generate(
-    *, limit: int | None = None, kinds: Sequence[str] = KINDS, seed: int = 0, source: str = "pydoc"
-) -> Iterator[Conversation]:
+def generate(*, limit: int | None = None, kinds: Sequence[str] = KINDS, seed: int = 0) -> Iterator[Conversation]:
     """The first `limit` conversations (None: all) in the order of modules and of their text; topics come last.
 
     `seed` picks the phrasings. Text that occurs twice (inherited docstrings) is taken once. Raises ValueError for
@@ -51,21 +50,20 @@ def generate(
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise ValueError(f"kinds: found {unknown}; expected some of {list(KINDS)}")
-    return islice(distinct(everything(tuple(kinds), seed, source)), limit)
+    return islice(distinct(everything(tuple(kinds), seed)), limit)
 
 
-def everything(kinds: tuple[str, ...], seed: int, source: str) -> Iterator[Conversation]:
+def everything(kinds: tuple[str, ...], seed: int) -> Iterator[Conversation]:
     if set(kinds) - {"topic"}:
         library = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(library.rglob("*.py"))
-        if not paths:
+        found = list(modules(library))
+        if not found:
             raise FileNotFoundError(f"{library}: found no .py file; expected the source of the standard library")
-        for path in paths:
-            name = module_name(path.relative_to(library))
-            if name and (parsed := parse(path)):
-                yield from of_module(name, *parsed, kinds, seed, source)
+        for name, path in found:
+            if parsed := parse(path):
+                yield from of_module(name, *parsed, kinds, seed)
     if "topic" in kinds:
-        yield from of_topics(seed, source)
+        yield from of_topics(seed)
 
 
 def distinct(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
@@ -78,13 +76,17 @@ def distinct(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
         seen |= marks
 
 
-def module_name(path: Path) -> str | None:
-    """`email/message.py` -> `email.message`; None for what is private, a test, or not importable by name."""
-    parts = list(path.with_suffix("").parts)
-    if parts[-1] == "__init__":
-        parts.pop()
-    public = all(part.isidentifier() and not part.startswith("_") for part in parts)
-    return ".".join(parts) if parts and public and not SKIPPED & set(parts) else None
+def modules(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
+    """Names and files under `folder`, sorted; not what is private, a test, or not importable by name."""
+    for path in sorted(folder.iterdir()):
+        if path.name == "__init__.py" and package:
+            yield package, path
+        elif path.stem.isidentifier() and not path.stem.startswith("_") and path.stem not in SKIPPED:
+            name = f"{package}.{path.stem}" if package else path.stem
+            if path.is_dir():
+                yield from modules(path, name)
+            elif path.suffix == ".py":
+                yield name, path
 
 
 def parse(path: Path) -> tuple[ast.Module, list[str]] | None:
@@ -100,18 +102,18 @@ def parse(path: Path) -> tuple[ast.Module, list[str]] | None:
 
 
 def of_module(
-    name: str, tree: ast.Module, lines: list[str], kinds: tuple[str, ...], seed: int, source: str
+    name: str, tree: ast.Module, lines: list[str], kinds: tuple[str, ...], seed: int
 ) -> Iterator[Conversation]:
     found = list(definitions(tree, name))
     if "module" in kinds and (doc := documentation(tree)):
         names = [name for name, node in found if node in tree.body]
-        yield about_module(name, doc, names, random.Random(f"{seed}/module/{name}"), source)
+        yield about_module(name, doc, names, random.Random(f"{seed}/module/{name}"))
     for full_name, node in found:
         kind = "class" if isinstance(node, ast.ClassDef) else "function"
         if kind in kinds and (doc := documentation(node)):
-            yield about(kind, full_name, node, doc, random.Random(f"{seed}/{kind}/{full_name}"), source)
+            yield about(kind, full_name, node, doc, random.Random(f"{seed}/{kind}/{full_name}"))
         if "code" in kinds and kind == "function" and (code := body(node, lines)):
-            yield Conversation(source, f"code:{full_name}", (Turn("text", f"# {full_name}\n{code}", 1.0),))
+            yield Conversation(SOURCE, f"code:{full_name}", (Turn("text", f"# {full_name}\n{code}", 1.0),))
 
 
 def definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, Definition]]:
@@ -123,7 +125,7 @@ def definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[
                 yield from definitions(node, f"{prefix}.{node.name}")
 
 
-def about_module(name: str, doc: str, names: list[str], rng: random.Random, source: str) -> Conversation:
+def about_module(name: str, doc: str, names: list[str], rng: random.Random) -> Conversation:
     first_line = doc.split("\n\n")[0].replace("\n", " ")
     if rng.random() < 0.3 and len(first_line) < 200:
         pairs = [(rng.choice(WHICH).format(first_line), f"`{name}`")]
@@ -133,10 +135,10 @@ def about_module(name: str, doc: str, names: list[str], rng: random.Random, sour
         listed = ", ".join(f"`{name.rpartition('.')[2]}`" for name in names[:12])
         more = f", and {len(names) - 12} more" if len(names) > 12 else ""
         pairs.append((rng.choice(DEFINES), f"{listed}{more}."))
-    return dialogue(source, f"module:{name}", pairs)
+    return dialogue(f"module:{name}", pairs)
 
 
-def about(kind: str, name: str, node: Definition, doc: str, rng: random.Random, source: str) -> Conversation:
+def about(kind: str, name: str, node: Definition, doc: str, rng: random.Random) -> Conversation:
     """What it does, how it is called, or the one after the other."""
     pairs = [(rng.choice(DOES).format(name), doc)]
     if not isinstance(node, ast.ClassDef):
@@ -146,17 +148,17 @@ def about(kind: str, name: str, node: Definition, doc: str, rng: random.Random, 
             pairs.append((rng.choice(AND_SIGNATURE), call))
         elif form == 2:
             pairs = [(rng.choice(SIGNATURE).format(name), f"{call}: {doc}")]
-    return dialogue(source, f"{kind}:{name}", pairs)
+    return dialogue(f"{kind}:{name}", pairs)
 
 
-def dialogue(source: str, name: str, pairs: Sequence[tuple[str, str]]) -> Conversation:
+def dialogue(name: str, pairs: Sequence[tuple[str, str]]) -> Conversation:
     turns = []
     for asked, told in pairs:
         turns += [Turn("user", asked, 0.0), Turn("assistant", shorten(told, ANSWER), 1.0)]
-    return Conversation(source, name, tuple(turns))
+    return Conversation(SOURCE, name, tuple(turns))
 
 
-def of_topics(seed: int, source: str) -> Iterator[Conversation]:
+def of_topics(seed: int) -> Iterator[Conversation]:
     """The chapters of the language reference that `help()` shows: the start as an answer, the rest as documents."""
     try:
         from pydoc_data.topics import topics
@@ -166,9 +168,9 @@ def of_topics(seed: int, source: str) -> Iterator[Conversation]:
     for name, text in sorted(topics.items()):
         question = random.Random(f"{seed}/topic/{name}").choice(TOPIC).format(name)
         pieces = list(sections(clean(text)))
-        yield dialogue(source, f"topic:{name}", [(question, pieces[0])])
+        yield dialogue(f"topic:{name}", [(question, pieces[0])])
         for number, piece in enumerate(pieces[1:], start=1):
-            yield Conversation(source, f"topic:{name}#{number}", (Turn("text", piece, 1.0),))
+            yield Conversation(SOURCE, f"topic:{name}#{number}", (Turn("text", piece, 1.0),))
 
 
 def sections(text: str) -> Iterator[str]:
@@ -178,7 +180,7 @@ def sections(text: str) -> Iterator[str]:
         if piece and len(piece) + len(paragraph) > SECTION:
             yield piece
             piece = ""
-        piece = f"{piece}\n\n{paragraph}".strip("\n")
+        piece = f"{piece}\n\n{paragraph}".strip()
     yield piece
 
 
@@ -213,7 +215,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, cut at the end of a paragraph, sentence or line where there is one past the middle."""
+    """At most `limit` characters, cut where a paragraph, sentence or line ends past the middle."""
     if len(text) <= limit:
         return text
     start = text[:limit]

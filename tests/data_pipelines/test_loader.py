@@ -107,7 +107,7 @@ def test_a_process_follows_its_own_shards_only():
 
 def test_a_state_of_another_order_is_refused_field_by_field():
     state = loader().get_state()
-    with pytest.raises(ValueError, match="batch_size: found 4, expected 8; shards: found 4, expected 8$"):
+    with pytest.raises(ValueError, match=r"batch_size: found 4, expected 8; shards: found 4, expected 8$"):
         loader(batch_size=8).set_state(state)
     for field, value in [("length", 64), ("seed", 6), ("pool", 13), ("manifest_hash", "other"), ("draws", 66)]:
         with pytest.raises(ValueError, match=f"{field}: found {state[field]}, expected {value}$"):

@@ -64,6 +64,7 @@ def test_segments_are_whole_numbered_and_never_mixed(lengths):
             inputs, targets = arrays["inputs"][row, here], arrays["targets"][row, here]
             assert len({*(inputs // 1000).tolist(), *(targets // 1000).tolist()}) == 1
             assert (targets == inputs + 1).all()
+            assert (arrays["loss_weights"][row, here] == targets % 1000 % 3).all()
             assert arrays["positions"][row, here].tolist() == list(range(here.sum()))
         assert not any(arrays[name][row, segments == 0].any() for name in arrays)
 

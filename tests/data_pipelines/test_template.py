@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import BACK_ENDS, CHAT, REAL, real_data, tiny
+from tiny_tokenizers import BACK_ENDS, CHAT, REAL, tiny
 from tokenizers import Tokenizer
 
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.jinja_chat import ChatTemplateError
-from data_pipelines.template import KoalaTemplate, load_template
+from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "koala_format.jsonl"
@@ -145,8 +145,8 @@ def test_control_the_string_that_hugging_face_tokenises_can_be_injected():
 
 
 def test_a_special_token_cannot_be_put_together_from_two_turns():
-    template = load_template("{% for m in messages %}{% generation %}{{ m.content | trim }}{% endgeneration %}{% endfor %}",
-                             tiny("bytes"))  # fmt: skip
+    source = "{% for m in messages %}{% generation %}{{ m.content | trim }}{% endgeneration %}{% endfor %}"
+    template = load_template(source, tiny("bytes"))
     example = template.encode(chat("<|e <|en ", "d|>", roles=["assistant", "assistant"]))
     assert template.tokenizer.decode(example.ids, skip_special=False) == "<|e <|end|>"
     assert template.tokenizer.token_id("<|end|>") not in example.ids
@@ -226,7 +226,7 @@ def test_chat_layout():
     assert tokenizer.decode(example.ids, skip_special=False) == said
     learned = tokenizer.decode(example.ids[example.weights == 1], skip_special=False)
     assert learned == "Hello<|end|>Yes<|end|>" and set(example.weights) == {0, 1}
-    with pytest.raises(ChatTemplateError, match='test/7: .*template "chat" has no role tool'):
+    with pytest.raises(ChatTemplateError, match=r'test/7: .*template "chat" has no role tool'):
         template.encode(chat("a", roles=["tool"]))
     with pytest.raises(ValueError, match="needs special tokens that it lacks"):
         load_template("chat", tiny("llama2c"))
@@ -269,6 +269,15 @@ def test_every_turn_has_its_weight_and_straddling_tokens_belong_to_the_answer():
         last_only.encode(chat("a", "b", "c", "d", weights=[0.5, 1.0]))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "first", "sentencepiece", "control", "llama2c"])
+def test_all_bytes_of_a_character_belong_to_the_answer(kind):
+    source = "{% for m in messages %}say:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    example = load_template(source, tiny(kind)).encode(Conversation("test", "7", (Turn("assistant", "🐟a🐟", 1.0),)))
+    before, after = (load_template("text", tiny(kind)).encode(document(text)).ids[1:-1] for text in ("say:", "x;"))
+    assert example.weights.tolist() == [0.0] * len(before) + [1.0] * (len(example.ids) - len(before) - 1) + [0.0]
+    assert example.ids[-1] == after[-1]
+
+
 def test_a_mask_of_zeros_is_never_silent():
     silent = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ChatTemplateError, match=r"test/7: the chat template has no \{% generation %\} block"):
@@ -285,7 +294,8 @@ def test_unhelpful_answers_need_a_template_that_marks_them():
         load_template("chat", tiny("bytes")).encode(bad)
     plain = load_template("chat", tiny("bytes"), ignore_helpful=True).encode(bad)
     assert plain.ids.tolist() == load_template("chat", tiny("bytes")).encode(chat("a", "b")).ids.tolist()
-    marked = "{% for m in messages %}{% generation %}{{ m.content }}{{ '' if m.helpful else '!' }}{% endgeneration %}{% endfor %}"
+    answer = "{% generation %}{{ m.content }}{{ '' if m.helpful else '!' }}{% endgeneration %}"
+    marked = f"{{% for m in messages %}}{answer}{{% endfor %}}"
     only_answer = Conversation("test", "7", bad.turns[1:])
     assert tiny("bytes").decode(load_template(marked, tiny("bytes")).encode(only_answer).ids) == "b!"
 
@@ -306,7 +316,7 @@ def prompt_of(source, **options):
 
 
 def test_what_hugging_face_templates_rely_on():
-    assert prompt_of("{{ messages | tojson }}").startswith('[{"role": "user", "content": "ä<b>"')
+    assert prompt_of("{{ messages | tojson }}") == '[{"role": "user", "content": "ä<b>"}]'
     assert prompt_of("{{ strftime_now('%d %b %Y') }}", now=datetime.datetime(2023, 4, 3)) == "03 Apr 2023"
     assert prompt_of("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert prompt_of("  {% if tools is not none %}\n{{ tools }}\n  {% endif %}\n{{ eos_token }}") == "<eos>"

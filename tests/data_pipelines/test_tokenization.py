@@ -30,6 +30,12 @@ def test_text_never_becomes_a_special_token(kind, data):
         assert tokenizer.decode(ids) == text
 
 
+def test_chat_tokens_are_special_however_they_were_declared():
+    for kind in BACK_ENDS[:-1]:
+        for piece in CHAT:
+            assert tiny(kind).special_tokens[piece] == tiny(kind).token_id(piece) not in tiny(kind).encode(piece)
+
+
 def test_control_libraries_by_themselves_do_make_special_tokens_of_text():
     raw = Tokenizer.from_file(str(tiny("bytes").path))
     assert raw.token_to_id("<|user|>") in raw.encode("hi <|user|>").ids
@@ -42,7 +48,7 @@ def test_control_libraries_by_themselves_do_make_special_tokens_of_text():
 @given(text=TEXTS)
 def test_a_stream_equals_the_whole_and_never_breaks_a_character(kind, text):
     tokenizer = tiny(kind)
-    ids = tokenizer.encode(text) + [tokenizer.eos_id] + tokenizer.encode(" " + text)
+    ids = [*tokenizer.encode(text), tokenizer.eos_id, *tokenizer.encode(" " + text)]
     decoder = StreamDecoder(tokenizer)
     parts = [decoder.push(token_id) for token_id in ids]
     assert not any("\ufffd" in part for part in parts)
@@ -107,10 +113,10 @@ def test_files_are_found_or_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_tokenizer(tmp_path / "other.json")
     (tmp_path / "words.txt").write_text("a")
-    with pytest.raises(ValueError, match="expected a .json"):
+    with pytest.raises(ValueError, match=r"expected a \.json"):
         load_tokenizer(tmp_path / "words.txt")
     (tmp_path / "tokenizer.bin").write_bytes(llama2c_file(sentencepiece_model())[:-1])
-    with pytest.raises(ValueError, match="expected a token of a llama2.c tokenizer"):
+    with pytest.raises(ValueError, match=r"expected a token of a llama2\.c tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     assert load_tokenizer(tmp_path).token_id("<s>") == 1
@@ -122,7 +128,8 @@ def test_files_are_found_or_named(tmp_path):
 
 def test_what_the_files_beside_a_model_declare(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=["<eod>", "honey"]))
-    added = {"900": {"content": "<mask>", "special": True}, "901": {"content": "plain", "special": False}}
+    added = {"0": {"content": "<unk>", "special": True}, "900": {"content": "<mask>", "special": True}}
+    added["901"] = {"content": "plain", "special": False}
     config = {"bos_token": {"content": "<eod>"}, "eos_token": "<eod>", "added_tokens_decoder": added}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)

@@ -1,0 +1,62 @@
+"""How the tests run: eight fake CPU devices, exact float32 products, compiled programs kept between runs.
+
+All of it is set through the environment, before anything imports JAX, so that tests without JAX stay without it and
+the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(os.environ.get("EASYLM_PLUS_CACHE") or Path.home() / ".cache" / "easylm_plus") / "xla_tests"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+NO_PEER = "parity tests need EASYLM_PLUS_PEER = a Python interpreter with torch and transformers"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+
+def peer_interpreter() -> Path | None:
+    """The interpreter that parity tests compare with, if there is one."""
+    path = os.environ.get("EASYLM_PLUS_PEER", "")
+    return Path(path) if path and os.access(path, os.X_OK) and Path(path).is_file() else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("real_data") and not DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no {DATA}"))
+        if item.get_closest_marker("parity") and peer_interpreter() is None:
+            item.add_marker(pytest.mark.skip(reason=NO_PEER))
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum(NO_PEER in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"NOT COMPARED with torch: {count} test(s) skipped; {NO_PEER}", red=True, bold=True)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real files; a test that takes it is marked `real_data`, and skipped where there is none."""
+    if not DATA.is_dir():
+        pytest.skip(f"no {DATA}")
+    return DATA
+
+
+@pytest.fixture
+def peer() -> Path:
+    """The interpreter with torch and transformers; a test that takes it is marked `parity`."""
+    path = peer_interpreter()
+    if path is None:
+        pytest.skip(NO_PEER)
+    return path
