@@ -105,7 +105,7 @@ def main() -> int:
 
         ################################### Compile the step ##########################################
         replicated = NamedSharding(mesh, PartitionSpec())
-        train_step = jax.jit(
+        jitted_step = jax.jit(
             make_train_step(objective, optimizer, config.train), donate_argnums=0, out_shardings=(shardings, replicated)
         )
         tokens = config.data.batch_size * config.data.length
@@ -121,10 +121,10 @@ def main() -> int:
         console.print(banner)
         compiling = time.perf_counter()
         example = data_module.batch_shapes(config, batch_sharding)
-        train_step = train_step.lower(target, example).compile()
+        train_step = jitted_step.lower(target, example).compile()
         compiled = Table(show_header=False, box=None)
         compiled.add_row("attention", attention)
-        compiled.add_row("matmuls", matmul_formats(train_step.as_text()))
+        compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)
 

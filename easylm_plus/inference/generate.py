@@ -88,8 +88,8 @@ def _prefill(
     """(logits after each prompt [B, V], the cache that holds it)."""
     positions = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
     cache = model.init_cache(tokens_BP.shape[0], slots)
-    x_BTD, cache = model.apply({"params": params}, tokens_BP, positions, segments_BP, cache, method="hidden")
-    return _last_logits(model, params, x_BTD), cache
+    out: Any = model.apply({"params": params}, tokens_BP, positions, segments_BP, cache, method="hidden")
+    return _last_logits(model, params, out[0]), out[1]
 
 
 def _decode(
@@ -97,13 +97,14 @@ def _decode(
 ) -> tuple[jax.Array, Cache]:
     """One more token a row -> (logits [B, V], cache)."""
     args = (token_B[:, None], position_B[:, None], jnp.ones_like(token_B)[:, None], cache)
-    x_BTD, cache = model.apply({"params": params}, *args, method="hidden")
-    return _last_logits(model, params, x_BTD), cache
+    out: Any = model.apply({"params": params}, *args, method="hidden")
+    return _last_logits(model, params, out[0]), out[1]
 
 
 def _last_logits(model: Transformer, params: Any, x_BTD: jax.Array) -> jax.Array:
     """Only the last position is unembedded: a prompt's logits [B, P, V] are of no use."""
-    return model.apply({"params": params}, x_BTD[:, -1], method="head")
+    logits: Any = model.apply({"params": params}, x_BTD[:, -1], method="head")
+    return logits
 
 
 def _loop(

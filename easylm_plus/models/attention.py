@@ -101,7 +101,7 @@ def attend(
     config: ModelConfig,
 ) -> jax.Array:
     """Causal attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
-    name = resolve(config.attention, jax.default_backend(), q_BTHK.dtype)
+    name: Any = resolve(config.attention, jax.default_backend(), q_BTHK.dtype)
     # every query needs the keys of the whole row, which the `sequence` axis cuts
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
     v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
@@ -111,9 +111,9 @@ def attend(
     if name == "splash":
         return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT, window)
     if segments_BT is None and not window:
-        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation=name)  # type: ignore[arg-type]
+        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation=name)
     mask = causal_mask(q_BTHK.shape[1], segments_BT, window)[:, None]
-    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, implementation=name)  # type: ignore[arg-type]
+    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, implementation=name)
 
 
 def resolve(name: str, platform: str, dtype: Any) -> str:

@@ -1,5 +1,7 @@
 """The feed-forward half of a block: SwiGLU (Shazeer 2020, arXiv:2002.05202), down(silu(gate(x)) * up(x))."""
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 
@@ -20,7 +22,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
         c = self.config
-        wide = {
+        wide: Any = {
             "axes": ("embed", "mlp"),
             "kernel_init": initializer(c, "hidden"),
             "precision": self.precision,

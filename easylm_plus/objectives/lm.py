@@ -45,10 +45,10 @@ class LanguageModel:
 
         The sums: nll and tokens by source, float32[num_sources]; z is the sum of logsumexp^2.
         """
-        x_BTD = self.model.apply(
+        x_BTD: Any = self.model.apply(
             {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"], method="hidden"
         )
-        head = lambda p, x: self.model.apply({"params": p}, x, method="head")
+        head: Any = lambda p, x: self.model.apply({"params": p}, x, method="head")
         denominator = jnp.maximum(denominators["loss"], 1.0)
         weights = batch["loss_weights"] / denominator
         total, nll, lse = blocked_cross_entropy(

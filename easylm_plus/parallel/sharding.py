@@ -66,7 +66,8 @@ def mesh_axis_size(axis: str) -> int:
 
 def spec_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Logical axes of an array -> PartitionSpec; a dimension that the mesh axes do not divide stays whole."""
-    rules, entries, used = _rules.get(), [], set()
+    rules, entries = _rules.get(), []
+    used: set[str] = set()
     for name, dim in zip(axes, shape, strict=True):
         wanted = rules[name] if name is not None else None
         wanted = (wanted,) if isinstance(wanted, str) else wanted or ()

@@ -76,7 +76,7 @@ def open_data(config: ConfigDict) -> Data:
     manifest = datasets.read_manifest(config.data.path)
     names, weights = chosen_sources(config.data.sources, manifest)
     split = lambda name, part: datasets.open_source(config.data.path, name, part)
-    heldout = {n: split(n, "heldout") for n in names if "heldout" in manifest["sources"][n]["splits"]}
+    heldout: Any = {n: split(n, "heldout") for n in names if "heldout" in manifest["sources"][n]["splits"]}
     tokenizer = load_tokenizer(tokenizer_path(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -85,7 +85,8 @@ def open_data(config: ConfigDict) -> Data:
     template = load_template(config.data.template, tokenizer, max_length=config.data.length + 1)
     identity = "\n".join((manifest["hash"], tokenizer.fingerprint, template.fingerprint))
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    return Data({n: split(n, "train") for n in names}, heldout, weights, tokenizer, template, digest)
+    train: Any = {n: split(n, "train") for n in names}
+    return Data(train, heldout, weights, tokenizer, template, digest)
 
 
 def chosen_sources(wanted: Sequence[str], manifest: dict[str, Any]) -> tuple[list[str], dict[str, int] | None]:
@@ -149,7 +150,7 @@ def _mean_length(mixture: Mixture, data: Data) -> float:
     """Mean positions of an example, over the first draws of the run."""
     picked = [mixture.draw(k) for k in range(min(LENGTH_SAMPLE, sum(map(len, data.train.values()))))]
     sequences = list(data.train.values())
-    examples = data.template.encode_many([sequences[d.source][d.index] for d in picked])
+    examples = data.template.encode_many([sequences[d.source][d.example] for d in picked])
     return float(np.mean([0 if e is None else len(e.ids) - 1 for e in examples]))
 
 
@@ -169,7 +170,8 @@ def batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
 
 def local_rows(sharding: NamedSharding, batch_size: int, length: int) -> range:
     """The rows of a batch that this process's devices hold."""
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size, length)).values()]
+    indices: Any = sharding.addressable_devices_indices_map((batch_size, length)).values()
+    slices = [index[0] for index in indices]
     starts, stops = zip(*(s.indices(batch_size)[:2] for s in slices))
     return range(min(starts), max(stops))
 
@@ -178,7 +180,7 @@ def put(batch: Batch, sharding: NamedSharding, rows: range, batch_size: int) -> 
     """This process's rows -> arrays of the whole batch [B, T] on the mesh."""
 
     def place(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return local[start - rows.start : stop - rows.start, index[1]]
 

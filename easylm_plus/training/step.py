@@ -4,6 +4,7 @@ Gradient accumulation, the skip decision and the weight average are here; what i
 business, how weights move the optimizer's, where arrays live the mesh's.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -31,9 +32,9 @@ def make_train_step(
         params, opt_state, metrics = optimizer.step(grads, state.opt_state, state.params)
         ok, guard = judge(state.guard, loss, metrics["grad_norm"], config["spike_factor"])
         ema = average(state.ema, params, config["ema"])
-        new = state.replace(params=params, opt_state=opt_state, ema=ema)
+        new = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
         new = jax.tree.map(partial(jnp.where, ok), new, state)  # a skipped step changes nothing ...
-        new = new.replace(step=state.step + 1, guard=guard)  # ... but the count
+        new = dataclasses.replace(new, step=state.step + 1, guard=guard)  # ... but the count
         return new, {
             "loss": loss,
             "ok": ok,

@@ -18,8 +18,17 @@ Placed = tuple[str, Conversation]
 
 MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
 UNITS = {  # length in millimetres, mass in grams, volume in millilitres, time in minutes
-    **{"kilometres": 1_000_000, "metres": 1000, "centimetres": 10, "millimetres": 1},
-    **{"kilograms": 1000, "grams": 1, "litres": 1000, "millilitres": 1, "days": 1440, "hours": 60, "minutes": 1},
+    "kilometres": 1_000_000,
+    "metres": 1000,
+    "centimetres": 10,
+    "millimetres": 1,
+    "kilograms": 1000,
+    "grams": 1,
+    "litres": 1000,
+    "millilitres": 1,
+    "days": 1440,
+    "hours": 60,
+    "minutes": 1,
 }
 
 
@@ -46,13 +55,7 @@ def solve_date(question: str) -> str:
 
 def solve_counting(question: str) -> str:
     first, last = numbers(question)
-    step = 1 if last > first else -1
-    return " ".join(str(number) for number in range(first, last + step, step))
-
-
-def solve_subtraction(question: str) -> str:
-    first, second = numbers(question)
-    return str(first - second if question.startswith("What") else second - first)
+    return " ".join(str(number) for number in range(first, last + 1))
 
 
 SOLVERS: dict[str, Callable[[str], str]] = {
@@ -60,7 +63,6 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "conversion": solve_conversion,
     "sorting": lambda question: " ".join(map(str, sorted(numbers(question)))),
     "addition": lambda question: str(sum(numbers(question))),
-    "subtraction": solve_subtraction,
     "date": solve_date,
     "counting": solve_counting,
     "maximum": lambda question: str(max(numbers(question))),
@@ -141,14 +143,14 @@ def test_the_check_sees_through_the_order_of_operands():
 @pytest.mark.parametrize("task", exact.TASKS)
 def test_no_answer_can_be_guessed(task):
     """Whoever always gives the most frequent answer, or any fixed one, is right in less than 2 of 100."""
-    answers = Counter(c.turns[1].text for _, c in exact.generate(train=4000, heldout=200, tasks=[task]))
+    answers = Counter(c.turns[1].text for _, c in exact.generate(train=3000, heldout=200, tasks=[task]))
     assert max(answers.values()) / answers.total() < 0.02
 
 
 def test_the_same_everywhere():
     """The hash of all bytes is that of Python 3.11 and 3.13, in processes with different string hashes."""
     lines = (f"{split} {c.to_json()}\n" for split, c in exact.generate(seed=7, train=100, heldout=30))
-    assert hashlib.sha256("".join(lines).encode()).hexdigest()[:16] == "1612a49d0f980262"
+    assert hashlib.sha256("".join(lines).encode()).hexdigest()[:16] == "dbec5aeab6900000"
 
 
 def test_seeds_differ():

@@ -121,5 +121,5 @@ def test_no_text(tmp_path, texts):
 
 @pytest.mark.parametrize("special", [("<a>", "<a>"), ("<pad>",), ("",)])
 def test_special_tokens_repeated_or_empty(tmp_path, special):
-    with pytest.raises(ValueError, match="special_tokens: found .*; expected each once, and none empty"):
+    with pytest.raises(ValueError, match=r"special_tokens: found .*; expected each once, and none empty"):
         train_tokenizer.train(["text"], 300, special, tmp_path)
