@@ -1,6 +1,6 @@
 """Measure a model on held-out data: loss by source, and exact match of its greedy answers.
 
-    python -m easylm_plus.evaluate --checkpoint=runs/koala_tiny --data=data/embedded --exact=reversal,conversion
+    python -m easylm_plus.evaluate --checkpoint=runs/koala_tiny
 
 Answers are generated the way the chat generates them. The figures are printed and written to --output as JSON.
 """
@@ -16,6 +16,7 @@ from data_pipelines import datasets
 from data_pipelines.conversation import Conversation
 from data_pipelines.loader import evaluation_batches
 from easylm_plus.door import console, run
+from easylm_plus.errors import UserError
 from easylm_plus.evaluation.exact_match import Answer, answers, exact_match
 from easylm_plus.evaluation.loss import make_evaluate, unigram_entropy
 from easylm_plus.inference.load import Opened, open_model
@@ -26,7 +27,9 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face f
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
 DATA = flags.DEFINE_string("data", "", "prepared folder; that of the run by default")
 EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out examples a source")
-EXACT = flags.DEFINE_list("exact", [], "sources whose answers are compared letter for letter")
+EXACT = flags.DEFINE_list(
+    "exact", None, "sources whose answers are compared letter for letter; by default those made of exact tasks"
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "longest answer")
 SHOW = flags.DEFINE_integer("show", 2, "answers shown a source")
 OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures")
@@ -37,11 +40,15 @@ def main() -> int:
     cluster.use_compilation_cache()
     opened = open_model(CHECKPOINT.value, step=STEP.value)
     folder = DATA.value or opened.config["data"]["path"]
-    names = [n for n, s in datasets.read_manifest(folder)["sources"].items() if "heldout" in s["splits"]]
+    entries = datasets.read_manifest(folder)["sources"]
+    names = [name for name, entry in entries.items() if "heldout" in entry["splits"]]
+    exact = [n for n in names if entries[n]["kind"] == "exact"] if EXACT.value is None else EXACT.value
+    if unknown := sorted(set(exact) - set(names)):
+        raise UserError(f"--exact: found {unknown}, expected some of {', '.join(names)}")
     heldout = {name: datasets.open_source(folder, name, "heldout") for name in names}
 
     figures = losses(opened, heldout)
-    results = {task: ask(opened, list(heldout[task][: EXAMPLES.value])) for task in EXACT.value}
+    results = {task: ask(opened, list(heldout[task][: EXAMPLES.value])) for task in exact}
     figures |= {f"exact/{task}": share for task, share in exact_match(results).items()}
 
     console.print(table(figures))

@@ -32,6 +32,7 @@ class MetricsLog:
             return
         clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         self._file.write(json.dumps({"step": step, **clean}, ensure_ascii=False) + "\n")
+        self._file.flush()  # so that the file can be followed
         for key, value in row.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
