@@ -29,7 +29,7 @@ setup() {
   python=$(newest_python)
   echo "run.sh: making .venv with $("$python" --version) ($python)"
   "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+  .venv/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
   cat requirements.txt pyproject.toml > "$stamp"
 }
 

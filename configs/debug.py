@@ -13,7 +13,7 @@ from easylm_plus.config import base, parse_arg
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: steps."""
     args = parse_arg(arg, steps=60)
-    config = base("debug", vocab_size=2048, init="fan_in", attention="xla")
+    config = base("debug", vocab_size=1024, init="fan_in", attention="xla")
     config.data.path = "data/embedded"
     config.data.prepare = "configs/data/embedded.py"
     config.data.template = "chat"

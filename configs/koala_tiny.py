@@ -24,7 +24,7 @@ SIZES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: size (1m | 10m), data (embedded | koala), steps, shuffle_answers (a control: nothing to learn)."""
-    args = parse_arg(arg, size="1m", data="embedded", steps=1200, shuffle_answers=False)
+    args = parse_arg(arg, size="1m", data="embedded", steps=2000, shuffle_answers=False)
     config = base("tiny", init="fan_in", **SIZES[args.size])
     config.numerics.precision = "float32"
     if args.data == "embedded":
@@ -40,15 +40,16 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.tokenizer = "weights/llama-7b/tokenizer.model"
         config.data.tokenizer_origin = "LLaMA's tokenizer.model: https://huggingface.co/huggyllama/llama-7b"
     config.data.length = 256
-    config.data.batch_size = 16
+    config.data.batch_size = 4
     config.train.steps = args.steps
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.end_learning_rate = 3e-4
-    config.optimizer.warmup_steps = 50
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.end_learning_rate = 2e-4
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.1
-    config.checkpoint.every = 400
-    config.eval.every = 400
-    config.eval.examples = 100
+    config.checkpoint.every = 500
+    config.eval.every = 500
+    config.eval.examples = 50
     config.eval.max_new_tokens = 24
     config.log.dir = f"runs/koala_tiny_{args.data}" if args.data != "embedded" else "runs/koala_tiny"
     return config

@@ -32,7 +32,7 @@ PRESETS = {
     # A few thousand parameters: for tests and for stepping through the code.
     "debug": _llama(64, 128, 2, 4, 2, vocab_size=512, max_length=256, scan_layers=False),
     # About a million: learns the embedded tasks on a laptop CPU. Unrolled, because XLA:CPU gains from it.
-    "tiny": _llama(128, 384, 4, 4, vocab_size=2048, max_length=512, tie_embeddings=True, scan_layers=False),
+    "tiny": _llama(128, 384, 4, 4, vocab_size=1024, max_length=512, tie_embeddings=True, scan_layers=False),
     "llama-7b": _llama(4096, 11008, 32, 32),
     "llama-13b": _llama(5120, 13824, 40, 40),
     "llama-30b": _llama(6656, 17920, 60, 52),

@@ -33,11 +33,11 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path):
     assert steps(tmp_path) == [0, 1]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 4, "lo', '{"step": 4, "loss": 1.0', '{"step"', "\x00\x00"])
+@pytest.mark.parametrize("rest", [b'{"step": 4, "lo', b'{"step": 4, "loss": 1.0', b"\x00\x00", '{"step": 4, "é'.encode()[:-1]])
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path, rest):
     write(tmp_path, 0, range(1, 4))
     path = tmp_path / "metrics.jsonl"
-    with path.open("a") as file:
+    with path.open("ab") as file:
         file.write(rest)
     assert steps(tmp_path) == [1, 2, 3]
     write(tmp_path, 2, range(3, 6))
@@ -57,7 +57,6 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 def test_flushed_rows_are_on_disk(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         log.write(1, {"loss": 1.0})
-        assert steps(tmp_path) == []
         log.flush()
         assert steps(tmp_path) == [1]
 

@@ -1,0 +1,246 @@
+"""One model, run in different ways, gives the same numbers: stacked or not, recomputed or not, packed or apart.
+
+Also: what a preset is (its parameter count is the published one), and what a wrong config or tree is told.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import matmul_parameters, train_flops_per_token
+from easylm_plus.models.families import PRESETS, preset
+from easylm_plus.models.transformer import (
+    Transformer,
+    abstract_parameters,
+    init_parameters,
+    stack_layers,
+    unstack_layers,
+)
+from easylm_plus.models.weights import MissingWeight, RMSNorm
+from easylm_plus.numerics.precision import POLICIES, precision
+
+SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, init="fan_in", num_layers=3)
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 11))
+
+
+@functools.cache
+def model_of(scan=True, policy="float32", **keys):
+    return Transformer(dataclasses.replace(SMALL, scan_layers=scan, **keys), POLICIES[policy])
+
+
+@functools.cache
+def parameters(scan=True):
+    return jax.jit(functools.partial(init_parameters, model_of(scan)))(jax.random.key(0))
+
+
+def logits_of(model, params, *args):
+    return jax.jit(model.apply)({"params": params}, *args)
+
+
+def loss_and_gradients(scan, remat):
+    """Of the sum of squared logits: every weight matters."""
+    model = model_of(scan, remat=remat)
+    total = lambda params: (model.apply({"params": params}, TOKENS) ** 2).mean()
+    return jax.jit(jax.value_and_grad(total))(parameters(scan))
+
+
+def assert_equal_trees(actual, expected, **tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    compare = np.testing.assert_allclose if tolerance else np.testing.assert_array_equal
+    jax.tree.map(lambda a, b: compare(a, b, **tolerance), actual, expected)
+
+
+# --- stacked or not ---
+
+
+def test_the_same_seed_gives_the_same_weights_stacked_or_not():
+    assert_equal_trees(stack_layers(parameters(scan=False)), parameters(scan=True))
+    assert_equal_trees(unstack_layers(parameters(scan=True)), parameters(scan=False))
+    first, second = (parameters(scan=False)["layers"][i]["mlp"]["up_proj"]["kernel"] for i in "01")
+    assert np.abs(first - second).max() > 1e-2  # layers differ from each other
+
+
+def test_both_trees_are_what_the_model_declares():
+    for scan in (True, False):
+        shapes, axes = abstract_parameters(model_of(scan))
+        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters(scan))
+        assert described == shapes
+        jax.tree.map(lambda leaf, names: len(names) == len(leaf.shape) or pytest.fail(f"{names} {leaf}"), shapes, axes)
+
+
+def test_scanned_and_unrolled_give_the_same_loss_and_gradients():
+    loss, gradients = loss_and_gradients(True, "none")
+    other_loss, other_gradients = loss_and_gradients(False, "none")
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+    assert_equal_trees(gradients, stack_layers(other_gradients), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scan", (True, False), ids=("scanned", "unrolled"))
+@pytest.mark.parametrize("remat", ("dots", "full"))
+def test_recomputing_changes_nothing(scan, remat):
+    loss, gradients = loss_and_gradients(scan, remat)
+    expected_loss, expected = plain(scan)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert_equal_trees(gradients, expected, rtol=1e-5, atol=1e-7)
+
+
+@functools.cache
+def plain(scan):
+    return loss_and_gradients(scan, "none")
+
+
+def test_recomputing_is_done():
+    """Products in the backward pass of the unrolled model: `dots` repeats attention's two, `full` all nine."""
+
+    def products(remat):
+        model = model_of(False, remat=remat)
+        total = lambda params: model.apply({"params": params}, TOKENS).sum()
+        return str(jax.make_jaxpr(jax.grad(total))(parameters(False))).count(" dot_general[")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    assert none < dots < full
+
+
+def test_layers_in_another_order_are_noticed():
+    reversed_layers = {**parameters(), "layers": jax.tree.map(lambda x: x[::-1], parameters()["layers"])}
+    expected = logits_of(model_of(), parameters(), TOKENS)
+    assert np.abs(logits_of(model_of(), reversed_layers, TOKENS) - expected).max() > 1e-2
+
+
+# --- packed or apart ---
+
+
+def packed_row():
+    """Documents of 5, 4 and 1 tokens, then two of padding."""
+    lengths = (5, 4, 1, 2)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    segments = np.repeat([1, 2, 3, 0], lengths)
+    tokens = np.random.default_rng(1).integers(0, 64, 12)
+    return tokens[None], positions[None], segments[None]
+
+
+@pytest.mark.parametrize("keys", ({}, {"sliding_window": 3}, {"attention": "xla"}), ids=str)
+def test_a_packed_row_equals_its_documents_apart(keys):
+    model, (tokens, positions, segments) = model_of(**keys), packed_row()
+    packed = logits_of(model, parameters(), tokens, positions, segments)
+    expected = apart(model)
+    np.testing.assert_allclose(packed[:, :10], expected, rtol=0, atol=1e-5)
+    assert np.isfinite(packed).all()
+    blind = logits_of(model, parameters(), tokens, positions, np.ones_like(segments))  # documents see each other
+    assert np.abs(blind[:, :10] - expected).max() > 1e-2
+
+
+def apart(model):
+    """Logits of the documents as rows of their own, joined. What follows a document's end cannot be seen."""
+    tokens, rows = packed_row()[0][0], np.zeros((3, 5), int)
+    rows[0], rows[1, :4], rows[2, :1] = tokens[:5], tokens[5:9], tokens[9:10]
+    logits = logits_of(model, parameters(), rows)
+    return np.concatenate([logits[:1], logits[1:2, :4], logits[2:, :1]], axis=1)
+
+
+def test_positions_are_read():
+    tokens, positions, segments = packed_row()
+    reset = logits_of(model_of(), parameters(), tokens, positions, segments)
+    shifted = logits_of(model_of(), parameters(), tokens, positions + 100, segments)
+    stretched = logits_of(model_of(), parameters(), tokens, positions * 2, segments)
+    np.testing.assert_allclose(shifted, reset, rtol=0, atol=1e-4)  # rotary: only distances count
+    assert np.abs(stretched - reset).max() > 1e-3
+
+
+# --- dtypes ---
+
+
+def test_bfloat16_stays_near_float32():
+    expected = logits_of(model_of(), parameters(), TOKENS)
+    for policy in ("bf16", "bf16_pure"):
+        model = model_of(policy=policy)
+        params = jax.tree.map(lambda x, model=model: x.astype(model.precision.param), parameters())
+        logits = logits_of(model, params, TOKENS)
+        assert logits.dtype == jnp.float32
+        assert 1e-4 < np.abs(logits - expected).max() < 0.1
+
+
+def test_norms_are_computed_in_float32():
+    x = jnp.full((1, 64), 300.0, jnp.float16)
+    assert np.isinf(x * x).all()
+    y = RMSNorm(1e-6, POLICIES["float32"]).apply({"params": {"weight": jnp.ones(64)}}, x)
+    assert y.dtype == jnp.float16
+    np.testing.assert_allclose(y, 1.0, rtol=1e-3)
+
+
+# --- presets ---
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    (
+        ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
+        ("llama-65b", 65_285_660_672),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("qwen2-7b", 7_615_616_512),
+    ),
+)
+def test_presets_have_the_published_number_of_parameters(name, count):
+    shapes, _ = abstract_parameters(Transformer(preset(name)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_matmul_parameters_are_those_of_the_tree():
+    config = dataclasses.replace(SMALL, tie_embeddings=False)
+    shapes, _ = abstract_parameters(Transformer(config))
+    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(shapes) if path[-1].key == "kernel"]
+    assert matmul_parameters(config) == sum(math.prod(leaf.shape) for leaf in kernels)
+
+
+def test_train_flops_count_causal_attention_once():
+    """2 FLOPs a multiply-add, 3 passes; scores and values over the T (T + 1) / 2, here T^2 / 2, causal pairs."""
+    T, heads = 64, SMALL.num_layers * SMALL.num_heads * SMALL.head_dim
+    attention = 3 * 2 * 2 * heads * (T * T / 2) / T
+    assert train_flops_per_token(SMALL, T) == 6 * matmul_parameters(SMALL) + attention
+
+
+# --- what a wrong config or tree is told ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    (
+        ({"num_layers": 0}, r"model\.num_layers = 0: expected a positive number"),
+        ({"num_kv_heads": 3}, r"model\.num_kv_heads = 3: expected a divisor of num_heads = 4"),
+        ({"rope_scaling": "yarn"}, r"model\.rope_scaling = 'yarn': expected one of none, linear"),
+    ),
+)
+def test_a_config_that_no_model_has_is_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(SMALL, **keys)
+
+
+@pytest.mark.parametrize(("key", "message"), (("remat", "none, dots, full"), ("init", "llama, gpt2, fan_in")))
+def test_an_unknown_choice_lists_the_known_ones(key, message):
+    with pytest.raises(UserError, match=rf"model\.{key} = 'x': expected one of {message}"):
+        abstract_parameters(model_of(**{key: "x"}))
+
+
+def test_an_unknown_preset_or_precision_names_what_there_is():
+    with pytest.raises(UserError, match="did you mean 'koala-13b'"):
+        preset("koala-13")
+    with pytest.raises(UserError, match="expected one of float32, bf16, bf16_pure"):
+        precision("fp16")
+    assert set(PRESETS) >= {"debug", "tiny", "koala-7b", "koala-13b"}
+
+
+def test_a_missing_weight_is_named():
+    params = parameters(scan=False)
+    damaged = {**params, "layers": {**params["layers"], "1": {**params["layers"]["1"], "mlp": {}}}}
+    with pytest.raises(MissingWeight, match="no weight layers/1/mlp/gate_proj/kernel"):
+        model_of(scan=False).apply({"params": damaged}, TOKENS)
