@@ -13,7 +13,6 @@ import time
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_pipelines.prefetch import Prefetch
@@ -39,6 +38,7 @@ from easylm_plus.training.optimizer import adamw
 from easylm_plus.training.preemption import EXIT_STATUS, Preemption
 from easylm_plus.training.preflight import preflight
 from easylm_plus.training.profile import Profiler
+from easylm_plus.training.progress import ProgressLine
 from easylm_plus.training.state import new_state, state_shardings
 from easylm_plus.training.step import fingerprint, make_train_step
 
@@ -130,7 +130,7 @@ def main() -> int:
 
         ################################### Evaluation and logs #######################################
         params_hash = jax.jit(fingerprint)
-        evaluate_loss = make_evaluate(objective, data.sources)
+        evaluate_loss = make_evaluate(objective, data.sources, replicated)
         sampler = make_sampler(
             model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
         )
@@ -162,17 +162,14 @@ def main() -> int:
             saved.save(step, state, position, meta, scores)
 
         ################################### The loop ##################################################
-        progress = Progress(
-            TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"), console=console, disable=not first,
-        )  # fmt: skip
-        data.tokenizer.save(saved.directory / "tokenizer")
+        progress = ProgressLine(console, start, steps, enabled=first)
+        if first:
+            data.tokenizer.save(saved.directory / "tokenizer")
         step, stopped, last_save = start, False, datetime.datetime.now()
         if start == 0 and config.eval.every:
             evaluate(0)
         with log, progress, Preemption() as preemption, Prefetch(loader, config.data.workers) as batches:
             profiler = Profiler(config.train.profile, config.log.dir)
-            task = progress.add_task("train", total=steps, completed=start, shown="")
             meter.restart_clock()
             while step < steps:
                 waiting = time.perf_counter()
@@ -185,7 +182,7 @@ def main() -> int:
                 if config.log.params_hash:
                     metrics["params_hash"] = params_hash(state.params)
                 meter.push(step, metrics, {"examples": data_module.digest(batch)})
-                progress.update(task, completed=step, shown=shown(meter.last))
+                progress.update(step, meter.last)
                 last, stopped = step == steps, preemption.requested(step)
                 if config.eval.every and (step % config.eval.every == 0 or last) and not stopped:
                     meter.drain()
@@ -215,14 +212,6 @@ def main() -> int:
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:
     """The axes that are not 1, as "fsdp 8 x tensor 2"."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
-
-
-def shown(row: dict) -> str:
-    """The last row of the log, for the progress line."""
-    if not row:
-        return ""
-    mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
-    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 if __name__ == "__main__":

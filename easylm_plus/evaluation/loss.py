@@ -1,6 +1,7 @@
 """Held-out loss by source, and the entropy that a model has to beat."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +13,14 @@ Arrays = dict[str, Any]
 
 
 def make_evaluate(
-    objective: LanguageModel, sources: Sequence[str]
+    objective: LanguageModel, sources: Sequence[str], replicated: Any = None
 ) -> Callable[[Any, Iterable[Arrays]], dict[str, float]]:
-    """A function (params, batches) -> {"eval/loss": ..., "eval/loss/<source>": ...}, weighted by loss token."""
+    """A function (params, batches) -> {"eval/loss": ..., "eval/loss/<source>": ...}, weighted by loss token.
 
-    @jax.jit
+    `replicated` is the sharding of the sums on a mesh: every process has to be able to read them.
+    """
+
+    @partial(jax.jit, out_shardings=replicated)
     def sums(params: Any, batch: Arrays) -> Any:
         return objective(params, batch, objective.denominators(batch))[1]
 

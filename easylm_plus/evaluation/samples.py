@@ -28,9 +28,9 @@ def make_sampler(
     generator = Generator(model, None, template.stop_ids)
 
     def sampler(params: Any) -> dict[str, str]:
-        if not chosen:
+        if not chosen or jax.process_count() > 1:  # generation is a program of one process
             return {}
-        generator.params = jax.device_put(params, jax.devices()[0]) if jax.process_count() == 1 else params
+        generator.params = params
         chatter = Chatter(generator, tokenizer, template)
         asked = [Conversation(c.source, c.id, c.turns[:-1]) for c in chosen]
         answers = chatter.reply(asked, max_new_tokens)
