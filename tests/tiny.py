@@ -1,15 +1,20 @@
 """A run small enough for tests: two made-up sources, a model of a few thousand weights, the door that trains it."""
 
+import contextlib
 import functools
+import io
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from data_pipelines.batch_stats import Item, make_batch
 from data_pipelines.packing import pack_pool
@@ -20,7 +25,7 @@ from easylm_plus.models.families import preset
 from easylm_plus.models.transformer import Transformer, init_parameters
 from easylm_plus.numerics.precision import precision
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]  # where commands run
 CONFIG = '''
 """A model of eight thousand weights on sums and reversed letters, packed, in two micro-batches."""
 
@@ -89,7 +94,8 @@ def write_config(folder: Path, **values: object) -> Path:
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with so many CPU devices."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "NO_COLOR": "1", "COLUMNS": "200", **more}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    # machine code that is not optimised is compiled in half the time
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return env
 
 
@@ -107,9 +113,39 @@ def run(*args: object, **options: object) -> tuple[int, str]:
     return process.returncode, output
 
 
+def inside(*args: object) -> tuple[int, str]:
+    """The same as `run` with the training door, in this process and on all of its devices."""
+    from easylm_plus import door, train
+
+    argv = ["train.py", *map(str, args)]
+    values = flags.FlagValues()
+    flags.DEFINE_integer("verbosity", -1, "", flag_values=values)
+    options = {"lock_config": True, "flag_values": values, "sys_argv": argv}
+    holder = config_flags.DEFINE_config_file("config", None, "", **options)
+    output = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(door.flags, "FLAGS", values))
+        stack.enter_context(mock.patch.object(train, "CONFIG", holder))
+        stack.enter_context(mock.patch.object(train.cluster, "use_compilation_cache"))  # the tests have their own
+        stack.enter_context(mock.patch.object(sys, "argv", argv))
+        stack.enter_context(mock.patch.dict(os.environ, {"COLUMNS": "200"}))
+        stack.enter_context(contextlib.redirect_stdout(output))
+        stack.enter_context(contextlib.redirect_stderr(output))
+        try:
+            door._parse(argv)
+            status = door.guarded(train.main)
+        except SystemExit as end:
+            status = int(end.code)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    return status, output.getvalue()
+
+
 # --- the same without a door ---
 
 
+@functools.cache
 def model(vocab: int = 50, **overrides: object) -> tuple[Transformer, dict]:
     """A float32 model and its first parameters."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}

@@ -5,7 +5,7 @@ They are what a first training run is measured on: greedy exact match on instanc
 * **Disjoint by construction.** Every instance has a canonical key: what is asked, without the phrasing, and the same
   for questions that are one fact (12 + 34 and 34 + 12; 37 m in cm and 3700 cm in m; a word and its reversal). A hash
   of the key alone decides between training and held-out, so no seed, size or phrasing moves an instance across.
-* **No lucky guesses.** Each task has hundreds of answers or more, none of them common: a model that knows the answers
+* **No lucky guesses.** Each task has more than a hundred answers, none of them common: a model that knows the answers
   but not how they belong to the questions scores near zero. `shuffle_answers=True` makes the data for that control:
   the training answers are dealt out at random among the questions of their task, the held-out ones stay right.
 * **Short and regular**, because a model of a million parameters has to learn them within minutes.
@@ -86,7 +86,7 @@ def date(rng: random.Random) -> Instance:
 
 def counting(rng: random.Random) -> Instance:
     first = rng.randint(10, 990)
-    last = first + rng.randint(2, 6)
+    last = first + rng.randint(2, 5)
     question = rng.choice(("Count from {} to {}.", "List the numbers from {} to {}.")).format(first, last)
     return f"{first} to {last}", question, " ".join(map(str, range(first, last + 1)))
 

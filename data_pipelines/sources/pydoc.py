@@ -67,10 +67,10 @@ def everything(kinds: tuple[str, ...], seed: int) -> Iterator[Conversation]:
 
 
 def distinct(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
-    """Without a repeated id (a name defined once per platform) and without a repeated last text."""
+    """Without a repeated id (a name defined once per platform) and without a repeated answer or document."""
     seen: set[str] = set()
     for conversation in conversations:
-        marks = {conversation.id, conversation.turns[-1].text}
+        marks = {conversation.id, *(turn.text for turn in conversation.turns if turn.weight)}
         if not marks & seen:
             yield conversation
         seen |= marks

@@ -47,15 +47,22 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = ""
     if path.is_file():
         model, params = load_llama2c(path)
         words = load_tokenizer(tokenizer or path.parent / "tokenizer.model")
-        return Opened(model, params, words, load_template(template or "text", words), {}, str(path))
+        layout = _template(template or "text", words, model.config.max_length)
+        return Opened(model, params, words, layout, {}, str(path))
     if (path / "config.json").is_file():
         model, params = load_hf(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         words = load_tokenizer(tokenizer or path)
-        return Opened(model, params, words, load_template(template or "tokenizer", words), {}, str(path))
+        layout = _template(template or "tokenizer", words, model.config.max_length)
+        return Opened(model, params, words, layout, {}, str(path))
     directory, step = locate(path, step)
     config = read_meta(directory, step)["config"]
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
-    template = template or config["data"]["template"]
-    return Opened(model, params, words, load_template(template, words), config, f"{directory}/{step}")
+    layout = _template(template or config["data"]["template"], words, config["data"]["length"])
+    return Opened(model, params, words, layout, config, f"{directory}/{step}")
+
+
+def _template(name: str, tokenizer: Tokenizer, length: int) -> Template:
+    """A template whose examples fit rows of `length` positions."""
+    return load_template(name, tokenizer, max_length=length + 1)

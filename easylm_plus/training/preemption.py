@@ -17,7 +17,8 @@ class Preemption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # in a job of several processes JAX listens for SIGTERM itself, and a handler of ours would take it away
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._before[number] = signal.signal(number, self._remember)
         return self
 

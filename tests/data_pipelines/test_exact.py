@@ -150,7 +150,7 @@ def test_no_answer_can_be_guessed(task):
 def test_the_same_everywhere():
     """The hash of all bytes is that of Python 3.11 and 3.13, in processes with different string hashes."""
     lines = (f"{split} {c.to_json()}\n" for split, c in exact.generate(seed=7, train=100, heldout=30))
-    assert hashlib.sha256("".join(lines).encode()).hexdigest()[:16] == "dbec5aeab6900000"
+    assert hashlib.sha256("".join(lines).encode()).hexdigest()[:16] == "bdd15b084a77c32a"
 
 
 def test_seeds_differ():

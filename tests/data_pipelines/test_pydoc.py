@@ -55,7 +55,8 @@ def test_turns(everything):
 
 
 def test_texts_are_distinct(everything):
-    assert max(Counter(conversation.turns[-1].text for conversation in everything.values()).values()) == 1
+    texts = Counter(turn.text for c in everything.values() for turn in c.turns if turn.weight)
+    assert max(texts.values()) == 1
 
 
 def test_function(everything):
@@ -98,7 +99,7 @@ def test_deterministic():
     first, second = (list(pydoc.generate(limit=200)) for _ in range(2))
     assert first == second
     other = list(pydoc.generate(limit=200, seed=1))
-    assert [c.id for c in other] == [c.id for c in first]
+    assert len({c.id for c in other} & {c.id for c in first}) > 180  # other phrasings of nearly the same
     assert other != first
 
 

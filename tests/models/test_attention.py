@@ -83,8 +83,8 @@ def test_blocked_at_any_length(T, monkeypatch):
 
 def test_blocked_with_blocks_of_the_real_size():
     T = attention.BLOCK + 9
-    q, k, v, segments, window = case(T, "MQA", "packed", B=1)
-    check(run("blocked", q, k, v, segments, 50), derive(q, k, v, segments, 50))
+    args = *case(T, "MQA", "packed", B=1)[:4], 50
+    check(run("blocked", *args), derive(*args))
 
 
 @pytest.mark.parametrize("layout", ("packed", "packed window"))

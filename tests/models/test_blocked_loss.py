@@ -6,6 +6,7 @@ of the logits [B, T, V]. With a single chunk the same reading finds them. The la
 weighted mean over all tokens, not the mean of the rows' means.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from easylm_plus.models.families import preset
-from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
+from easylm_plus.models.transformer import Transformer, abstract_parameters
 from easylm_plus.objectives.cross_entropy import _chunks, blocked_cross_entropy
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import sharding
@@ -49,48 +50,57 @@ def blocked(head, w, x, targets, weights, z, chunk):
     return blocked_cross_entropy(head, w, x, targets, weights, z * weights, chunk)[0]
 
 
-def check_against_plain(tied, z, chunk, actual_of=blocked):
+@functools.cache
+def compared(tied, chunk, mesh=None):
+    """The two functions whose values and gradients are compared; the mesh is the one they are first called under."""
+    both = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1)))
+    return both(functools.partial(plain, HEADS[tied])), both(functools.partial(blocked, HEADS[tied], chunk=chunk))
+
+
+def check_against_plain(tied, chunk, mesh=None, z=Z, change=lambda targets, weights, z: (targets, weights, z)):
+    """`change` is what the blocked one is given instead."""
     w, x, targets, weights = case(tied)
-    head, both = HEADS[tied], functools.partial(jax.value_and_grad, argnums=(0, 1))
-    expected, expected_gradients = jax.jit(both(functools.partial(plain, head)))(w, x, targets, weights, z)
-    actual = jax.jit(both(functools.partial(actual_of, head)), static_argnums=5)(w, x, targets, weights, z, chunk)
-    np.testing.assert_allclose(actual[0], expected, rtol=1e-6)
-    for ours, theirs in zip(actual[1], expected_gradients):
+    reference, function = compared(tied, chunk, mesh)
+    expected, expected_gradients = reference(w, x, targets, weights, z)
+    actual, gradients = function(w, x, *change(targets, weights, z))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", HEADS)
 @pytest.mark.parametrize("z", (0.0, Z))
-@pytest.mark.parametrize("chunk", (7, 1000))
+@pytest.mark.parametrize("chunk", (7, B * T))
 def test_value_and_gradients_are_those_of_log_softmax(tied, z, chunk):
-    check_against_plain(tied, z, chunk)
+    check_against_plain(tied, chunk, z=z)
 
 
-@pytest.mark.parametrize("chunk", (1, 16, B * T))
+@pytest.mark.parametrize("chunk", (1, 16, 1000))
 def test_any_chunk_will_do(chunk):
-    check_against_plain("untied", Z, chunk)
+    check_against_plain("untied", chunk)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("tied", HEADS)
 def test_the_same_on_every_mesh(mesh, tied):
     with sharding.use(make_mesh(MESHES[mesh])):
-        check_against_plain(tied, Z, chunk=4)
+        check_against_plain(tied, 4, mesh)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "change",
     (
-        lambda head, w, x, targets, weights, z, chunk: blocked(head, w, x, targets, weights, 0.0, chunk),
-        lambda head, w, x, targets, weights, z, chunk: blocked(head, w, x, targets, weights + 1e-4, z, chunk),
-        lambda head, w, x, targets, weights, z, chunk: blocked(head, w, x, jnp.roll(targets, 1), weights, z, chunk),
-        lambda *args: 1.0001 * blocked(*args),
+        lambda targets, weights, z: (targets, weights, 0.999 * z),
+        lambda targets, weights, z: (targets, weights + 1e-4, z),
+        lambda targets, weights, z: (np.roll(targets, 1, axis=1), weights, z),
+        lambda targets, weights, z: (targets, weights * (np.arange(T) > 0), z),
     ),
-    ids=("no z-loss", "weights", "targets", "scale"),
+    ids=("z-loss", "weights", "targets", "mask"),
 )
-def test_the_comparison_notices(wrong):
+def test_the_comparison_notices(change):
+    check_against_plain("untied", 7)
     with pytest.raises(AssertionError):
-        check_against_plain("untied", Z, 7, wrong)
+        check_against_plain("untied", 7, change=change)
 
 
 def test_terms_by_token():
@@ -139,7 +149,9 @@ ROWS, LENGTH = 16, 32
 
 @functools.cache
 def parameters(tie=False):
-    return jax.jit(functools.partial(init_parameters, model_of(tie)))(jax.random.key(0))
+    rng, (shapes, _) = np.random.default_rng(0), abstract_parameters(model_of(tie))
+    draw = lambda path, leaf: rng.normal(path[-1].key == "weight", 0.3, leaf.shape).astype(np.float32)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def model_of(tie=False):
@@ -170,10 +182,13 @@ def negative_log_likelihoods():
     return logsumexp - np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
 
 
+OBJECTIVE = LanguageModel(model_of(), num_sources=4, chunk=20)
+share_of_loss = jax.jit(OBJECTIVE)
+
+
 @functools.cache
-def evaluated(z_loss=0.0):
-    objective, batch = LanguageModel(model_of(), num_sources=4, z_loss=z_loss, chunk=20), ragged_batch()
-    return jax.jit(lambda p, b: objective(p, b, objective.denominators(b)))(parameters(), batch)
+def evaluated():
+    return share_of_loss(parameters(), ragged_batch(), OBJECTIVE.denominators(ragged_batch()))
 
 
 def test_loss_is_the_mean_over_all_weighted_tokens():
@@ -181,7 +196,7 @@ def test_loss_is_the_mean_over_all_weighted_tokens():
     loss, _ = evaluated()
     np.testing.assert_allclose(loss, (weights * nll).sum() / weights.sum(), rtol=2e-6)
     row_means = (weights * nll).sum(1) / weights.sum(1)
-    assert abs(float(loss) - row_means.mean()) > 1e-2  # what EasyLM optimised
+    assert abs(float(loss) - row_means.mean()) > 1e-3  # what EasyLM optimised
 
 
 def test_sums_by_source():
@@ -193,31 +208,31 @@ def test_sums_by_source():
 
 
 def test_z_loss_is_added():
-    (plain_loss, sums), (loss, _) = evaluated(), evaluated(z_loss=0.1)
-    expected = 0.1 * sums["z"] / ragged_batch()["loss_weights"].sum()
-    np.testing.assert_allclose(loss - plain_loss, expected, rtol=1e-5)
+    with_z, batch = dataclasses.replace(OBJECTIVE, z_loss=0.1), ragged_batch()
+    loss, sums = jax.jit(with_z)(parameters(), batch, with_z.denominators(batch))
+    expected = 0.1 * sums["z"] / batch["loss_weights"].sum()
     assert expected > 0.1
+    np.testing.assert_allclose(loss - evaluated()[0], expected, rtol=1e-5)
 
 
 def test_shares_of_micro_batches_add_up():
-    batch, objective = ragged_batch(), LanguageModel(model_of(), num_sources=4, chunk=20)
-    share = jax.jit(lambda b, denominators: objective(parameters(), b, denominators)[0])
+    batch = ragged_batch()
     halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 8), slice(8, 16))]
-    together = sum(share(half, objective.denominators(batch)) for half in halves)
+    together = sum(share_of_loss(parameters(), half, OBJECTIVE.denominators(batch))[0] for half in halves)
     np.testing.assert_allclose(together, evaluated()[0], rtol=2e-6)
-    means = [share(half, objective.denominators(half)) for half in halves]
+    means = [share_of_loss(parameters(), half, OBJECTIVE.denominators(half))[0] for half in halves]
     assert abs(sum(means) / 2 - float(together)) > 1e-2  # the mean of means is another number
 
 
 def test_nothing_learned_is_no_loss():
     batch = ragged_batch() | {"loss_weights": np.zeros((ROWS, LENGTH), np.float32)}
-    objective = LanguageModel(model_of(), num_sources=4, chunk=20)
-    assert objective(parameters(), batch, objective.denominators(batch))[0] == 0
+    assert share_of_loss(parameters(), batch, OBJECTIVE.denominators(batch))[0] == 0
 
 
 # --- the logits never exist ---
 
 
+@functools.cache
 def compiled(mesh, chunk, tie):
     """value_and_grad of the objective, compiled for a mesh, with its arguments in place."""
     model = model_of(tie)
@@ -246,14 +261,14 @@ def share_of_logits(mesh):
     return ROWS * LENGTH * CONFIG.vocab_size // (1 if mesh is None else 8)
 
 
-@pytest.mark.parametrize("mesh", (None, *MESHES))
-@pytest.mark.parametrize("tie", (False, True), ids=("untied", "tied"))
+@pytest.mark.parametrize(
+    ("mesh", "tie"), [(mesh, False) for mesh in (None, *MESHES)] + [("fsdp 2, sequence 2, tensor 2", True)]
+)
 def test_no_instruction_is_as_large_as_the_logits(mesh, tie):
-    if tie and mesh not in (None, "fsdp 2, sequence 2, tensor 2"):
-        pytest.skip("the head is tied on one device and on the mesh that cuts everything")
+    """Nor is any weight, even whole; and the program's numbers are those of one device."""
     program, arguments = compiled(mesh, chunk=16, tie=tie)
-    weights = max(leaf.size for leaf in jax.tree.leaves(arguments[0]))
-    assert weights < largest(program.as_text()) + 1 <= share_of_logits(mesh)
+    assert max(leaf.size for leaf in jax.tree.leaves(arguments[0])) < share_of_logits(mesh)
+    assert largest(program.as_text()) < share_of_logits(mesh)
     loss, gradients = program(*arguments)
     expected_loss, expected = on_one_device(tie)
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
@@ -262,7 +277,7 @@ def test_no_instruction_is_as_large_as_the_logits(mesh, tie):
 
 @functools.cache
 def on_one_device(tie):
-    program, arguments = compiled(None, 16, tie)
+    program, arguments = compiled(None, ROWS * LENGTH, tie)
     return program(*arguments)
 
 

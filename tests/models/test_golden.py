@@ -34,26 +34,40 @@ def golden(name):
 @functools.cache
 def loaded(name, **overrides):
     model, params = load_hf(FOLDER / name, **overrides)
-    return model, params, jax.jit(lambda *args: model.apply({"params": params}, *args))
+    return model, params, jax.jit(lambda params, *args: model.apply({"params": params}, *args))
+
+
+def logits_of(name, *args, **overrides):
+    _, params, apply = loaded(name, **overrides)
+    return apply(params, *args)
 
 
 def check_logits(actual, name, prefix="", where=np.s_[:]):
     np.testing.assert_allclose(np.asarray(actual)[where], golden(name)[f"{prefix}logits"][where], rtol=0, atol=5e-5)
 
 
-def loss_and_gradients(model, params, ids, targets):
-    """Mean over the T - 1 targets of each row, as a batch of the language-model objective."""
+@functools.cache
+def objective_of(name, scan):
+    """Loss and gradients of the language-model objective, compiled."""
+    model, params, _ = loaded(name, scan_layers=scan)
+    objective = LanguageModel(model, num_sources=1, chunk=10)
+    share = lambda params, batch: objective(params, batch, objective.denominators(batch))[0]
+    return functools.partial(jax.jit(jax.value_and_grad(share)), params)
+
+
+def loss_and_gradients(name, scan, targets):
+    """Mean over the T - 1 targets of each row."""
+    ids = golden(name)["input_ids"]
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     batch = {
         "inputs": ids,
         "targets": targets,
-        "loss_weights": np.ones(ids.shape, np.float32) * (np.arange(ids.shape[1]) < ids.shape[1] - 1),
-        "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32),
+        "positions": positions,
         "segment_ids": np.ones_like(ids),
         "source_ids": np.zeros_like(ids),
     }
-    objective = LanguageModel(model, num_sources=1, chunk=10)
-    share = lambda params: objective(params, batch, objective.denominators(batch))[0]
-    return jax.jit(jax.value_and_grad(share))(params)
+    return objective_of(name, scan)(batch)
 
 
 def check_gradients(gradients, name):
@@ -89,15 +103,16 @@ def kv_heads_tiled(params, config):
 @each_model
 @scanned_or_not
 def test_logits(name, scan):
-    apply = loaded(name, scan_layers=scan)[2]
-    check_logits(apply(golden(name)["input_ids"]), name)
+    check_logits(logits_of(name, golden(name)["input_ids"], scan_layers=scan), name)
 
 
 @each_model
 def test_hidden_states_after_embedding_blocks_and_norm(name):
     model, params, _ = loaded(name, scan_layers=False)
     keep = lambda module, _: isinstance(module, Block) or module.name == "embed_tokens"
-    last, state = model.apply({"params": params}, golden(name)["input_ids"], method="hidden", capture_intermediates=keep)
+    last, state = model.apply(
+        {"params": params}, golden(name)["input_ids"], method="hidden", capture_intermediates=keep
+    )
     inner = state["intermediates"]
     blocks = [inner["layers"][str(i)]["__call__"][0][0] for i in range(model.config.num_layers)]
     ours = [inner["embed_tokens"]["__call__"][0], *blocks[:-1], last]
@@ -107,30 +122,34 @@ def test_hidden_states_after_embedding_blocks_and_norm(name):
 @each_model
 @scanned_or_not
 def test_loss_and_gradients(name, scan):
-    model, params, _ = loaded(name, scan_layers=scan)
-    ids = golden(name)["input_ids"]
-    loss, gradients = loss_and_gradients(model, params, ids, np.roll(ids, -1, axis=1))
+    loss, gradients = loss_and_gradients(name, scan, np.roll(golden(name)["input_ids"], -1, axis=1))
     np.testing.assert_allclose(loss, golden(name)["loss"], rtol=1e-6)
     check_gradients(gradients, name)
+
+
+@functools.cache
+def generator_of(name, scan):
+    return Generator(*loaded(name, scan_layers=scan)[:2], stop_ids=())
+
+
+def greedy(generator, name):
+    tokens = golden(name)["gen_tokens"]
+    return generator(tokens[:, :PROMPT].tolist(), tokens.shape[1] - PROMPT), tokens[:, PROMPT:].tolist()
 
 
 @each_model
 @scanned_or_not
 def test_greedy_tokens_with_cache(name, scan):
-    model, params, _ = loaded(name, scan_layers=scan)
-    tokens = golden(name)["gen_tokens"]
-    generated = Generator(model, params, stop_ids=())(tokens[:, :PROMPT].tolist(), tokens.shape[1] - PROMPT)
-    assert generated == tokens[:, PROMPT:].tolist()
+    actual, expected = greedy(generator_of(name, scan), name)
+    assert actual == expected
 
 
 @each_model
-@pytest.mark.parametrize("attention", ("xla", "blocked"))
-def test_left_padded_rows(name, attention):
-    apply = loaded(name, attention=attention)[2]
-    g = golden(name)
-    mask = g["leftpad_attention_mask"]
-    logits = apply(g["leftpad_input_ids"], g["leftpad_position_ids"], mask)
-    check_logits(logits, name, "leftpad_", mask > 0)
+def test_left_padded_rows(name):
+    ids, positions, mask = (golden(name)[f"leftpad_{key}"] for key in ("input_ids", "position_ids", "attention_mask"))
+    check_logits(logits_of(name, ids, positions, mask), name, "leftpad_", mask > 0)
+    with pytest.raises(AssertionError):  # padding that is attended to
+        check_logits(logits_of(name, ids, positions, np.ones_like(mask)), name, "leftpad_", mask > 0)
 
 
 # --- what must fail ---
@@ -148,17 +167,15 @@ def test_left_padded_rows(name, attention):
     ids=str,
 )
 def test_a_wrong_constant_is_noticed(name, wrong):
-    logits = loaded(name, **wrong)[2](golden(name)["input_ids"])
-    assert far_off(logits, name)
+    assert far_off(logits_of(name, golden(name)["input_ids"], **wrong), name)
 
 
 @pytest.mark.parametrize("name", ("llama3_tiny", "qwen2_tiny"))
 @pytest.mark.parametrize("heads", ("tiled", "swapped"))
 def test_wrong_grouping_of_heads_is_noticed(name, heads):
-    model, params, _ = loaded(name)
-    apply = jax.jit(lambda params: model.apply({"params": params}, golden(name)["input_ids"]))
+    model, params, apply = loaded(name)
     params = kv_heads_tiled(params, model.config) if heads == "tiled" else kv_heads_swapped(params)
-    assert far_off(apply(params), name)
+    assert far_off(apply(params, golden(name)["input_ids"]), name)
 
 
 def kv_heads_swapped(params):
@@ -176,23 +193,14 @@ def far_off(logits, name):
 
 @each_model
 def test_gradients_of_another_loss_are_noticed(name):
-    model, params, _ = loaded(name)
-    ids = golden(name)["input_ids"]
-    _, gradients = loss_and_gradients(model, params, ids, ids)  # targets not shifted
+    _, gradients = loss_and_gradients(name, True, golden(name)["input_ids"])  # targets not shifted
     with pytest.raises(AssertionError):
         check_gradients(gradients, name)
 
 
-def test_attending_to_padding_is_noticed():
-    name, g = "llama_tiny", golden("llama_tiny")
-    mask = g["leftpad_attention_mask"]
-    logits = loaded(name)[2](g["leftpad_input_ids"], g["leftpad_position_ids"])
-    with pytest.raises(AssertionError):
-        check_logits(logits, name, "leftpad_", mask > 0)
-
-
 def test_greedy_tokens_of_a_wrong_model_differ():
-    model, params, _ = loaded("llama_tiny", rope_theta=100.0)
-    tokens = golden("llama_tiny")["gen_tokens"]
-    generated = Generator(model, params, stop_ids=())(tokens[:, :PROMPT].tolist(), tokens.shape[1] - PROMPT)
-    assert generated != tokens[:, PROMPT:].tolist()
+    name = "llama3_tiny"
+    model, params, _ = loaded(name)
+    generator = Generator(model, kv_heads_tiled(params, model.config), stop_ids=())
+    actual, expected = greedy(generator, name)
+    assert all(a != b for a, b in zip(actual, expected))

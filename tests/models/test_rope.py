@@ -1,5 +1,7 @@
 """Rotary positions: the frequencies are Hugging Face's, the rotation is the paper's, in the half-split layout."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from easylm_plus.errors import UserError
 from easylm_plus.interop.huggingface import read_config
 from easylm_plus.models.families import preset
 from easylm_plus.models.rope import frequencies, rotate, rotations
-from pathlib import Path
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -25,7 +25,7 @@ from easylm_plus.models.transformer import (
 from easylm_plus.models.weights import MissingWeight, RMSNorm
 from easylm_plus.numerics.precision import POLICIES, precision
 
-SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, init="fan_in", num_layers=3)
+SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, init="fan_in")
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 11))
 
 
@@ -36,7 +36,10 @@ def model_of(scan=True, policy="float32", **keys):
 
 @functools.cache
 def parameters(scan=True):
-    return jax.jit(functools.partial(init_parameters, model_of(scan)))(jax.random.key(0))
+    rng, (shapes, _) = np.random.default_rng(0), abstract_parameters(model_of())
+    draw = lambda path, leaf: rng.normal(path[-1].key == "weight", 0.2, leaf.shape).astype(np.float32)
+    stacked = jax.tree.map_with_path(draw, shapes)
+    return stacked if scan else unstack_layers(stacked)
 
 
 def logits_of(model, params, *args):
@@ -60,23 +63,26 @@ def assert_equal_trees(actual, expected, **tolerance):
 
 
 def test_the_same_seed_gives_the_same_weights_stacked_or_not():
-    assert_equal_trees(stack_layers(parameters(scan=False)), parameters(scan=True))
-    assert_equal_trees(unstack_layers(parameters(scan=True)), parameters(scan=False))
-    first, second = (parameters(scan=False)["layers"][i]["mlp"]["up_proj"]["kernel"] for i in "01")
+    stacked, unstacked = (init_parameters(model_of(scan), jax.random.key(0)) for scan in (True, False))
+    assert_equal_trees(stack_layers(unstacked), stacked)
+    assert_equal_trees(unstack_layers(stacked), unstacked)
+    first, second = (unstacked["layers"][i]["mlp"]["up_proj"]["kernel"] for i in "01")
     assert np.abs(first - second).max() > 1e-2  # layers differ from each other
+    other = init_parameters(model_of(), jax.random.key(1))
+    assert np.abs(other["lm_head"]["kernel"] - stacked["lm_head"]["kernel"]).max() > 1e-2
 
 
-def test_both_trees_are_what_the_model_declares():
-    for scan in (True, False):
-        shapes, axes = abstract_parameters(model_of(scan))
-        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters(scan))
-        assert described == shapes
-        jax.tree.map(lambda leaf, names: len(names) == len(leaf.shape) or pytest.fail(f"{names} {leaf}"), shapes, axes)
+@pytest.mark.parametrize("scan", (True, False), ids=("scanned", "unrolled"))
+def test_the_model_declares_its_tree(scan):
+    shapes, axes = abstract_parameters(model_of(scan))
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters(scan))
+    assert described == shapes
+    ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert ranks == jax.tree.map(lambda leaf: len(leaf.shape), shapes)
 
 
 def test_scanned_and_unrolled_give_the_same_loss_and_gradients():
-    loss, gradients = loss_and_gradients(True, "none")
-    other_loss, other_gradients = loss_and_gradients(False, "none")
+    (loss, gradients), (other_loss, other_gradients) = plain(True), plain(False)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
     assert_equal_trees(gradients, stack_layers(other_gradients), rtol=1e-5, atol=1e-7)
 

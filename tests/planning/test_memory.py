@@ -7,6 +7,9 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from easylm_plus.config import base
+from easylm_plus.models.families import preset
+from easylm_plus.models.transformer import abstract_parameters
+from easylm_plus.numerics.precision import precision
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.memory import estimate, human, kept_per_token, sharded_bytes
@@ -27,8 +30,6 @@ def test_state_bytes_are_exact(sizes, ema):
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()) or [1]))])
     optimizer = adamw(base().optimizer, 10)
     with sharding.use(mesh, sharding.rules_for(mesh, 4, 2)):
-        from easylm_plus.models.transformer import abstract_parameters
-
         shapes, axes = abstract_parameters(model)
         wanted = sharding.shardings(axes, shapes, mesh)
     abstract = jax.eval_shape(lambda p: new_state(p, optimizer, ema), shapes)
@@ -50,8 +51,7 @@ def test_sharded_bytes():
 
 
 def test_more_remat_keeps_less():
-    kept = [kept_per_token(tiny.model(num_layers=4, remat=r)[0].config, tiny.model()[0].precision)
-            for r in ("none", "dots", "full")]  # fmt: skip
+    kept = [kept_per_token(preset("llama-7b", remat=r), precision("bf16")) for r in ("none", "dots", "full")]
     assert kept[0] > kept[1] > kept[2]
 
 

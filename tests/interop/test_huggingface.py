@@ -1,0 +1,234 @@
+"""Hugging Face folders: what is read arrives bit for bit, and what cannot be read is named.
+
+That the numbers are right once they have arrived is proven in tests/models/test_golden.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from easylm_plus.errors import UserError
+from easylm_plus.interop.huggingface import load_hf, load_parameters, read_config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(GOLDEN / "llama_tiny", tmp_path / "llama", ignore=shutil.ignore_patterns("*.npz"))
+    return tmp_path / "llama"
+
+
+def change_config(folder, remove=(), **keys):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (raw | keys).items() if k not in remove}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# --- config.json ---
+
+
+def test_configs_of_the_three_families():
+    llama, llama3, qwen2 = (read_config(GOLDEN / name) for name in ("llama_tiny", "llama3_tiny", "qwen2_tiny"))
+    assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.norm_eps) == (4, 4, 16, 1e-5)
+    assert (llama3.num_kv_heads, llama3.rope_theta, llama3.rope_scaling) == (2, 5e5, "llama3")
+    assert (llama3.rope_factor, llama3.rope_low_freq_factor, llama3.rope_high_freq_factor) == (8.0, 1.0, 4.0)
+    assert llama3.rope_original_length == 64
+    assert qwen2.qkv_bias and qwen2.tie_embeddings and qwen2.sliding_window == 0
+    assert not llama.qkv_bias and not llama.tie_embeddings
+
+
+def test_overrides_replace_keys():
+    assert read_config(GOLDEN / "llama_tiny", max_length=7, attention="xla").max_length == 7
+
+
+def test_rotary_parameters_in_the_newer_form(folder):
+    old = read_config(GOLDEN / "llama3_tiny")
+    raw = json.loads((GOLDEN / "llama3_tiny" / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), **raw.pop("rope_scaling")}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert read_config(folder) == old
+
+
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    (
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, 128),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 0),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}, 0),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 0),
+    ),
+)
+def test_sliding_window_where_it_is_used(folder, keys, window):
+    change_config(folder, **keys)
+    assert read_config(folder).sliding_window == window
+
+
+# Qwen2's first layers see all, the others a window
+MIXED_WINDOWS = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    (
+        ({"architectures": ["GPT2LMHeadModel"]}, "found architecture GPT2LMHeadModel, expected one of Llama"),
+        ({"architectures": None}, "found architecture none"),
+        ({"hidden_act": "gelu"}, "found hidden_act 'gelu', expected 'silu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "found rope scaling 'yarn', expected default"),
+        ({"num_attention_heads": 6}, "num_kv_heads = 4: expected a divisor of num_heads = 6"),
+        (MIXED_WINDOWS, "found max_window_layers 1"),
+    ),
+)
+def test_what_we_cannot_represent_is_an_error(folder, keys, message):
+    change_config(folder, **keys)
+    with pytest.raises(UserError, match=message):
+        read_config(folder)
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: not found; expected the config\.json of a Hugging Face model"):
+        load_hf(tmp_path)
+
+
+def test_a_missing_key_is_named(folder):
+    change_config(folder, remove=("rms_norm_eps",))
+    with pytest.raises(UserError, match=r"config\.json: .*rms_norm_eps"):
+        read_config(folder)
+
+
+def test_a_damaged_config_is_named(folder):
+    (folder / "config.json").write_text('{"architectures": ["Llama')
+    with pytest.raises(UserError, match=r"config\.json: "):
+        read_config(folder)
+
+
+# --- weights ---
+
+
+def test_every_tensor_is_placed_once_under_its_name():
+    model, _ = load_hf(GOLDEN / "qwen2_tiny")
+    theirs, seen = load_file(GOLDEN / "qwen2_tiny" / "model.safetensors"), {}
+    load_parameters(GOLDEN / "qwen2_tiny", model, lambda name, array: seen.setdefault(name, array))
+    assert len(seen) == 2 + 12 and sum(array.size for array in seen.values()) == sum(a.size for a in theirs.values())
+    q_kernel, k_bias = (seen[f"layers/self_attn/{name}"][1] for name in ("q_proj/kernel", "k_proj/bias"))
+    np.testing.assert_array_equal(q_kernel, theirs[Q_PROJ].T)
+    np.testing.assert_array_equal(k_bias, theirs["model.layers.1.self_attn.k_proj.bias"])
+
+
+def test_bfloat16_files(folder):
+    exact = load_hf(folder)[1]
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), exact)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}, folder / "model.safetensors")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, params = load_hf(folder, dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        assert model.precision.param == dtype
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), params, rounded)
+
+
+def test_several_files_with_an_index(folder):
+    expected, tensors = load_hf(folder)[1], load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors|found no tensor model\."):
+        load_hf(folder)
+
+
+def test_unrolled_weights_are_those_of_the_stack():
+    stacked, unrolled = (load_hf(GOLDEN / "llama_tiny", scan_layers=scan)[1] for scan in (True, False))
+    for i in "01":
+        same = lambda a, b, i=int(i): np.testing.assert_array_equal(a, b[i])
+        jax.tree.map(same, unrolled["layers"][i], stacked["layers"])
+
+
+def remove(tensors):
+    del tensors[Q_PROJ]
+
+
+def cut(tensors):
+    tensors[Q_PROJ] = tensors[Q_PROJ][:-1].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (remove, rf"found no tensor {Q_PROJ}, which is our layers/self_attn/q_proj/kernel \[64, 64\]"),
+        (cut, rf"{Q_PROJ} has shape \[64, 63\], our layers/self_attn/q_proj/kernel expects \[64, 64\]"),
+    ),
+)
+def test_a_tensor_that_does_not_fit_is_named(folder, change, message):
+    change_tensors(folder, change)
+    with pytest.raises(UserError, match=message):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("extra", ("model.layers.0.self_attn.o_proj.bias", f"{Q_PROJ}_scale_inv"))
+def test_a_tensor_that_we_would_drop_is_named(folder, extra):
+    change_tensors(folder, lambda tensors: tensors.update({extra: np.ones(64, np.float32)}))
+    with pytest.raises(UserError, match=extra):
+        load_hf(folder)
+
+
+def test_a_copy_of_the_head_and_rotary_tables_are_not_needed(folder):
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(2)}
+    change_tensors(folder, lambda tensors: tensors.update(tables))
+    change_config(folder, tie_word_embeddings=True)  # the file still holds lm_head.weight
+    assert "lm_head" not in load_hf(folder)[1]
+
+
+def test_the_same_weights_in_another_form_beside_the_index(folder):
+    """Mistral ships consolidated.safetensors beside the parts that its index names."""
+    expected = load_hf(folder)[1]
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"layers.0.attention.wq.weight": np.ones((64, 64), np.float32)}, folder / "consolidated.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    (
+        ({"pytorch_model.bin": b"x"}, r"found only pytorch_model\.bin, which can run code when read; expected"),
+        ({}, r"found no weights; expected \*\.safetensors"),
+        ({"model.safetensors": b"not a safetensors file"}, r"model\.safetensors: damaged safetensors file"),
+    ),
+)
+def test_folders_without_readable_weights(folder, files, message):
+    (folder / "model.safetensors").unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_hf(folder)
+
+
+def test_a_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged safetensors file"):
+        load_hf(folder)

@@ -1,0 +1,172 @@
+"""Every experiment in configs/ is one that can run: it resolves, its arguments work, and its step lowers on a mesh."""
+
+import functools
+import importlib.util
+import re
+
+import jax
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from easylm_plus import config as configs
+from easylm_plus.config import base, check, parse_arg
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.precision import precision
+from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.parallel import sharding
+from easylm_plus.parallel.mesh import axis_sizes, make_mesh
+from easylm_plus.training import data as data_module
+from easylm_plus.training.optimizer import adamw
+from easylm_plus.training.state import new_state, state_shardings
+from easylm_plus.training.step import make_train_step
+
+FILES = sorted((tiny.ROOT / "configs").glob("*.py"))
+DATA_FILES = sorted((tiny.ROOT / "configs" / "data").glob("*.py"))
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@functools.cache
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def resolved(path, arg=""):
+    config = module(path).get_config(arg)
+    if not (config.train.steps or config.train.epochs or config.train.tokens):
+        config.train.steps = 10
+    return config
+
+
+def test_there_are_configs():
+    assert {"debug", "koala13b", "koala7b", "llama7b", "koala_tiny"} <= {path.stem for path in FILES}
+
+
+@every_file
+def test_it_resolves_with_known_keys_alone(path):
+    config = resolved(path)
+    check(config)
+    assert keys(config) == keys(base())
+    assert config.log.dir != base().log.dir, "experiments do not share a folder"
+
+
+def keys(config, prefix=""):
+    if not isinstance(config, ConfigDict):
+        return {prefix}
+    return {key for name, value in config.items() for key in keys(value, f"{prefix}.{name}")}
+
+
+@every_file
+def test_its_docstring_gives_the_command(path):
+    text = module(path).__doc__
+    assert f"--config=configs/{path.name}" in text
+    for arg in re.findall(rf"--config=configs/{path.name}:([\w=,]+)", text):
+        check(resolved(path, arg))
+
+
+@every_file
+def test_its_arguments_are_those_it_names(path):
+    named = re.findall(r"(\w+)(?: \([^)]*\))?(?:,| and|\.)", module(path).get_config.__doc__.partition(":")[2])
+    with pytest.raises(UserError, match="unknown config argument 'no_such'"):
+        module(path).get_config("no_such=1")
+    for name in set(named) & {"steps", "fsdp", "tensor"}:
+        module(path).get_config(f"{name}=1")
+
+
+@every_file
+def test_its_step_lowers_on_eight_devices(path):
+    """Two layers of the real width in the real precision; nothing is allocated."""
+    config = resolved(path)
+    config.model.num_layers = 2
+    config.mesh.update({"fsdp": 4, "tensor": 2})
+    config.data.batch_size, config.data.length = 8 * config.train.accumulate, min(config.data.length, 512)
+    sizes = axis_sizes(config.mesh, 8)
+    model = Transformer(configs.model_config(config), precision(config.numerics.precision))
+    mesh, optimizer = make_mesh(sizes), adamw(config.optimizer, 10_000)
+    with sharding.use(mesh, sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)):
+        shapes, axes = abstract_parameters(model)
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0), shapes)
+        shardings = state_shardings(abstract, sharding.shardings(axes, shapes, mesh), mesh)
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        objective = LanguageModel(model, 3, config.objective.z_loss, config.objective.chunk)
+        step = make_train_step(objective, optimizer, config.train)
+        batch = data_module.batch_shapes(config, data_module.batch_sharding(config, mesh))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).lower(state, batch)
+    text = lowered.as_text()
+    assert "dot_general" in text and "sharding" in text
+    assert ("bf16" in text) == (config.numerics.precision != "float32")
+
+
+@pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.stem)
+def test_data_configs(path):
+    from data_pipelines.intake import read_settings
+
+    assert read_settings(module(path).get_config(""))["sources"]
+    assert f"configs/data/{path.name}" in module(path).__doc__
+    with pytest.raises(ValueError):
+        module(path).get_config("no_such=1")
+
+
+# --- defaults and arguments ---
+
+
+def test_the_defaults_are_complete_but_for_the_data_and_the_length():
+    with pytest.raises(UserError, match="train: set exactly one of steps, epochs and tokens; found none of them"):
+        check(base())
+    config = base("tiny", num_layers=3)
+    assert configs.model_config(config) == ModelConfig(**{**config.model.to_dict()}) and config.model.num_layers == 3
+
+
+def test_keys_cannot_be_made_up():
+    """Not in a config file either: a mistyped key would be ignored in silence."""
+    config = base("debug")
+    for section, key, nearest in (("data", "lenght", "length"), ("optimizer", "learning_rat", "learning_rate")):
+        with pytest.raises((AttributeError, KeyError), match=nearest):
+            setattr(config[section], key, 1)
+    with pytest.raises((AttributeError, KeyError), match="optimizer"):
+        config.optimiser = ConfigDict()
+    with pytest.raises(TypeError):
+        config.data.length = "long"
+
+
+def test_parse_arg():
+    defaults = {"size": "13b", "fsdp": -1, "rate": 0.1, "tiny": False}
+    assert parse_arg("", **defaults).to_dict() == defaults
+    found = parse_arg("size=7b,fsdp=8,rate=1e-3,tiny", **defaults)
+    assert found.to_dict() == {"size": "7b", "fsdp": 8, "rate": 1e-3, "tiny": True}
+    assert parse_arg("tiny=false,size=a=b", **defaults).to_dict() == {**defaults, "size": "a=b"}
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("siez=7b", "unknown config argument 'siez': did you mean 'size'?"),
+        ("zzz", "unknown config argument 'zzz': known are fsdp, rate, size, tiny"),
+        ("fsdp=many", "config argument fsdp=many: expected int"),
+        ("fsdp=1.5", "config argument fsdp=1.5: expected int"),
+        ("fsdp", "config argument fsdp=true: expected int"),
+        ("rate=low", "config argument rate=low: expected float"),
+        ("tiny=maybe", "config argument tiny=maybe: expected true or false"),
+    ],
+)
+def test_parse_arg_refuses(arg, message):
+    with pytest.raises(UserError) as error:
+        parse_arg(arg, size="13b", fsdp=-1, rate=0.1, tiny=False)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("key", configs.POSITIVE)
+def test_what_must_be_positive(key):
+    config = base("debug")
+    config.train.steps = 1
+    section, name = key.split(".")
+    config[section][name] = 0
+    with pytest.raises(UserError, match=rf"{re.escape(key)} = 0: expected a positive number"):
+        check(config)

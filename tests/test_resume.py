@@ -1,0 +1,178 @@
+"""A run that is killed, stopped or moved continues as if nothing had been: every number of the log, bit for bit."""
+
+import contextlib
+import random
+import shutil
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from easylm_plus.training.checkpoint import steps as checkpoint_steps
+from easylm_plus.training.metrics import read_rows
+from easylm_plus.training.preemption import Preemption
+
+STEPS = 40
+RUN = {"train__steps": STEPS, "train__ema": 0.9, "checkpoint__every": 6, "log__params_hash": True, "eval__every": 15}
+TIMES = ("tokens_per_second", "tflops", "input_wait", "memory_bytes")  # not a matter of what is computed
+
+
+def rows(folder):
+    """All rows of the log without the measured times; training rows and evaluation rows in their order."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def training(folder):
+    return [row for row in rows(folder) if "loss" in row]
+
+
+def whole(folder, **values):
+    """An uninterrupted run."""
+    folder.mkdir(exist_ok=True)
+    status, output = tiny.run(f"--config={tiny.write_config(folder, **{**RUN, **values})}")
+    assert status == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return whole(tmp_path_factory.mktemp("a"))
+
+
+def at_step(step):
+    """When the log has reached a step."""
+    return lambda folder: (seen := training(folder)) and seen[-1]["step"] >= step
+
+
+def saving(folder):
+    """When a checkpoint is being written."""
+    return any("tmp" in path.name for path in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def interrupt(folder, when, number):
+    """Starts the run, sends it a signal at that moment, returns its exit status."""
+    process = tiny.start(f"--config={folder / 'tiny_config.py'}")
+    while process.poll() is None and not when(folder):
+        time.sleep(0.001)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert "Traceback" not in output, output[-2000:]
+    return process.returncode
+
+
+def finish(folder):
+    status, output = tiny.run(f"--config={folder / 'tiny_config.py'}")
+    assert status == 0 and "starts from step" in output, output
+    return output
+
+
+def killed_and_continued(folder, moments):
+    """Kills the run at each of these moments and lets it end; the log must show nothing of it."""
+    tiny.write_config(folder, **RUN)
+    for when in moments:
+        assert interrupt(folder, when, signal.SIGKILL) == -signal.SIGKILL, "the run was over before it was killed"
+    finish(folder)
+
+
+def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
+    late = random.Random(0).randint(14, 30)
+    killed_and_continued(tmp_path, [saving, at_step(late)])  # the first kill leaves no checkpoint, or one
+    assert [row["step"] for row in training(tmp_path)] == list(range(1, STEPS + 1))
+    assert {"loss", "examples", "params_hash", "grad_norm"} <= set(training(tmp_path)[-1])
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_killed_five_times_continues_exactly(uninterrupted, tmp_path):
+    early, *later = sorted(random.Random(1).sample(range(2, 34), 4))
+    killed_and_continued(tmp_path, [at_step(early), saving, *map(at_step, later)])
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_a_signal_ends_a_run_after_a_checkpoint(uninterrupted, tmp_path):
+    tiny.write_config(tmp_path, **RUN)
+    assert interrupt(tmp_path, at_step(8), signal.SIGTERM) == 143
+    stopped = training(tmp_path)[-1]["step"]
+    assert 8 <= stopped < STEPS and checkpoint_steps(tmp_path / "checkpoints")[-1] == stopped
+    assert f"starts from step {stopped} of" in finish(tmp_path)
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_the_comparison_sees_another_seed(uninterrupted, tmp_path):
+    tiny.write_config(tmp_path, **{**RUN, "train__seed": 1})
+    interrupt(tmp_path, at_step(4), signal.SIGKILL)
+    other = training(tmp_path)
+    assert len(other) >= 4
+    for key in ("loss", "examples", "params_hash"):
+        assert all(a[key] != b[key] for a, b in zip(training(uninterrupted), other)), key
+
+
+# --- on another number of processes and devices ---
+
+
+@contextlib.contextmanager
+def two_processes(folder, **values):
+    """The run as two processes of one device each, that find one another at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tiny.write_config(folder, **{**RUN, **values})
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    both = [tiny.start(f"--config={config}", JAX_PROCESS_ID=str(i), **job) for i in range(2)]
+    try:
+        yield both
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def close_to(found, wanted):
+    """Another number of devices sums in another order; the same examples in the same order otherwise."""
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in wanted], rtol=0, atol=1e-5)
+
+
+CALM = {"optimizer__learning_rate": 1e-3, "optimizer__schedule": "constant", "train__steps": 12, "eval__every": 12}
+
+
+def test_two_processes_and_then_one(tmp_path):
+    """Twelve steps: six by two processes, six by one."""
+    alone, shared = whole(tmp_path / "alone", **CALM), tmp_path / "both"
+    shared.mkdir()
+    with two_processes(shared, **CALM) as both:
+        outputs = [process.communicate(timeout=200)[0] for process in both]
+        assert [p.returncode for p in both] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "2 x cpu" in outputs[0]
+    close_to(training(shared), training(alone))
+    evaluations = [[r["eval/loss"] for r in rows(f) if "eval/loss" in r] for f in (shared, alone)]
+    np.testing.assert_allclose(*evaluations, rtol=0, atol=1e-5)
+
+    shutil.rmtree(shared / "checkpoints/12")
+    finish(shared)
+    close_to(training(shared), training(alone))
+
+
+def test_a_job_leaves_signals_to_jax(monkeypatch):
+    """A handler of our own would replace the one by which JAX tells the other processes."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with Preemption():
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+    endless = {**CALM, "train__steps": 100_000, "eval__every": 0, "checkpoint__every": 100_000, "log__every": 5}
+    with two_processes(tmp_path, **endless) as both:
+        while both[0].poll() is None and not at_step(5)(tmp_path):
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in both]
+        assert [p.returncode for p in both] == [143, 143], outputs[0][-2000:]
+    stopped = checkpoint_steps(tmp_path / "checkpoints")
+    assert len(stopped) == 1 and 0 <= stopped[0] - training(tmp_path)[-1]["step"] < 5

@@ -1,0 +1,231 @@
+"""The house rules that a reader relies on, checked on the source: who may import whom, what multiplies weights, how
+long things are. Every rule is shown to catch an offender.
+
+Floors, top to bottom: a package imports from its own floor and from those below. `errors` and `tree` are for all;
+`config` and `door` for the commands only.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    "doors", "alignment", "planning", "evaluation", "inference", "training", "objectives", "interop", "models",
+    "numerics", "parallel",
+)  # fmt: skip
+FOR_ALL = ("errors", "tree")
+FORBIDDEN_IMPORTS = {
+    "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch", "transformers", "tensorflow",
+    "aqt", "qwix",
+}  # fmt: skip
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+PRODUCTS = {"dot", "dot_general", "matmul", "einsum", "tensordot", "vdot", "inner", "conv_general_dilated", "Dense"}
+LIBRARIES = {"jax", "jnp", "lax", "np", "numpy", "nn"}
+ATTENTION_PRODUCTS = (
+    'scores = jnp.einsum("nqk,nsk->nqs", block, keys, preferred_element_type=jnp.float32) * K**-0.5',
+    'outputs.append(jnp.einsum("nqs,nsk->nqk", weights, values).reshape(B * G, R, end - start, K))',
+)
+LONGEST_FILE, LONGEST_STEP = 600, 45
+
+
+def sources(package):
+    """path below the root -> text, of every file of a package."""
+    return {path.relative_to(ROOT): path.read_text("utf-8") for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+OURS, DATA = sources("easylm_plus"), sources("data_pipelines")
+
+
+def imports(path, text):
+    """(line, module imported), with `from a import b` as a.b; wherever in the file, relative ones made absolute."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = path.with_suffix("").parts
+            base = ".".join(here[: len(here) - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def floor(parts):
+    """("easylm_plus", "models", ...) -> its floor's number; None for what all may import."""
+    name = parts[1] if len(parts) > 1 else "doors"
+    if name in FOR_ALL:
+        return None
+    return FLOORS.index(name) if name in FLOORS else 0
+
+
+def upward_imports(path, text):
+    """Imports of a file of easylm_plus from a floor above its own, and of commands' utilities by packages."""
+    own = floor(path.with_suffix("").parts)
+    own = len(FLOORS) if own is None else own  # what all may import imports nothing
+    for line, module in imports(path, text):
+        parts = module.split(".")
+        if parts[0] != "easylm_plus":
+            continue
+        target = floor(parts)
+        if target is not None and target < own:
+            yield f"{path}:{line} ({FLOORS[own] if own < len(FLOORS) else 'for all'}) imports {module}"
+
+
+def forbidden(path, text):
+    """Imports and calls that run code from data, or bring another framework."""
+    for line, module in imports(path, text):
+        if module.split(".")[0] in FORBIDDEN_IMPORTS:
+            yield f"{path}:{line} imports {module}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
+            yield f"{path}:{node.lineno} calls {node.func.id}"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            yield f"{path}:{node.lineno} allows pickles"
+
+
+def products(path, text, allowed=()):
+    """Matrix products, other than the lines allowed: operators, functions of a library, methods that are called."""
+    lines, nodes = text.splitlines(), list(ast.walk(ast.parse(text)))
+    of_a_library_or_called = {node.func for node in nodes if isinstance(node, ast.Call)} | {
+        node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in LIBRARIES
+    }
+    for node in nodes:
+        operator = isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult)
+        named = isinstance(node, ast.Attribute) and node.attr in PRODUCTS and node in of_a_library_or_called
+        imported = isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & PRODUCTS
+        if (operator or named or imported) and lines[node.lineno - 1].strip() not in allowed:
+            yield f"{path}:{node.lineno} {lines[node.lineno - 1].strip()}"
+
+
+def too_long(path, text):
+    if (count := text.count("\n")) > LONGEST_FILE:
+        yield f"{path} has {count} lines, more than {LONGEST_FILE}"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef) or node.name != "train_step":
+            continue
+        if (count := node.end_lineno - node.lineno + 1) > LONGEST_STEP:
+            yield f"{path}:{node.lineno} train_step has {count} lines, more than {LONGEST_STEP}"
+
+
+def foreign(path, text):
+    """What a plain data machine does not have."""
+    for line, module in imports(path, text):
+        if module.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "orbax", "easylm_plus"):
+            yield f"{path}:{line} imports {module}"
+
+
+def found(rule, files):
+    return [offence for path, text in files.items() for offence in rule(path, text)]
+
+
+def test_every_package_has_a_floor():
+    packages = {path.parts[1] for path in OURS if len(path.parts) > 2}
+    assert packages <= set(FLOORS)
+    assert "models" in packages
+
+
+def test_imports_point_down():
+    assert found(upward_imports, OURS) == []
+
+
+def test_data_pipelines_needs_neither_jax_nor_the_model():
+    assert found(foreign, DATA) == []
+    assert len(DATA) > 10
+
+
+def test_only_verbs_multiply_by_a_weight():
+    elsewhere = {path: text for path, text in OURS.items() if path.parts[1] != "numerics"}
+    assert found(lambda path, text: products(path, text, ATTENTION_PRODUCTS), elsewhere) == []
+    lines = OURS[Path("easylm_plus/models/attention.py")]
+    assert all(line in lines for line in ATTENTION_PRODUCTS)  # the exceptions are still there
+
+
+def test_no_code_from_data_and_no_other_framework():
+    assert found(forbidden, OURS | DATA) == []
+
+
+def test_files_and_the_step_are_short():
+    assert found(too_long, OURS | DATA) == []
+    assert any("def train_step" in text for text in OURS.values())
+
+
+@pytest.mark.parametrize("package", ("easylm_plus", "data_pipelines"))
+def test_importing_the_package_does_not_load_jax(package):
+    script = f"import sys, {package}; print(sorted(m for m in ('jax', 'jaxlib', 'flax', 'torch') if m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "[]", run.stderr
+    with_jax = script.replace("import sys,", "import sys, jax,")
+    run = subprocess.run([sys.executable, "-c", with_jax], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "'jax'" in run.stdout
+
+
+def test_importing_every_data_module_does_not_load_jax():
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in DATA]
+    script = f"import sys, {', '.join(modules)}; print('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+# --- every rule catches an offender, and leaves alone what is right ---
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "caught"),
+    (
+        ("models/new.py", "from easylm_plus.training.state import TrainState", True),
+        ("models/new.py", "from easylm_plus.models.config import ModelConfig", False),
+        ("models/new.py", "from easylm_plus import training", True),
+        ("models/new.py", "from easylm_plus import numerics", False),
+        ("models/new.py", "from ..interop import huggingface", True),
+        ("models/new.py", "from . import rope", False),
+        ("models/new.py", "def f():\n    import easylm_plus.objectives.lm", True),
+        ("parallel/new.py", "from easylm_plus.numerics.verbs import project", True),
+        ("parallel/new.py", "from easylm_plus.errors import UserError", False),
+        ("training/new.py", "from easylm_plus.config import base", True),
+        ("inference/new.py", "from easylm_plus.door import run", True),
+        ("train.py", "from easylm_plus.config import base", False),
+        ("errors.py", "from easylm_plus.parallel import mesh", True),
+        ("__init__.py", "from easylm_plus.train import main", False),
+    ),
+)
+def test_a_wrong_import_is_caught(place, line, caught):
+    assert bool(list(upward_imports(Path("easylm_plus") / place, line))) == caught
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "caught"),
+    (
+        (foreign, "import jax.numpy as jnp", True),
+        (foreign, "def f():\n    from easylm_plus.errors import UserError", True),
+        (foreign, "import jaxtyping", False),
+        (forbidden, "import pickle", True),
+        (forbidden, "def f():\n    from torch import nn", True),
+        (forbidden, "eval('1')", True),
+        (forbidden, "model.eval(); re.compile('x')", False),
+        (forbidden, "np.load(path, allow_pickle=True)", True),
+        (forbidden, "np.load(path, allow_pickle=False)", False),
+        (products, "y = x @ w", True),
+        (products, "y @= w", True),
+        (products, "y = jnp.einsum('ij,jk', x, w)", True),
+        (products, "f = jax.lax.dot_general", True),
+        (products, "y = x.dot(w)", True),
+        (products, "with matmul_precision(policy.matmul): pass", False),
+        (products, "from jax.numpy import matmul", True),
+        (products, "@property\ndef f(self): return self.x * 2", False),
+        (too_long, "x = 1\n" * 601, True),
+        (too_long, "x = 1\n" * 600, False),
+        (too_long, "def train_step(state):\n" + "    x = 1\n" * 45, True),
+        (too_long, "def train_step(state):\n" + "    x = 1\n" * 44, False),
+    ),
+)
+def test_an_offender_is_caught(rule, text, caught):
+    assert bool(list(rule(Path("easylm_plus/models/new.py"), text))) == caught
+
+
+def test_an_allowed_product_is_allowed_by_its_whole_line_only():
+    allowed = "    " + ATTENTION_PRODUCTS[0]
+    text = f"def f():\n{allowed}\n{allowed.replace('keys', 'w')}"
+    assert [re.search(r":(\d+)", offence)[1] for offence in products(Path("f.py"), text, ATTENTION_PRODUCTS)] == ["3"]
