@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -30,16 +31,34 @@ def guarded(main: Callable[[], int | None]) -> int:
         if error.errno == errno.ENOSPC:
             place = error.filename or error
             return _fail(f"the disk is full: {place}. Nothing already saved was lost; free some space and run again")
+        if "config file" in str(error):  # ml_collections loads it at the first use
+            return _fail(_told(error), status=2)
         raise
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
-        # ml_collections puts its "did you mean" into the message of a plain AttributeError or KeyError
-        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-        sys.exit(_fail(text.strip("'\"").replace("\\n", "\n").replace("'\"", "'").replace("\n", ". "), status=2))
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError) as error:
+        sys.exit(_fail(_told(error), status=2))
+
+
+def _told(error: Exception) -> str:
+    """What a person needs of an error in flags or config file.
+
+    ml_collections wraps a whole traceback of the config file into its message, and puts its suggestion for an unknown
+    key into a plain AttributeError or KeyError.
+    """
+    text = str(error).replace("\\n", "\n")
+    if found := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
+        return f"unknown config key {found[2]!r}: did you mean {found[1]!r}?"
+    if missing := re.search(r"No such file or directory: ('.+?')", text):
+        return f"config file {missing[1]} does not exist"
+    if raised := re.findall(r"^[\w.]+(?:Error|Exception): (.+)$", text, re.MULTILINE):
+        return raised[-1]
+    if isinstance(error, KeyError | AttributeError):
+        return f"unknown config key {str(error.args[0]).strip(chr(34) + chr(39))!r}"
+    return " ".join(text.split())
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -67,7 +67,7 @@ DATA = {
     "empty": ("a.jsonl", b"", "sharegpt/a.jsonl: found no rows; expected a row or more"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 9))[:-9], "found the end of the file within gzip"),
     "not gzip": ("a.jsonl.gz", lines(GOOD), "expected a gzip file, because of .gz"),
-    "wrong keys": ("a.jsonl", lines(GOOD, {"question": "ask"}), 'a.jsonl, row 2: found an object with the keys "question"'),
+    "wrong keys": ("a.jsonl", lines(GOOD, {"question": "a"}), 'row 2: found an object with the keys "question"'),
     "not alternating": ("a.jsonl", lines(chat(("human", "a"), ("human", "b"), ("gpt", "c"))),
                         "row 1, turn 2: found a turn of the user after a turn of the user"),
     "not UTF-8": ("a.jsonl", lines(GOOD) + b'{"conversations": "\xff"}\n', "is 0xff, which is not UTF-8"),
@@ -140,7 +140,9 @@ def test_a_config_file(tmp_path, code, words):
     assert all(word in output for word in words), output[-800:]
 
 
-@pytest.mark.parametrize("argv", [["--config=no/such_config.py"], ["--config=no/such_config.py", "--config.data.length=8"]])
+@pytest.mark.parametrize(
+    "argv", [["--config=no/such_config.py"], ["--config=no/such_config.py", "--config.data.length=8"]]
+)
 def test_no_config_file(argv):
     status, output = tiny.inside(*argv)
     assert status == 2 and one_message(output) and "no/such_config.py" in output, output[-800:]
@@ -158,7 +160,7 @@ VALUES = {
     "accumulate": ({"train__accumulate": 3}, "train.accumulate = 3: expected a divisor of data.batch_size = 8"),
     "batch of no rows": ({"data__batch_size": 0}, "data.batch_size = 0: expected a positive number"),
     "mesh": ({"mesh__tensor": 3}, "mesh fsdp=4 x tensor=3 does not fit 8 devices"),
-    "batch and mesh": ({"data__batch_size": 4}, "data.batch_size = 4", "expected a multiple of mesh.replica x mesh.fsdp"),
+    "batch and mesh": ({"data__batch_size": 4}, "data.batch_size = 4", "a multiple of mesh.replica x mesh.fsdp"),
     "length and mesh": ({"mesh__fsdp": 1, "mesh__tensor": 1, "mesh__sequence": 8, "data__length": 60},
                         "data.length = 60: expected a multiple of mesh.sequence = 8"),
     "precision": ({"numerics__precision": "fp32"}, "numerics.precision = 'fp32': expected one of float32, bf16"),
@@ -174,7 +176,7 @@ VALUES = {
     "profile": ({"train__profile": "10"}, "train.profile = '10': expected 'first:last'"),
     "profile backwards": ({"train__profile": "3:1"}, "train.profile = '3:1'"),
     "best by nothing": ({"checkpoint__keep_best": "eval/los"}, "checkpoint.keep_best = 'eval/los'"),
-    "unknown source": ({"data__sources": ("sums", "lettres")}, "data.sources: found 'lettres', expected one of letters, sums"),
+    "unknown source": ({"data__sources": ("sums", "lettres")}, "data.sources: found 'lettres', expected one of"),
     "weight of a source": ({"data__sources": ("sums=two",)}, "data.sources: found weight 'two' of sums"),
     "no data": ({"data__path": "no/such"}, "no/such (config.data.path)", "data_pipelines.prepare"),
     "no path of data": ({"data__path": ""}, "data.path is not set"),

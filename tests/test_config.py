@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import subprocess
 
 import jax
 import pytest
@@ -72,11 +73,26 @@ def test_its_docstring_gives_the_command(path):
 
 @every_file
 def test_its_arguments_are_those_it_names(path):
-    named = re.findall(r"(\w+)(?: \([^)]*\))?(?:,| and|\.)", module(path).get_config.__doc__.partition(":")[2])
+    build = module(path).get_config
     with pytest.raises(UserError, match="unknown config argument 'no_such'"):
-        module(path).get_config("no_such=1")
-    for name in set(named) & {"steps", "fsdp", "tensor"}:
-        module(path).get_config(f"{name}=1")
+        build("no_such=1")
+    for name, key in (("steps", "train.steps"), ("fsdp", "mesh.fsdp"), ("tensor", "mesh.tensor")):
+        if name in build.__doc__:
+            section, key = key.split(".")
+            assert build(f"{name}=3")[section][key] == 3
+
+
+@every_file
+def test_its_weights_are_those_of_the_model(path):
+    """At full depth, by shapes alone."""
+    config = resolved(path)
+    shapes, axes = abstract_parameters(Transformer(configs.model_config(config)))
+    leaves = jax.tree.leaves(shapes)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert len(leaves) == len(jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)))
+    published = {"koala7b": 6_738_415_616, "llama7b": 6_738_415_616, "koala13b": 13_015_864_320}
+    count = sum(leaf.size for leaf in leaves)
+    assert count == published.get(path.stem, count) and count > 10_000
 
 
 @every_file
@@ -104,6 +120,18 @@ def test_its_step_lowers_on_eight_devices(path):
     assert ("bf16" in text) == (config.numerics.precision != "float32")
 
 
+@every_file
+def test_the_data_it_prepares_are_described(path):
+    if spec := resolved(path).data.prepare:
+        assert data_module.load_config_file(str(tiny.ROOT / spec)).sources
+
+
+def test_there_are_configs_of_data():
+    assert {"embedded", "koala", "text"} <= {path.stem for path in DATA_FILES}
+    found = subprocess.run(["git", "check-ignore", *FILES, *DATA_FILES], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert found.stdout == "", "git ignores these, so that a clone would lack them"
+
+
 @pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.stem)
 def test_data_configs(path):
     from data_pipelines.intake import read_settings
@@ -121,7 +149,7 @@ def test_the_defaults_are_complete_but_for_the_data_and_the_length():
     with pytest.raises(UserError, match="train: set exactly one of steps, epochs and tokens; found none of them"):
         check(base())
     config = base("tiny", num_layers=3)
-    assert configs.model_config(config) == ModelConfig(**{**config.model.to_dict()}) and config.model.num_layers == 3
+    assert configs.model_config(config) == ModelConfig(**config.model.to_dict()) and config.model.num_layers == 3
 
 
 def test_keys_cannot_be_made_up():

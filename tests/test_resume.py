@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -57,7 +58,7 @@ def interrupt(folder, when, number):
     """Starts the run, sends it a signal at that moment, returns its exit status."""
     process = tiny.start(f"--config={folder / 'tiny_config.py'}")
     while process.poll() is None and not when(folder):
-        time.sleep(0.001)
+        time.sleep(0.003)
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert "Traceback" not in output, output[-2000:]
@@ -100,6 +101,14 @@ def test_a_signal_ends_a_run_after_a_checkpoint(uninterrupted, tmp_path):
     assert 8 <= stopped < STEPS and checkpoint_steps(tmp_path / "checkpoints")[-1] == stopped
     assert f"starts from step {stopped} of" in finish(tmp_path)
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_an_evaluation_that_a_signal_put_off_is_made_up_for(tmp_path):
+    config = tiny.write_config(tmp_path, train__steps=6, eval__every=4, mesh__fsdp=4, mesh__tensor=2)
+    with mock.patch.object(Preemption, "requested", lambda self, step: step == 4):
+        assert tiny.inside(f"--config={config}")[0] == 143
+    assert tiny.inside(f"--config={config}")[0] == 0
+    assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 4, 6]
 
 
 def test_the_comparison_sees_another_seed(uninterrupted, tmp_path):

@@ -1,6 +1,7 @@
 """The training command from end to end: what it prints, writes and learns, and the ways its data are put on devices."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.training import data as data_module
 from easylm_plus.training.checkpoint import read_meta, steps
+from easylm_plus.training.profile import Profiler
 
 VALUES = {"train__steps": 30, "train__ema": 0.9, "checkpoint__every": 10, "checkpoint__keep": 2, "eval__every": 10,
           "eval__samples": 2, "log__every": 3, "train__profile": "2:4"}  # fmt: skip
@@ -91,15 +93,20 @@ def test_a_warm_start_takes_the_weight_average(run, tmp_path):
 
 def test_forcing_resumes_with_another_config_and_other_data(run, tmp_path):
     """The data order starts anew, since the old position means nothing in other data."""
-    import shutil
-
     folder, _ = run
     shutil.copytree(folder, tmp_path / "run")
-    values = {**VALUES, "train__steps": 32, "data__sources": ("sums",), "data__batch_size": 16, "train__seed": 6,
+    values = {**VALUES, "train__steps": 32, "data__sources": ("sums=5", "letters=2"), "train__seed": 6,
               "mesh__fsdp": 4, "mesh__tensor": 2, "checkpoint__force": True, "train__profile": ""}  # fmt: skip
     status, output = tiny.inside(f"--config={tiny.write_config(tmp_path / 'run', **values)}")
     assert status == 0 and "starts from step 30" in output, output
     assert steps(tmp_path / "run/checkpoints")[-1] == 32
+
+
+def test_a_run_that_resumes_within_its_profile_is_not_stopped_by_it(tmp_path):
+    profiler = Profiler("2:4", str(tmp_path))
+    profiler.before(3)
+    profiler.after(4, jax.numpy.ones(1))
+    assert not list(tmp_path.rglob("*.pb"))
 
 
 # --- from the config to batches on devices ---
@@ -147,10 +154,11 @@ def test_the_length_of_a_run():
 
 def test_sources_and_weights():
     manifest = read_manifest(tiny.data())
-    assert data_module.chosen_sources((), manifest) == (["letters", "sums"], {"letters": 1, "sums": 2})
-    assert data_module.chosen_sources(("sums",), manifest) == (["sums"], {"sums": 2})
-    assert data_module.chosen_sources(("sums=5", "letters"), manifest) == (["sums", "letters"], {"sums": 5, "letters": 1})
-    with pytest.raises(UserError, match="data.sources: found 'sum', expected one of letters, sums"):
+    chosen = lambda *wanted: dict(zip(("names", "weights"), data_module.chosen_sources(wanted, manifest)))
+    assert chosen() == {"names": ["letters", "sums"], "weights": {"letters": 1, "sums": 2}}
+    assert chosen("sums") == {"names": ["sums"], "weights": {"sums": 2}}
+    assert chosen("sums=5", "letters") == {"names": ["sums", "letters"], "weights": {"sums": 5, "letters": 1}}
+    with pytest.raises(UserError, match=r"data.sources: found 'sum', expected one of letters, sums"):
         data_module.chosen_sources(("sum",), manifest)
 
 

@@ -29,7 +29,8 @@ def draw(directory: str | Path) -> Path:
     for axis, title in zip(axes.flat, titles):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if axis.lines:
+            axis.legend(fontsize="small")
     path = Path(directory) / "curves.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)

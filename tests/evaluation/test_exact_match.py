@@ -23,13 +23,23 @@ def conversation(question, answer):
 
 
 TABLE = {"1 + 1": "2", "2 + 2": "4", "3 + 3": "5", "4 + 4": "8."}
-ASKED = [conversation("1 + 1", "2"), conversation("2 + 2", " 4\n"), conversation("3 + 3", "6"), conversation("4 + 4", "8")]
+ASKED = [
+    conversation("1 + 1", "2"),
+    conversation("2 + 2", " 4\n"),
+    conversation("3 + 3", "6"),
+    conversation("4 + 4", "8"),
+]
 
 
 def test_answers_stand_beside_what_was_right():
     chatter = Chatter(TABLE)
     found = answers(chatter, ASKED, 8)
-    assert found == [Answer("1 + 1", "2", "2"), Answer("2 + 2", "4", "4"), Answer("3 + 3", "5", "6"), Answer("4 + 4", "8.", "8")]
+    assert found == [
+        Answer("1 + 1", "2", "2"),
+        Answer("2 + 2", "4", "4"),
+        Answer("3 + 3", "5", "6"),
+        Answer("4 + 4", "8.", "8"),
+    ]
     assert [a.correct for a in found] == [True, True, False, False]
     assert all(c.turns == full.turns[:-1] for c, full in zip(chatter.asked, ASKED)), "the answer is never shown"
 

@@ -80,8 +80,10 @@ def test_any_chunk_will_do(chunk):
     check_against_plain("untied", chunk)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("tied", HEADS)
+@pytest.mark.parametrize(
+    ("mesh", "tied"),
+    [*((mesh, "untied") for mesh in MESHES), *((mesh, "tied") for mesh in MESHES if "tensor" in mesh)],
+)
 def test_the_same_on_every_mesh(mesh, tied):
     with sharding.use(make_mesh(MESHES[mesh])):
         check_against_plain(tied, 4, mesh)
@@ -281,7 +283,7 @@ def on_one_device(tie):
     return program(*arguments)
 
 
-@pytest.mark.parametrize("mesh", (None, *MESHES))
+@pytest.mark.parametrize("mesh", (None, "fsdp 8", "fsdp 2, sequence 2, tensor 2"))
 def test_with_a_single_chunk_the_logits_are_found(mesh):
     program, _ = compiled(mesh, chunk=ROWS * LENGTH, tie=False)
     assert largest(program.as_text()) >= share_of_logits(mesh)

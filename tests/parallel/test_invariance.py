@@ -157,7 +157,11 @@ def badly_sharded():
     jax.jit(lambda x: pinned(jnp.sin(x), over(None, "tensor", "replica"))).lower(x).compile()
 
     rows = lambda w, ids, y: (pinned(jnp.take(w, ids, axis=0, mode="clip"), over("fsdp")) * y).sum()
-    table = on(jnp.float32, (64, 32), "tensor", "fsdp"), on(jnp.int32, (16, 8), "fsdp"), on(jnp.float32, (16, 8, 32), "fsdp")
+    table = (
+        on(jnp.float32, (64, 32), "tensor", "fsdp"),
+        on(jnp.int32, (16, 8), "fsdp"),
+        on(jnp.float32, (16, 8, 32), "fsdp"),
+    )
     jax.jit(jax.grad(rows), out_shardings=over("tensor", "fsdp")).lower(*table).compile()
 
 

@@ -28,12 +28,14 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
 
 def test_a_run_that_starts_over_keeps_nothing(tmp_path):
     """Rows of step 0 come before the first checkpoint, so that a run from step 0 writes them again."""
-    write(tmp_path, 0, range(0, 4))
-    write(tmp_path, 0, range(0, 2))
+    write(tmp_path, 0, range(4))
+    write(tmp_path, 0, range(2))
     assert steps(tmp_path) == [0, 1]
 
 
-@pytest.mark.parametrize("rest", [b'{"step": 4, "lo', b'{"step": 4, "loss": 1.0', b"\x00\x00", '{"step": 4, "é'.encode()[:-1]])
+@pytest.mark.parametrize(
+    "rest", [b'{"step": 4, "lo', b'{"step": 4, "loss": 1.0', b"\x00\x00", '{"step": 4, "é'.encode()[:-1]]
+)
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path, rest):
     write(tmp_path, 0, range(1, 4))
     path = tmp_path / "metrics.jsonl"

@@ -27,12 +27,13 @@ def expected(kind, step):
         done, warm = (step - WARMUP) / (TOTAL - WARMUP), 1.0
     line = lambda start: start + (END - start) * done
     late = step >= SECOND["stage_at"] * TOTAL
-    return warm * {
+    rates = {
         "constant": PEAK,
         "linear": line(PEAK),
         "cosine": END + (PEAK - END) * (1 + math.cos(math.pi * done)) / 2,
         "two_stage": line(SECOND["stage_learning_rate"] if late else PEAK),
-    }[kind]
+    }
+    return warm * rates[kind]
 
 
 def agrees(kind, rate):
