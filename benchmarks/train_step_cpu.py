@@ -102,7 +102,8 @@ def main(_: list[str]) -> None:
             for name, run in sides.items():
                 result = run(STEPS.value)
                 times[name] += result["seconds"]
-                print(f"round {round}  {name:5}  {tokens / min(result['seconds']):7.0f} tokens/s  loss {result['loss']:.4f}", flush=True)  # fmt: skip
+                speed = tokens / min(result["seconds"])
+                print(f"round {round}  {name:5}  {speed:7.0f} tokens/s  loss {result['loss']:.4f}", flush=True)
     best = {name: tokens / min(t) for name, t in times.items()}
     median = {name: tokens / statistics.median(t) for name, t in times.items()}
     for name in sides:
