@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,18 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer file or a directory with one")
-    match path.suffix:
-        case ".json":
-            return HuggingFaceTokenizer(path)
-        case ".model":
-            return SentencePieceTokenizer(path, path.read_bytes())
-        case ".bin":
-            return SentencePieceTokenizer(path, llama2c_model(path))
+    kinds: dict[str, Callable[[Path], Tokenizer]] = {
+        ".json": HuggingFaceTokenizer,
+        ".model": lambda path: SentencePieceTokenizer(path, path.read_bytes()),
+        ".bin": lambda path: SentencePieceTokenizer(path, llama2c_model(path)),
+    }
+    if path.suffix in kinds:
+        try:
+            return kinds[path.suffix](path)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # the libraries raise many kinds for files that they cannot make sense of
+            raise InputError(f"{path}: found a damaged tokenizer ({error}); expected another copy of it") from error
     raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece) or .bin (llama2.c) file")
 
 

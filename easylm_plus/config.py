@@ -21,8 +21,11 @@ from easylm_plus.models.families import preset
 
 
 def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
-    """All sections with their defaults; `model` names a preset, whose keys `overrides` replace."""
-    return ConfigDict(
+    """All sections with their defaults; `model` names a preset, whose keys `overrides` replace.
+
+    The result is locked: setting a key that is not there is an error, in a config file as on the command line.
+    """
+    config = ConfigDict(
         {
             "model": dataclasses.asdict(preset(model, **overrides)),
             "init_from": {
@@ -106,6 +109,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
         # () of a tuple must not be taken for the type of its elements
         convert_dict=True,
     )
+    return config.lock()
 
 
 def parse_arg(arg: str, **defaults: Any) -> Any:

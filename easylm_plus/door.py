@@ -31,15 +31,16 @@ def guarded(main: Callable[[], int | None]) -> int:
         if error.errno == errno.ENOSPC:
             place = error.filename or error
             return _fail(f"the disk is full: {place}. Nothing already saved was lost; free some space and run again")
-        if "config file" in str(error):  # ml_collections loads it at the first use
-            return _fail(_told(error), status=2)
         raise
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError) as error:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.keys()  # that the file is not there shows only when the config is used
+        return rest
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, OSError) as error:
         sys.exit(_fail(_told(error), status=2))
 
 
@@ -50,6 +51,8 @@ def _told(error: Exception) -> str:
     key into a plain AttributeError or KeyError.
     """
     text = str(error).replace("\\n", "\n")
+    if "must have a value other than None" in text:
+        return "--config is not set; expected a config file, as in --config=configs/debug.py"
     if found := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
         return f"unknown config key {found[2]!r}: did you mean {found[1]!r}?"
     if missing := re.search(r"No such file or directory: ('.+?')", text):

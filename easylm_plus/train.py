@@ -19,6 +19,7 @@ from rich.table import Table
 from data_pipelines.prefetch import Prefetch
 from easylm_plus import config as configs
 from easylm_plus.door import console, run
+from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.evaluation.samples import make_sampler
 from easylm_plus.models.attention import resolve
@@ -63,6 +64,7 @@ def main() -> int:
     mesh = make_mesh(config.mesh)
     batch_sharding = data_module.batch_sharding(config, mesh)
     data = data_module.open_data(config)
+    data_module.check_best(config, data)
     steps = data_module.total_steps(config, data)
     rows = data_module.local_rows(batch_sharding, config.data.batch_size, config.data.length)
     loader = data_module.make_loader(config, data, rows)
@@ -86,14 +88,25 @@ def main() -> int:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
         saved = checkpoint.Checkpoints(config.checkpoint.dir or f"{config.log.dir}/checkpoints", config.checkpoint)
-        start = saved.latest() if config.checkpoint.resume else None
-        meter_state = None
+        start = saved.latest()
+        if start is not None and not config.checkpoint.resume:
+            raise UserError(
+                f"checkpoint.resume = False: {saved.directory} already has step {start}; set another log.dir"
+            )
+        meter_state, owes_evaluation = None, False
         if start is not None:
             if not config.checkpoint.force:
                 checkpoint.compare_runs(saved.meta(start), config.to_dict(), data.hash, f"{saved.directory}/{start}")
             state, position = saved.restore(start, target)
-            loader.set_state(position["loader"])
+            owes_evaluation = position["owes_evaluation"]
             meter_state, origin = position["meter"], f"step {start} of {saved.directory}"
+            try:
+                loader.set_state(position["loader"])
+            except ValueError as error:
+                if not config.checkpoint.force:
+                    raise
+                meter_state = None
+                console.print(f"the data starts from its beginning: {error}", markup=False)
         else:
             key = jax.random.key(config.train.seed)
             params = jax.jit(lambda: init_parameters(model, key), out_shardings=param_shardings)()
@@ -155,11 +168,18 @@ def main() -> int:
                 log.text(step, f"samples/{name}", text)
             console.print(f"step {step}: held-out loss {scores['eval/loss']:.4f}")
 
+        def evaluation_due(step: int) -> bool:
+            return config.eval.every > 0 and (step % config.eval.every == 0 or step == steps)
+
         def save(step: int) -> None:
             """A checkpoint of everything; the log is on disk first, so that it never knows less."""
             meter.drain()
             log.flush()
-            position = {"loader": data_module.merged_state(loader_state), "meter": meter.get_state()}
+            position = {
+                "loader": data_module.merged_state(loader_state),
+                "meter": meter.get_state(),
+                "owes_evaluation": bool(stopped and evaluation_due(step)),
+            }
             meta = {"config": config.to_dict(), "data_hash": data.hash}
             saved.save(step, state, position, meta, scores)
 
@@ -168,8 +188,8 @@ def main() -> int:
         if first:
             data.tokenizer.save(saved.directory / "tokenizer")
         step, stopped, last_save = start, False, datetime.datetime.now()
-        if start == 0 and config.eval.every:
-            evaluate(0)
+        if config.eval.every and (start == 0 or owes_evaluation):
+            evaluate(start)
         with log, progress, Preemption() as preemption, Prefetch(loader, config.data.workers) as batches:
             profiler = Profiler(config.train.profile, config.log.dir)
             meter.restart_clock()
@@ -180,13 +200,14 @@ def main() -> int:
                 profiler.before(step)
                 state, metrics = train_step(state, put(batch))
                 step += 1
+                scores.clear()  # those of another step say nothing about this one's checkpoint
                 profiler.after(step, state)
                 if config.log.params_hash:
                     metrics["params_hash"] = params_hash(state.params)
                 meter.push(step, metrics, {"examples": data_module.digest(batch)})
                 progress.update(step, meter.last)
                 last, stopped = step == steps, preemption.requested(step)
-                if config.eval.every and (step % config.eval.every == 0 or last) and not stopped:
+                if evaluation_due(step) and not stopped:
                     meter.drain()
                     evaluate(step)
                     meter.restart_clock()

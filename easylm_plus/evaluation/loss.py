@@ -29,7 +29,7 @@ def make_evaluate(
         for batch in batches:
             parts = jax.device_get(sums(params, batch))
             nll, tokens = nll + parts["nll"], tokens + parts["tokens"]
-        row = {"eval/loss": float(nll.sum() / max(tokens.sum(), 1))}
+        row = {"eval/loss": float(nll.sum() / tokens.sum()) if tokens.any() else float("nan")}
         return row | {f"eval/loss/{s}": float(nll[i] / tokens[i]) for i, s in enumerate(sources) if tokens[i]}
 
     return evaluate

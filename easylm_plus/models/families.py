@@ -52,4 +52,9 @@ def preset(name: str, **overrides: object) -> ModelConfig:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown model {name!r}: did you mean {near!r}? Known: {', '.join(PRESETS)}")
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown key model.{key}: did you mean {near!r}?")
     return dataclasses.replace(PRESETS[name], **overrides)  # type: ignore[arg-type]

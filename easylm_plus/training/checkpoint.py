@@ -11,8 +11,11 @@ a killed process leaves behind is swept away at the next start.
 """
 
 import datetime
+import errno
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,10 @@ class Checkpoints:
                 keep_policy.BestN(get_metric_fn=lambda m: -m[best], n=1, keep_checkpoints_without_metrics=False)
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            best_fn=(lambda m: m[best]) if best else None,  # without it orbax does not write the metrics to disk
+            best_mode="min",
         )
         self._best = best
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -71,7 +77,8 @@ class Checkpoints:
             meta=ocp.args.JsonSave({"schema": SCHEMA, "arrays": describe(state), **meta}),
         )
         scores = {self._best: metrics[self._best]} if self._best in metrics else None
-        self._manager.save(step, args=items, metrics=scores, force=True)
+        with _full_disk_told(self.directory):
+            self._manager.save(step, args=items, metrics=scores, force=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON beside a checkpoint."""
@@ -81,15 +88,34 @@ class Checkpoints:
         """(state, data state). `target` is a tree of ShapeDtypeStruct with shardings, of any mesh."""
         compare_arrays(self.meta(step)["arrays"], describe(target), f"{self.directory}/{step}")
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (ValueError, OSError, KeyError) as error:
+            place, reason = f"{self.directory}/{step}", str(error).partition("\n")[0][:200]
+            raise UserError(
+                f"{place}: found a damaged checkpoint ({reason}); move it away to continue from the one before"
+            ) from error
         return restored["state"], restored["data"]
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with _full_disk_told(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with _full_disk_told(self.directory):
+            self._manager.close()
+
+
+@contextmanager
+def _full_disk_told(directory: Path) -> Iterator[None]:
+    """Turns what orbax and tensorstore make of a full disk back into the OSError that it was."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
+        raise
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -113,10 +139,11 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(directory / str(step) / "meta")
-    except (FileNotFoundError, ValueError) as error:
+        schema, _, _ = meta["schema"], meta["arrays"], meta["config"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}/{step}: found no readable meta; expected a checkpoint of easylm_plus") from error
-    if meta["schema"] != SCHEMA:
-        raise UserError(f"{directory}/{step}: found checkpoint schema {meta['schema']}, expected {SCHEMA}")
+    if schema != SCHEMA:
+        raise UserError(f"{directory}/{step}: found checkpoint schema {schema}, expected {SCHEMA}")
     return meta
 
 

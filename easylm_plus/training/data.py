@@ -17,7 +17,7 @@ from data_pipelines.batch_stats import Batch
 from data_pipelines.conversation import Conversation
 from data_pipelines.loader import Loader, evaluation_batches, merge_states
 from data_pipelines.mixture import Mixture
-from data_pipelines.packing import empty_arrays
+from data_pipelines.packing import empty_arrays, pack_pool
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Template, load_template
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
@@ -89,6 +89,15 @@ def open_data(config: ConfigDict) -> Data:
     return Data(train, heldout, weights, tokenizer, template, digest)
 
 
+def check_best(config: ConfigDict, data: Data) -> None:
+    """Raises UserError if `checkpoint.keep_best` names a figure that no evaluation gives."""
+    best, known = config.checkpoint.keep_best, ["eval/loss", *(f"eval/loss/{name}" for name in data.heldout)]
+    if best and best not in known:
+        raise UserError(f"checkpoint.keep_best = {best!r}: expected one of {', '.join(known)}")
+    if best and not config.eval.every:
+        raise UserError(f"checkpoint.keep_best = {best!r}: needs evaluations, but eval.every = 0")
+
+
 def chosen_sources(wanted: Sequence[str], manifest: dict[str, Any]) -> tuple[list[str], dict[str, int] | None]:
     """ "name" and "name=weight" entries -> (names, weights); the manifest's own where there are none."""
     known = manifest["sources"]
@@ -134,7 +143,7 @@ def heldout_batches(config: ConfigDict, data: Data, rows: range | None = None) -
 
 
 def total_steps(config: ConfigDict, data: Data) -> int:
-    """The run's length in steps. Tokens count positions, padding included; epochs use measured lengths."""
+    """The run's length in steps. Tokens count positions, padding included; epochs are measured on a sample."""
     train, section = config.train, config.data
     if train.steps:
         return train.steps
@@ -142,16 +151,17 @@ def total_steps(config: ConfigDict, data: Data) -> int:
         return math.ceil(train.tokens / (section.batch_size * section.length))
     mixture = Mixture({n: len(s) for n, s in data.train.items()}, data.weights, train.seed)
     draws = mixture.draws_for_epochs(train.epochs)
-    rows = draws if section.packing == "none" else draws * _mean_length(mixture, data) / section.length
-    return max(1, math.ceil(rows / section.batch_size))
+    return max(1, math.ceil(draws * _rows_per_draw(mixture, data, section) / section.batch_size))
 
 
-def _mean_length(mixture: Mixture, data: Data) -> float:
-    """Mean positions of an example, over the first draws of the run."""
+def _rows_per_draw(mixture: Mixture, data: Data, section: ConfigDict) -> float:
+    """Rows that an example takes, padding included: the first draws of the run are packed as they will be."""
     picked = [mixture.draw(k) for k in range(min(LENGTH_SAMPLE, sum(map(len, data.train.values()))))]
     sequences = list(data.train.values())
-    examples = data.template.encode_many([sequences[d.source][d.example] for d in picked])
-    return float(np.mean([0 if e is None else len(e.ids) - 1 for e in examples]))
+    encoded = data.template.encode_many([sequences[d.source][d.example] for d in picked])
+    examples = [example for example in encoded if example is not None]
+    pools = [examples[i : i + section.pool] for i in range(0, len(examples), section.pool)]
+    return sum(len(pack_pool(pool, section.length, section.packing)) for pool in pools) / len(picked)
 
 
 def batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:

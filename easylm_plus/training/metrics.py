@@ -63,18 +63,20 @@ class MetricsLog:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line cut off by a crash is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut off within the JSON, or within a character
             break
     return rows
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Drops the rows after `last_step`, by way of a file beside it, so that a crash here loses nothing."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= last_step]
+    """Drops the rows after `last_step`, by way of a file beside it, so that a crash here loses nothing.
+
+    A run that starts at 0 keeps none: there is no checkpoint at step 0, so it writes that step's rows again.
+    """
+    kept = [row for row in read_rows(path) if row["step"] <= last_step] if last_step else []
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     beside.replace(path)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from easylm_plus.errors import UserError
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
 
@@ -29,7 +30,7 @@ def from_optax(tx: optax.GradientTransformation, clip_norm: float = 0.0) -> Opti
     """Adapts an optax chain; gradients are first clipped to a global norm of `clip_norm` (0: not at all)."""
 
     def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any, Metrics]:
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if clip_norm:
             factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
@@ -47,6 +48,10 @@ def decay_mask(params: Any, pattern: str) -> Any:
 def adamw(config: Mapping[str, Any], total_steps: int) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) of a config's `optimizer` section; logs the learning rate it applied."""
     rate = schedule(config, total_steps)
+    try:
+        re.compile(config["decay"])
+    except re.error as error:
+        raise UserError(f"optimizer.decay = {config['decay']!r}: expected a regular expression ({error})") from None
     tx = optax.chain(
         optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
         optax.add_decayed_weights(config["weight_decay"], lambda params: decay_mask(params, config["decay"])),

@@ -13,6 +13,7 @@ class Profiler:
     def __init__(self, steps: str, directory: str):
         self.directory = f"{directory}/trace"
         self.first = self.last = -1
+        self.running = False
         if steps:
             try:
                 self.first, self.last = map(int, steps.split(":"))
@@ -25,9 +26,11 @@ class Profiler:
         """Called before step number `step` (from 0) is started."""
         if step == self.first:
             jax.profiler.start_trace(self.directory)
+            self.running = True
 
     def after(self, step: int, state: Any) -> None:
         """Called when `step` steps have been started; ends the trace once the last traced one is done."""
-        if step == self.last:
+        if step == self.last and self.running:  # a run resumed within these steps never started the trace
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            self.running = False

@@ -92,5 +92,8 @@ def _renamed(name: str, rules: Sequence[str]) -> str:
         pattern, separator, replacement = rule.partition("=")
         if not separator:
             raise UserError(f"init_from.rename: found {rule!r}, expected 'regex=replacement'")
-        name = re.sub(pattern, replacement, name)
+        try:
+            name = re.sub(pattern, replacement, name)
+        except (re.error, IndexError) as error:
+            raise UserError(f"init_from.rename: found {rule!r}, not a regular expression ({error})") from None
     return name

@@ -16,7 +16,7 @@ from easylm_plus.models.families import preset
 from easylm_plus.models.transformer import Transformer, abstract_parameters, unstack_layers
 from easylm_plus.numerics.precision import POLICIES
 
-SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, max_length=64)
+SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, max_length=20)
 PROMPTS = [[5, 9, 2], [1, 33, 60, 12, 12, 7, 48, 21, 3], [17, 17, 40, 8, 55, 31]]
 LENGTHS = np.asarray([len(prompt) for prompt in PROMPTS])
 MORE = np.random.default_rng(0).integers(0, 64, (3, 6))  # tokens that follow the prompts, whatever the model says
@@ -154,8 +154,8 @@ def test_a_stream_compiles_nothing_after_its_first_tokens(caplog):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     (
-        ([[1], [1] * 64], "a prompt of 64 tokens leaves no room in the model's 64"),
-        ([[1] * 99], "a prompt of 99 tokens leaves no room in the model's 64"),
+        ([[1], [1] * 20], "a prompt of 20 tokens leaves no room in the model's 20"),
+        ([[1] * 99], "a prompt of 99 tokens leaves no room in the model's 20"),
         ([[1], []], "an empty prompt: expected at least one token"),
     ),
 )
@@ -167,10 +167,10 @@ def test_prompts_that_cannot_be_continued(prompts, message):
 
 
 def test_rows_end_with_the_models_length_each_on_its_own():
-    long, short = [1, 2, 3] * 20, PROMPTS[0]
-    alone = [generator()([prompt], 10)[0] for prompt in (long, short)]
-    assert [len(row) for row in alone] == [4, 10]
-    assert generator()([long, short], 10) == alone
+    prompts = [PROMPTS[0], [1, 2, 3, 4] * 4, PROMPTS[1]]
+    alone = [generator()([prompt], 10)[0] for prompt in prompts]
+    assert [len(row) for row in alone] == [10, 4, 10]
+    assert generator()(prompts, 10) == alone
 
 
 def test_no_prompts_no_answers():
