@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from data_pipelines.errors import InputError
+from easylm_plus.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -38,6 +39,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
+            if flags.FLAGS["config"].value is None:
+                raise UserError("--config is not set; expected a config file, as in --config=configs/debug.py")
             flags.FLAGS["config"].value.keys()  # that the file is not there shows only when the config is used
         return rest
     except (flags.Error, InputError, AttributeError, KeyError, TypeError, OSError) as error:
@@ -51,8 +54,6 @@ def _told(error: Exception) -> str:
     key into a plain AttributeError or KeyError.
     """
     text = str(error).replace("\\n", "\n")
-    if "must have a value other than None" in text:
-        return "--config is not set; expected a config file, as in --config=configs/debug.py"
     if found := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
         return f"unknown config key {found[2]!r}: did you mean {found[1]!r}?"
     if missing := re.search(r"No such file or directory: ('.+?')", text):

@@ -11,7 +11,6 @@ import datetime
 import time
 
 import jax
-from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 from rich.table import Table
@@ -45,7 +44,6 @@ from easylm_plus.training.state import new_state, state_shardings
 from easylm_plus.training.step import fingerprint, make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment", lock_config=True)
-flags.mark_flag_as_required("config")
 
 
 def main() -> int:
