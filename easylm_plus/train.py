@@ -225,6 +225,7 @@ def main() -> int:
         console.print(f"stopped by a signal after step {step}; the same command continues from there")
         return EXIT_STATUS
     if first:
+        console.print(data_module.statistics_table(loader.stats()))
         picture = draw(config.log.dir)
         console.print(f"done: {step} steps; curves in {picture}, checkpoints in {saved.directory}")
     return 0

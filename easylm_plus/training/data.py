@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
+from rich.table import Table
 
 from data_pipelines import datasets
 from data_pipelines.batch_stats import Batch
@@ -221,3 +222,14 @@ def merged_state(state: dict[str, Any]) -> dict[str, Any]:
     gathered = multihost_utils.process_allgather(own)  # [processes, shards, 2]
     states = [{**state, "positions": [p.tolist() if p[0] >= 0 else None for p in part]} for part in gathered]
     return merge_states(states)
+
+
+def statistics_table(statistics: dict[str, Any]) -> Table:
+    """What a loader has handed out in this process: examples, tokens and loss tokens of each source."""
+    kinds = ("examples", "tokens", "loss_tokens", "examples_cut")
+    show = Table("source", *(kind.replace("_", " ") for kind in kinds), "dropped", title="data read")
+    for name, counts in [*statistics["sources"].items(), ("all", statistics)]:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in counts["dropped"].items())
+        show.add_row(name, *(f"{counts[kind]:,}" for kind in kinds), dropped)
+    show.caption = f"padding {statistics['padding_share']:.1%}"
+    return show
