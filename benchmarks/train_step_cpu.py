@@ -100,6 +100,7 @@ def main(_: list[str]) -> None:
         times: dict[str, list[float]] = {name: [] for name in sides}
         for round in range(ROUNDS.value):
             for name, run in sides.items():
+                time.sleep(0.5)  # the other side's threads go on spinning for a moment
                 result = run(STEPS.value)
                 times[name] += result["seconds"]
                 speed = tokens / min(result["seconds"])

@@ -171,6 +171,8 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if config[section][key] < 1:
             raise UserError(f"{name} = {config[section][key]}: expected a positive number")
+    if config.data.packing not in ("best_fit", "none"):
+        raise UserError(f"data.packing = {config.data.packing!r}: expected best_fit or none")
     if config.data.batch_size % config.train.accumulate:
         raise UserError(
             f"train.accumulate = {config.train.accumulate}: "

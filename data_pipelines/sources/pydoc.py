@@ -27,7 +27,7 @@ SOURCE = "pydoc"
 KINDS = ("function", "class", "module", "topic", "code")
 SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 ANSWER = 600  # characters of an answer, at most
-CODE = range(80, 1500)  # characters of a function or class that makes a document: no stubs, no giants
+CODE = range(80, 1500)  # characters of a function that makes a document: no stubs, no giants
 SECTION = 1200  # characters of a piece of a topic, at most
 
 DOES = ("What does `{}` do?", "What is `{}` for?", "Explain `{}`.", "Describe `{}` in Python.")

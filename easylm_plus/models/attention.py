@@ -5,8 +5,8 @@ segment, and is within the sliding window if there is one. Positions restart in 
 row does not, so causality is decided by row index.
 
     xla       jax.nn.dot_product_attention; everywhere; materialises the [T, S] scores
-    blocked   causal blocks of queries on contiguous [B*G, T, K] operands: skips the upper triangle; what XLA:CPU
-              multiplies fastest, and the default there
+    blocked   causal blocks of queries on contiguous operands: skips the upper triangle and keeps scores in the cache;
+              the fastest on a CPU, and the default there
     cudnn     fused kernel on NVIDIA GPUs; with packing it takes a [B, 1, T, T] mask, since it has no segment ids
     splash    fused Pallas kernel on TPUs, with segment ids
     auto      splash on TPU, cudnn on GPU in 16 bit, blocked on CPU; the startup banner says which
@@ -16,6 +16,7 @@ A name that cannot be had is an error, never a silent substitute. Decoding with 
 Legend: B batch, T queries, S keys, D embed, H heads, G kv heads, R = H / G, K head_dim.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from easylm_plus.models.weights import Projection
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.parallel.sharding import constrain, spec_of
 
-BLOCK = 128  # queries a block in `blocked`; keeps a block of scores in the CPU's cache
+BLOCK = 64  # queries a block in `blocked`; keeps a block of scores in the CPU's cache
 NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
 
 
@@ -162,29 +163,93 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
-    """Blocks of queries against the keys up to them. Exact: each row's softmax is whole.
+    """Blocks of queries against the keys up to them. Exact: each query's softmax is whole.
 
-    The barriers keep the slices as arrays of their own: fused into the products, XLA:CPU would fall back to a
-    loop nest that is several times slower than its library call.
+    On one device the rows of the batch go one after the other, so that a row's scores stay in the cache; on a mesh,
+    where rows live on different devices, they go together.
     """
     B, T, H, K = q.shape
-    G, R = k.shape[2], H // k.shape[2]
-    q = q.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B * G, R, T, K)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(B * G, T, K) for x in (k, v))
-    visible, outputs = causal_mask(T, segments, window), []
-    for start in range(0, T, BLOCK):
-        end = min(start + BLOCK, T)
-        first = max(0, start - window + 1) if window else 0
-        block, keys, values = jax.lax.optimization_barrier(
-            (q[:, :, start:end].reshape(B * G, -1, K), k[:, first:end], v[:, first:end])
-        )
-        scores = jnp.einsum("nqk,nsk->nqs", block, keys, preferred_element_type=jnp.float32) * K**-0.5
-        scores = scores.reshape(-1, G, R, end - start, end - first)
-        scores = jnp.where(visible[:, None, None, start:end, first:end], scores, NEVER)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B * G, -1, end - first)
-        outputs.append(jnp.einsum("nqs,nsk->nqk", weights, values).reshape(B * G, R, end - start, K))
-    y = jnp.concatenate(outputs, axis=2).reshape(B, G, R, T, K)
+    G = k.shape[2]
+    q_BGRTK = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGTK, v_BGTK = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    visible_BTT = jnp.broadcast_to(causal_mask(T, segments, window), (B, T, T))
+    rows = (q_BGRTK, k_BGTK, v_BGTK, visible_BTT)
+    one_row = partial(_row, window)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    y = jax.lax.map(lambda row: one_row(*row), rows) if alone else jax.vmap(one_row)(*rows)
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row(window: int, q_GRTK: jax.Array, k_GTK: jax.Array, v_GTK: jax.Array, visible_TT: jax.Array) -> jax.Array:
+    """One row's attention -> [G, R, T, K].
+
+    The backward pass is written out as in FlashAttention-2 (arXiv:2307.08691, section 2.3): from each query's
+    logsumexp, in one fused pass over the scores, where differentiating the softmax makes several. On a CPU these
+    passes cost more than the products.
+    """
+    return _row_forward(window, q_GRTK, k_GTK, v_GTK, visible_TT)[0]
+
+
+def _row_forward(window: int, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> Any:
+    outputs, lses = [], []
+    for queries, keys in _spans(q.shape[2], window):
+        scores, (_, _, v_block) = _scores(q, k, v, visible, queries, keys)
+        lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - lse).astype(v.dtype)
+        outputs.append(_by_head(jnp.einsum("gqs,gsk->gqk", weights, v_block), q))
+        lses.append(_by_head(lse, q))
+    y, lse = jnp.concatenate(outputs, axis=2), jnp.concatenate(lses, axis=2)
+    return y, (q, k, v, visible, y, lse)
+
+
+def _row_backward(window: int, residuals: Any, dy: jax.Array) -> Any:
+    q, k, v, visible, y, lse = residuals
+    delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)  # [G, R, T, 1]
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys in _spans(q.shape[2], window):
+        scores, (q_block, k_block, v_block) = _scores(q, k, v, visible, queries, keys)
+        dy_block, lse_block, delta_block = (_merged(x[:, :, queries]) for x in (dy, lse, delta))
+        weights = jnp.exp(scores - lse_block)
+        d_weights = jnp.einsum("gqk,gsk->gqs", dy_block, v_block, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - delta_block) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dq.append(_by_head(jnp.einsum("gqs,gsk->gqk", d_scores, k_block), q))
+        dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block))
+        dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights.astype(v.dtype), dy_block))
+    return jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_row.defvjp(_row_forward, _row_backward)
+
+
+def _spans(T: int, window: int) -> list[tuple[slice, slice]]:
+    """(a block of queries, the keys that any of them may see), for all blocks."""
+    ends = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    first = lambda start: max(0, start - window + 1) if window else 0
+    return [(slice(start, end), slice(first(start), end)) for start, end in ends]
+
+
+def _scores(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, queries: slice, keys: slice) -> Any:
+    """(masked scores float32[G, R * C, E] of C queries and E keys, the blocks of q, k and v).
+
+    The barrier keeps the slices as arrays of their own: fused into the products, XLA:CPU would fall back to a loop
+    nest that is several times slower than its library call.
+    """
+    block = jax.lax.optimization_barrier((_merged(q[:, :, queries]), k[:, keys], v[:, keys]))
+    scores = jnp.einsum("gqk,gsk->gqs", block[0], block[1], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = jnp.tile(visible[queries, keys], (q.shape[1], 1))  # the same for all R heads of a group
+    return jnp.where(mask, scores, NEVER), block
+
+
+def _merged(x_GRCK: jax.Array) -> jax.Array:
+    """The R heads of a group as more queries: [G, R * C, K]."""
+    return x_GRCK.reshape(x_GRCK.shape[0], -1, x_GRCK.shape[-1])
+
+
+def _by_head(x_GQK: jax.Array, q_GRTK: jax.Array) -> jax.Array:
+    """The inverse: [G, R, C, K]."""
+    return x_GQK.reshape(*q_GRTK.shape[:2], -1, x_GQK.shape[-1])
 
 
 def _splash(

@@ -184,6 +184,16 @@ def test_gradients_of_splash_over_a_mesh():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", ((8, 2), (4, 2), (4, 1)), ids=str)
+@pytest.mark.parametrize("name", ("splash", "blocked"))
+def test_more_devices_than_key_heads(name, heads):
+    """Query heads are cut over `tensor`, key heads stay whole: each device's queries still find their own."""
+    q, k, v = inputs(2, 128, *heads, 16)
+    with sharding.use(make_mesh({"fsdp": 2, "tensor": 4})):
+        actual = run(name, q, k, v, None, 0)
+    np.testing.assert_allclose(actual, run("xla", q, k, v, None, 0), rtol=0, atol=5e-6)
+
+
 # --- choosing one ---
 
 
