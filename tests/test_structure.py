@@ -27,8 +27,12 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 PRODUCTS = {"dot", "dot_general", "matmul", "einsum", "tensordot", "vdot", "inner", "conv_general_dilated", "Dense"}
 LIBRARIES = {"jax", "jnp", "lax", "np", "numpy", "nn"}
 ATTENTION_PRODUCTS = (
-    'scores = jnp.einsum("nqk,nsk->nqs", block, keys, preferred_element_type=jnp.float32) * K**-0.5',
-    'outputs.append(jnp.einsum("nqs,nsk->nqk", weights, values).reshape(B * G, R, end - start, K))',
+    'scores = jnp.einsum("gqk,gsk->gqs", block[0], block[1], preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5',
+    'outputs.append(_by_head(jnp.einsum("gqs,gsk->gqk", weights, v_block), q))',
+    'd_weights = jnp.einsum("gqk,gsk->gqs", dy_block, v_block, preferred_element_type=jnp.float32)',
+    'dq.append(_by_head(jnp.einsum("gqs,gsk->gqk", d_scores, k_block), q))',
+    'dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block))',
+    'dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights.astype(v.dtype), dy_block))',
 )
 LONGEST_FILE, LONGEST_STEP = 600, 45
 
@@ -227,5 +231,5 @@ def test_an_offender_is_caught(rule, text, caught):
 
 def test_an_allowed_product_is_allowed_by_its_whole_line_only():
     allowed = "    " + ATTENTION_PRODUCTS[0]
-    text = f"def f():\n{allowed}\n{allowed.replace('keys', 'w')}"
+    text = f"def f():\n{allowed}\n{allowed.replace('block[1]', 'w')}"
     assert [re.search(r":(\d+)", offence)[1] for offence in products(Path("f.py"), text, ATTENTION_PRODUCTS)] == ["3"]

@@ -35,35 +35,40 @@ class Generator:
         self._prefill = jax.jit(partial(_prefill, model), static_argnames="slots")
         self._decode = jax.jit(partial(_decode, model), donate_argnums=1)
         self._loop = jax.jit(partial(_loop, model), static_argnames="count")
+        self._sample = jax.jit(sample)  # outside a jit, its `cond` would be compiled anew for every token
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> list[list[int]]:
         """The continuation of each prompt in one batch: at most `max_new_tokens`, and what the model's length holds."""
-        tokens, segments, max_new_tokens = self._padded(prompts, max_new_tokens)
-        logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + max_new_tokens)
+        if not prompts:
+            return []
+        tokens, segments, room = self._padded(prompts)
+        count = min(max_new_tokens, max(room))
+        logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + count)
         key = jax.random.key(seed)
         out_BN = self._loop(
-            self.params, cache, logits, segments.sum(1), key, checked(sampling), self._stop, count=max_new_tokens
+            self.params, cache, logits, segments.sum(1), key, checked(sampling), self._stop, count=count
         )
-        return [self._until_stop(row) for row in np.asarray(out_BN)]
+        return [self._until_stop(row[:most]) for row, most in zip(np.asarray(out_BN), room)]
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[int]:
         """Yields the tokens of one continuation as they are made; the same ones that `__call__` returns."""
-        tokens, segments, max_new_tokens = self._padded([prompt], max_new_tokens)
-        logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + max_new_tokens)
+        tokens, segments, room = self._padded([prompt])
+        count = min(max_new_tokens, room[0])
+        logits, cache = self._prefill(self.params, tokens, segments, slots=tokens.shape[1] + count)
         key, options = jax.random.key(seed), checked(sampling)
-        for n in range(max_new_tokens):
-            token = sample(logits, jax.random.fold_in(key, n), options)
+        for n in range(count):
+            token = self._sample(logits, jax.random.fold_in(key, n), options)
             if int(token[0]) in self._stop:
                 return
             yield int(token[0])
             logits, cache = self._decode(self.params, cache, token, jnp.asarray([len(prompt) + n]))
 
-    def _padded(self, prompts: Sequence[Sequence[int]], wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(tokens int32[B, P], segments int32[B, P], new tokens that fit); 0 on the left of shorter prompts."""
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """(tokens int32[B, P], segments int32[B, P], new tokens that fit by row); 0 on the left of shorter prompts."""
         longest = max(map(len, prompts))
         limit = self.model.config.max_length
         if min(map(len, prompts)) == 0:
@@ -75,7 +80,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, P - len(prompt) :] = prompt
             segments[row, P - len(prompt) :] = 1
-        return tokens, segments, min(wanted, limit - longest)
+        return tokens, segments, [limit - len(prompt) for prompt in prompts]
 
     def _until_stop(self, row: np.ndarray) -> list[int]:
         ends = np.flatnonzero(np.isin(row, self._stop))

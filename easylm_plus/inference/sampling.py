@@ -48,6 +48,7 @@ def _filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability  # mass of the likelier tokens
     rank = jnp.arange(logits_BV.shape[-1])
-    keep = (before < sampling.top_p) & ((rank < sampling.top_k) | (sampling.top_k == 0))
+    # with top_p 1 the rounding of the sum must not cut the tail
+    keep = ((before < sampling.top_p) | (sampling.top_p >= 1)) & ((rank < sampling.top_k) | (sampling.top_k == 0))
     kept = jnp.where(keep | (rank == 0), ranked, -jnp.inf)
     return jnp.put_along_axis(logits_BV, order, kept, axis=-1, inplace=False)

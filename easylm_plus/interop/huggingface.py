@@ -34,6 +34,16 @@ LLAMA = {
 }
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
 Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
 
 
@@ -42,15 +52,21 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the config.json of a Hugging Face model")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = _json(path)
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: found architecture {architecture}, expected one of {', '.join(ARCHITECTURES)}")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: found hidden_act {raw['hidden_act']!r}, expected 'silu'")
+    if absent := [key for key in REQUIRED if key not in raw]:
+        raise UserError(f"{path}: found no {absent[0]}, which {architecture} needs")
     heads, qwen = raw["num_attention_heads"], architecture == "Qwen2ForCausalLM"
     # Qwen2 states a window that it uses only where use_sliding_window says so
     window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
+    if window and qwen and raw.get("max_window_layers", 0) > 0:
+        raise UserError(
+            f"{path}: found max_window_layers {raw['max_window_layers']}, expected a window in all layers (0)"
+        )
     values = {
         "vocab_size": raw["vocab_size"],
         "hidden_size": raw["hidden_size"],
@@ -67,6 +83,13 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
         **_rope(raw, path),
     }
     return ModelConfig(**{**values, **overrides})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON file ({error})") from error
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -105,11 +128,19 @@ def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any
     files = _files(Path(folder))
     shapes, _ = abstract_parameters(model)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    read = lambda theirs, ours, shape: _read(files, theirs, ours, shape, Path(folder))
+    unread = {name for name in files if not name.endswith("rotary_emb.inv_freq")}  # follows from theta
+    unread -= {"lm_head.weight"} if model.config.tie_embeddings else set()  # a copy
+
+    def read(theirs: str, ours: str, shape: tuple[int, ...]) -> np.ndarray:
+        unread.discard(theirs)
+        return _read(files, theirs, ours, shape, Path(folder))
+
     values = []
     for path, leaf in leaves:
         name = path_name(path)
         values.append(place(name, _assemble(name, leaf.shape, model.config, read)))
+    if unread:
+        raise UserError(f"{folder}: found {min(unread)} ({len(unread)} such), for which this model has no place")
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
@@ -137,7 +168,11 @@ def _read(files: Mapping[str, Path], theirs: str, ours: str, shape: tuple[int, .
 
 def _files(folder: Path) -> dict[str, Path]:
     """tensor name -> file that holds it."""
-    paths = sorted(folder.glob("*.safetensors"))
+    paths, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    if index.is_file():  # beside the parts there may be the same weights in another form
+        paths = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+        if lost := [path.name for path in paths if not path.is_file()]:
+            raise UserError(f"{folder}: {lost[0]} is not there; {index.name} names {len(paths)} files")
     if not paths:
         other = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
         found = f"only {other[0]}, which can run code when read" if other else "no weights"

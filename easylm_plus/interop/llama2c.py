@@ -13,11 +13,11 @@ import numpy as np
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.transformer import Transformer
+from easylm_plus.models.transformer import Transformer, unstack_layers
 
 
 def load_llama2c(path: str | Path, **overrides: Any) -> tuple[Transformer, Any]:
-    """A llama2.c .bin file -> (model, params) in float32, stacked layers."""
+    """A llama2.c .bin file -> (model, params) in float32. `overrides` replace keys of the ModelConfig."""
     raw = Path(path).read_bytes()
     if len(raw) < 28:
         raise UserError(f"{path}: found {len(raw)} bytes, expected a llama2.c header of 28")
@@ -25,20 +25,20 @@ def load_llama2c(path: str | Path, **overrides: Any) -> tuple[Transformer, Any]:
     if min(dim, ffn, layers, heads, kv_heads, abs(vocab), length) < 1 or dim % heads:
         raise UserError(f"{path}: found header {struct.unpack('<7i', raw[:28])}, expected a llama2.c version 0 file")
     size = dim // heads
-    config = ModelConfig(
-        vocab_size=abs(vocab),
-        hidden_size=dim,
-        intermediate_size=ffn,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=size,
-        max_length=length,
-        norm_eps=1e-5,
-        tie_embeddings=vocab > 0,
-        **overrides,
-    )
-    take = _Reader(np.frombuffer(raw, "<f4", offset=28), path)
+    values = {
+        "vocab_size": abs(vocab),
+        "hidden_size": dim,
+        "intermediate_size": ffn,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": size,
+        "max_length": length,
+        "norm_eps": 1e-5,
+        "tie_embeddings": vocab > 0,
+    }
+    config = ModelConfig(**{**values, **overrides})
+    take = _Reader(np.frombuffer(raw, "<f4", count=(len(raw) - 28) // 4, offset=28), path)
     V, D, F, L, Q, G = abs(vocab), dim, ffn, layers, heads * size, kv_heads * size
     embedding, attention_norm = take(V, D), take(L, D)
     q, k, v, o = take(L, Q, D), take(L, G, D), take(L, G, D), take(L, D, Q)
@@ -63,7 +63,9 @@ def load_llama2c(path: str | Path, **overrides: Any) -> tuple[Transformer, Any]:
     }
     if vocab < 0:
         params["lm_head"] = {"kernel": jnp.asarray(take(V, D).T)}
-    return Transformer(config), params
+    if take.at != take.flat.size:
+        raise UserError(f"{path}: found {take.flat.size} weights, expected {take.at} from its header")
+    return Transformer(config), params if config.scan_layers else unstack_layers(params)
 
 
 class _Reader:

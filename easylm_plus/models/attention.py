@@ -255,12 +255,18 @@ def _by_head(x_GQK: jax.Array, q_GRTK: jax.Array) -> jax.Array:
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, interpret: bool = False
 ) -> jax.Array:
-    """The Pallas kernel, mapped over batch and heads: a custom call that GSPMD cannot partition by itself."""
+    """The Pallas kernel, mapped over batch and heads: a custom call that GSPMD cannot partition by itself.
+
+    It takes lengths of whole lanes (128) only; what is added at the end, no real query can see.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    length, scale = q.shape[1], q.shape[-1] ** -0.5
     segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % 128)] + [(0, 0)] * (x.ndim - 2))
+    q, k, v, segments = map(pad, (q, k, v, segments))
+    T = q.shape[1]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
@@ -271,11 +277,13 @@ def _splash(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q, k, v, segments)
+        return local(q, k, v, segments)[:, :length]
     q_spec, k_spec = (
         spec_of(("batch", None, axis, None), x.shape, mesh) for axis, x in (("act_heads", q), ("act_kv_heads", k))
     )
+    if q_spec[2] != k_spec[2]:  # too few key heads to cut: a device's query heads need their own ones, not all
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        k_spec = q_spec
     row = PartitionSpec(q_spec[0], None)
-    return jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, row), out_specs=q_spec, check_vma=False)(
-        q, k, v, segments
-    )
+    region = jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, row), out_specs=q_spec, check_vma=False)
+    return region(q, k, v, segments)[:, :length]

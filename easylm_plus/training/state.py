@@ -23,7 +23,7 @@ class Guard:
 
 @struct.dataclass
 class TrainState:
-    """step counts every batch, skipped ones included: the data order is a function of it; schedules count steps taken."""
+    """step counts every batch, also skipped ones: the data order is a function of it. Schedules count steps taken."""
 
     step: jax.Array  # int32
     params: Any

@@ -5,6 +5,7 @@ the window. The judge itself is shown to notice a wrong window, missing segments
 wrong scale. The TPU kernel runs in Pallas' interpreter.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -48,6 +49,34 @@ def derive(q, k, v, segments, window, *, grouping=lambda h, H, G: h // (H // G),
     return y
 
 
+def differentiate(q, k, v, segments, window, cotangent):
+    """Gradients of (attention * cotangent).sum() in q, k and v from the softmax's derivative, in float64."""
+    (B, T, H, K), R = q.shape, q.shape[2] // k.shape[2]
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    for b, t, h in np.ndindex(B, T, H):
+        g, first = h // R, max(0, t - window + 1) if window else 0
+        seen = [s for s in range(first, t + 1) if segments is None or segments[b, s] == segments[b, t]]
+        scores = k[b, seen, g].astype(np.float64) @ q[b, t, h] * K**-0.5
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        dy = cotangent[b, t, h].astype(np.float64)
+        d_weights = v[b, seen, g] @ dy
+        d_scores = weights * (d_weights - weights @ d_weights) * K**-0.5
+        dq[b, t, h] = d_scores @ k[b, seen, g]
+        dk[b, seen, g] += np.outer(d_scores, q[b, t, h])
+        dv[b, seen, g] += np.outer(weights, dy)
+    return dq, dk, dv
+
+
+def gradients(name, q, k, v, segments, window, cotangent):
+    return jax.jit(jax.grad(lambda *args: (run(name, *args, segments, window) * cotangent).sum(), (0, 1, 2)))(q, k, v)
+
+
+def check_gradients(actual, expected):
+    for ours, theirs in zip(actual, expected):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
 def run(name, q, k, v, segments, window):
     if name == "splash":
         return jax.jit(lambda *args: attention._splash(*args, window, interpret=True))(q, k, v, segments)
@@ -87,15 +116,40 @@ def test_blocked_with_blocks_of_the_real_size():
     check(run("blocked", *args), derive(*args))
 
 
-@pytest.mark.parametrize("layout", ("packed", "packed window"))
-def test_gradients_of_blocked_equal_those_of_xla(layout, monkeypatch):
+@pytest.mark.parametrize("mesh", (None, {"fsdp": 4, "tensor": 2}), ids=("one device", "mesh"))
+@pytest.mark.parametrize(
+    ("heads", "layout"), (("MHA", "plain"), ("GQA", "packed"), ("GQA", "packed window"), ("MQA", "window"))
+)
+def test_gradients_of_blocked_equal_the_definition(heads, layout, mesh, monkeypatch):
+    """Their backward pass is our own: on one device a row at a time, on a mesh all rows together."""
     monkeypatch.setattr(attention, "BLOCK", 4)
-    q, k, v, segments, window = case(10, "GQA", layout)
-    cotangent = inputs(2, 10, 4, 2, seed=1)[0]
-    total = lambda name: lambda q, k, v: (run(name, q, k, v, segments, window) * cotangent).sum()
-    blocked, xla = (jax.grad(total(name), argnums=(0, 1, 2))(q, k, v) for name in ("blocked", "xla"))
-    for ours, theirs in zip(blocked, xla):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
+    args = case(10, heads, layout, B=4)
+    cotangent = inputs(4, 10, 4, 4, seed=1)[0]
+    with sharding.use(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        actual = gradients("blocked", *args, cotangent)
+    check_gradients(actual, differentiate(*args, cotangent))
+
+
+def test_gradients_of_xla_equal_the_definition():
+    """So that the derivation is confirmed by another than ours; and it notices a window that is off by one."""
+    args = case(10, "GQA", "packed window")
+    cotangent = inputs(2, 10, 4, 4, seed=1)[0]
+    actual = gradients("xla", *args, cotangent)
+    check_gradients(actual, differentiate(*args, cotangent))
+    for expected in (differentiate(*args[:4], args[4] + 1, cotangent), differentiate(*args, cotangent[:, ::-1])):
+        with pytest.raises(AssertionError):
+            check_gradients(actual, expected)
+
+
+def test_gradients_in_bfloat16_are_near_the_definition(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    args = case(10, "GQA", "packed")
+    cotangent = inputs(2, 10, 4, 4, seed=1)[0]
+    half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
+    for actual, expected in zip(gradients("blocked", *half, *args[3:], cotangent), differentiate(*args, cotangent)):
+        assert actual.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(actual, np.float32) - expected) / np.linalg.norm(expected)
+        assert 1e-4 < error < 2e-2
 
 
 @pytest.mark.parametrize("name", ("blocked", "xla"))
