@@ -6,6 +6,8 @@
 # Both work without a network once the packages are installed. QUICKSTART_ARGS are passed to the training command.
 set -euo pipefail
 cd "$(dirname "$0")"
+# Huge pages from malloc (Linux): a training step on a CPU is a tenth faster without its page faults. Tests go without.
+huge_pages=glibc.malloc.hugetlb=1
 
 newest_python() {
   for version in 3.13 3.12 3.11; do
@@ -35,7 +37,8 @@ setup() {
 
 quickstart() {
   local run=runs/koala_tiny started=$SECONDS
-  .venv/bin/python -m easylm_plus.train --config=configs/koala_tiny.py --config.log.dir="$run" ${QUICKSTART_ARGS:-}
+  GLIBC_TUNABLES="${GLIBC_TUNABLES:-$huge_pages}" .venv/bin/python -m easylm_plus.train \
+    --config=configs/koala_tiny.py --config.log.dir="$run" ${QUICKSTART_ARGS:-}
   .venv/bin/python -m easylm_plus.evaluate --checkpoint="$run" --output="$run/evaluation.json"
   echo
   echo "run.sh: finished in $((SECONDS - started)) s. Curves: $run/curves.png, or: .venv/bin/tensorboard --logdir=runs"

@@ -1,8 +1,8 @@
 """The peer of train_step_cpu.py: one LLaMA training step in transformers + torch. Runs in an environment of its own.
 
-    make FOLDER SHAPE   writes a randomly initialised model (so that both sides start from the same weights)
-    serve FOLDER ...    prints "ready", then for every line "N" on stdin runs N steps and prints their seconds and
-                        the last loss as JSON
+make FOLDER SHAPE   writes a randomly initialised model (so that both sides start from the same weights)
+serve FOLDER ...    prints "ready", then for every line "N" on stdin runs N steps and prints their seconds,
+                    CPU seconds and the last loss as JSON
 """
 
 import json
@@ -34,9 +34,9 @@ def serve(folder: str, batch: int, length: int, dtype: str, threads: int) -> Non
         json.dump(tokens.tolist(), file)
     print("ready", flush=True)
     for line in sys.stdin:
-        seconds = []
+        seconds, cpu_seconds = [], []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 logits = model(tokens[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -46,7 +46,8 @@ def serve(folder: str, batch: int, length: int, dtype: str, threads: int) -> Non
             optimizer.zero_grad()
             value = loss.item()
             seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": seconds, "loss": value}), flush=True)
+            cpu_seconds.append(time.process_time() - cpu_start)
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": value}), flush=True)
 
 
 if __name__ == "__main__":

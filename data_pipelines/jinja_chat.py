@@ -92,7 +92,10 @@ class Rendered(NamedTuple):
 
 
 class ChatRenderer:
-    """A compiled chat template. `has_generation` tells whether it marks the assistant's text."""
+    """A compiled chat template. `has_generation` tells whether it marks the assistant's text.
+
+    `now` is what strftime_now writes; without it there is no such function, which templates may ask with `is defined`.
+    """
 
     def __init__(self, source: str, special_tokens: Iterable[str], *, now: datetime.datetime | None = None):
         if any(mark in source for mark in _MARKS):
@@ -101,7 +104,8 @@ class ChatRenderer:
         del environment.globals["lipsum"]  # text of any length
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
+        if now is not None:
+            environment.globals["strftime_now"] = now.strftime
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)

@@ -207,8 +207,8 @@ class JinjaTemplate(Template):
     whole string; with sentencepiece each piece begins with the space that sentencepiece puts before a segment.
 
     What carries loss is what `{% generation %}` surrounds (the n-th block has the weight of the n-th assistant's
-    turn); a template without it serves for prompts, and encoding with it is an error. A template that calls
-    `strftime_now` writes today's date unless `now` is given, so that a resumed run would see other data.
+    turn); a template without it serves for prompts, and encoding with it is an error. `strftime_now` exists only where
+    `now` is given: today's date would give a resumed run other data.
     """
 
     def __init__(

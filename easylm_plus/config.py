@@ -41,7 +41,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "origin": "",  # where a person gets the raw files, for the message when they are not there
                 "tokenizer_origin": "",  # likewise
                 "tokenizer": "",  # file or folder; "": the one in the data folder
-                "template": "koala",  # koala | chat | a jinja file
+                "template": "koala",  # koala | chat | text | tokenizer (its own chat template) | a .jinja file
+                "date": "",  # YYYY-MM-DD that a chat template's strftime_now writes; none: it has no such function
                 "length": 2048,  # tokens a row
                 "batch_size": 8,  # rows a step, over all devices
                 "packing": "best_fit",  # best_fit | none

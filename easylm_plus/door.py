@@ -16,8 +16,18 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls `main` and exits; bad input ends in its message and exit status 1 (flags: 2)."""
-    app.run(lambda _: sys.exit(guarded(main)), flags_parser=_parse)
+    """Parses the flags, calls `main` and exits; bad input ends in its message and exit status 1 (flags: 2).
+
+    After a full disk (status 28) no exit handler runs: they would try to write again, and fail in many tracebacks.
+    """
+
+    def leave(status: int) -> None:
+        if status == errno.ENOSPC:
+            sys.stdout.flush()
+            os._exit(status)
+        sys.exit(status)
+
+    app.run(lambda _: leave(guarded(main)), flags_parser=_parse)
 
 
 def guarded(main: Callable[[], int | None]) -> int:
@@ -31,7 +41,8 @@ def guarded(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             place = error.filename or error
-            return _fail(f"the disk is full: {place}. Nothing already saved was lost; free some space and run again")
+            told = f"the disk is full: {place}. Nothing already saved was lost; free some space and run again"
+            return _fail(told, status=errno.ENOSPC)
         raise
 
 

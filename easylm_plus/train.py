@@ -77,7 +77,7 @@ def main() -> int:
     rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
 
     with sharding.use(mesh, rules):
-        ################################### State: resume, warm start, or random ######################
+        ################################### The state's shape and place ###############################
         shapes, axes = abstract_parameters(model)
         param_shardings = sharding.shardings(axes, shapes, mesh)
         make_state = lambda params: new_state(params, optimizer, ema=config.train.ema > 0)
@@ -85,6 +85,20 @@ def main() -> int:
         shardings = state_shardings(abstract, param_shardings, mesh)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
+        ################################### What it will take #########################################
+        tokens = config.data.batch_size * config.data.length
+        micro = tokens // config.train.accumulate
+        needed = estimate(abstract, shardings, model.config, policy, micro, config.objective.chunk, mesh.size)
+        banner = two_columns()
+        banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
+        banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
+        banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
+        banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
+        banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens")
+        banner.add_row("memory", f"about {needed} a device")
+        console.print(banner)
+
+        ################################### State: resume, warm start, or random ######################
         saved = checkpoint.Checkpoints(config.checkpoint.dir or f"{config.log.dir}/checkpoints", config.checkpoint)
         start = saved.latest()
         if start is not None and not config.checkpoint.resume:
@@ -121,21 +135,11 @@ def main() -> int:
         jitted_step = jax.jit(
             make_train_step(objective, optimizer, config.train), donate_argnums=0, out_shardings=(shardings, replicated)
         )
-        tokens = config.data.batch_size * config.data.length
-        micro = tokens // config.train.accumulate
-        needed = estimate(abstract, shardings, model.config, policy, micro, config.objective.chunk, mesh.size)
-        banner = Table(show_header=False, box=None)
-        banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
-        banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
-        banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
-        banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
-        banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens; starts from {origin}")
-        banner.add_row("memory", f"about {needed} a device")
-        console.print(banner)
         compiling = time.perf_counter()
         example = data_module.batch_shapes(config, batch_sharding)
         train_step = jitted_step.lower(target, example).compile()
-        compiled = Table(show_header=False, box=None)
+        compiled = two_columns()
+        compiled.add_row("state", f"starts from {origin}")
         compiled.add_row("attention", attention)
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
@@ -229,6 +233,14 @@ def main() -> int:
         picture = draw(config.log.dir)
         console.print(f"done: {step} steps; curves in {picture}, checkpoints in {saved.directory}")
     return 0
+
+
+def two_columns() -> Table:
+    """A table without lines, of names and values; a long value, such as a path, goes on in the next line."""
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
 
 
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from easylm_plus.training import checkpoint
+
 MESH = {"mesh__fsdp": 4, "mesh__tensor": 2}  # the eight devices of the tests
 SMALL = {**MESH, "train__steps": 2, "checkpoint__every": 2}
 
@@ -300,19 +302,44 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.parametrize("room", [4_000, 60_000, 120_000])
-def test_a_full_disk(trained, small_disk, room):
-    """However far the next save gets, the one before it is whole, and with more room the run goes on from there."""
-    shutil.copytree(trained / "checkpoints", small_disk / "checkpoints")
-    before = digest(small_disk / "checkpoints/2")
-    config = tiny.write_config(small_disk, **{**SMALL, "train__steps": 4, "checkpoint__force": True})
-    filler = small_disk / "filler"
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    filler.write_bytes(bytes(max(0, free - room)))
-    status, output = tiny.inside(f"--config={config}")
-    assert status == 1 and one_message(output) and "the disk is full" in output, output[-800:]
+@pytest.fixture
+def nearly_full(trained, small_disk):
+    """A function (bytes left) -> (its digest, config) of a run with a checkpoint at step 2 and two more steps to go."""
+
+    def fill(room):
+        shutil.copytree(trained / "checkpoints", small_disk / "checkpoints")
+        config = tiny.write_config(small_disk, **{**SMALL, "train__steps": 4, "checkpoint__force": True})
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        (small_disk / "filler").write_bytes(bytes(max(0, free - room)))
+        return digest(small_disk / "checkpoints/2"), config
+
+    return fill
+
+
+@pytest.mark.parametrize("room", [4_000, 400_000])
+def test_a_full_disk(nearly_full, small_disk, room):
+    """One message, also at the end of the process; nothing is lost, and with more room the run goes on."""
+    before, config = nearly_full(room)
+    status, output = tiny.run(f"--config={config}", devices=8)
+    assert status == 28 and one_message(output) and "the disk is full" in output, output[-800:]
+    assert ("a checkpoint takes" in output) == (room > 4_000), "the log cannot even be written"
     assert digest(small_disk / "checkpoints/2") == before
-    filler.unlink()
+    (small_disk / "filler").unlink()
+    status, output = tiny.run(f"--config={config}", devices=8)
+    assert status == 0 and "starts from step 2" in output, output[-800:]
+
+
+@pytest.mark.parametrize("room", [60_000, 120_000])
+def test_a_disk_that_fills_up_during_a_save(nearly_full, small_disk, tmp_path, room, monkeypatch):
+    """However far the save gets, the one before it is whole, and what is there can be continued from."""
+    monkeypatch.setattr(checkpoint, "_check_room", lambda *args: None)
+    before, config = nearly_full(room)
+    status, output = tiny.inside(f"--config={config}")
+    assert status == 28 and one_message(output) and "the disk is full" in output, output[-800:]
+    assert digest(small_disk / "checkpoints/2") == before
+    # elsewhere: what the broken save still writes in the background dies only with this process
+    shutil.copytree(small_disk / "checkpoints", tmp_path / "rescued/checkpoints")
+    config = tiny.write_config(tmp_path / "rescued", **{**SMALL, "train__steps": 4, "checkpoint__force": True})
     status, output = tiny.inside(f"--config={config}")
     assert status == 0 and "starts from step 2" in output, output[-800:]
 

@@ -31,8 +31,8 @@ ATTENTION_PRODUCTS = (
     'outputs.append(_by_head(jnp.einsum("gqs,gsk->gqk", weights, v_block), q))',
     'd_weights = jnp.einsum("gqk,gsk->gqs", dy_block, v_block, preferred_element_type=jnp.float32)',
     'dq.append(_by_head(jnp.einsum("gqs,gsk->gqk", d_scores, k_block), q))',
-    'dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block))',
-    'dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights.astype(v.dtype), dy_block))',
+    'dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block, preferred_element_type=jnp.float32))',
+    'dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights, dy_block, preferred_element_type=jnp.float32))',
 )
 LONGEST_FILE, LONGEST_STEP = 600, 45
 

@@ -37,7 +37,7 @@ def log(run):
 def test_the_banner_tells_what_runs(run):
     _, output = run
     for words in ("14,288 parameters, float32", "1 x cpu", "letters 60", "sums 60", "8 rows x 64 = 512 tokens a step",
-                  "30 steps, 15,360 tokens; starts from random weights", "a device", "attention", "xla",
+                  "30 steps, 15,360 tokens", "a device", "starts from random weights", "attention", "xla",
                   "dot f32 x f32", "done: 30 steps"):  # fmt: skip
         assert words in output
     for noise in ("Warning", "WARNING", "Traceback"):

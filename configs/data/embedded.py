@@ -15,6 +15,8 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from data_pipelines.errors import InputError
+
 # Numbers of conversations in a cycle of the mixture. A task's conversation is about 25 tokens long, one of pydoc 125.
 TASKS = {
     "reversal": 2,
@@ -30,7 +32,7 @@ ARGUMENTS = {"shuffle_answers": {"true": True, "false": False}}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is "" or "shuffle_answers=true". Raises ValueError for anything else."""
+    """`arg` is "" or "shuffle_answers=true". Raises InputError for anything else."""
     options = parse(arg)
     sources = {
         task: {"kind": "exact", "weight": weight, "tasks": (task,), "train": 3000, "heldout": 200, **options}
@@ -60,8 +62,8 @@ def parse(arg: str) -> dict[str, bool]:
         key, _, value = item.partition("=")
         if key not in ARGUMENTS:
             nearest = difflib.get_close_matches(key, ARGUMENTS, n=1, cutoff=0.0)
-            raise ValueError(f"embedded.py: found the key {key!r}; did you mean {nearest[0]!r}?")
+            raise InputError(f"embedded.py: found the key {key!r}; did you mean {nearest[0]!r}?")
         if value not in ARGUMENTS[key]:
-            raise ValueError(f"embedded.py: {key}: found {value!r}; expected one of {', '.join(ARGUMENTS[key])}")
+            raise InputError(f"embedded.py: {key}: found {value!r}; expected one of {', '.join(ARGUMENTS[key])}")
         options[key] = ARGUMENTS[key][value]
     return options

@@ -15,6 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines.errors import InputError
+
 # Koala left a conversation out if any turn named its origin.
 ORIGINS = ("openai", "open-ai", "open ai", "chatgpt", "chat-gpt", "chadgpt", "gpt-3", "gpt3")
 
@@ -44,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "summarize": {},
     }
     if arg not in ("", "all", "distill"):
-        raise ValueError(f"koala.py: found {arg!r}; expected all or distill")
+        raise InputError(f"koala.py: found {arg!r}; expected all or distill")
     chosen = ("sharegpt", "hc3") if arg == "distill" else tuple(sources)
     return ConfigDict(
         {

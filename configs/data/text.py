@@ -1,15 +1,17 @@
 """Plain text for pre-training: every .txt, .txt.gz and .jsonl file ("text" key) under the input folder.
 
-    python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
+python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
 """
 
 from ml_collections import ConfigDict
+
+from data_pipelines.errors import InputError
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """No arguments."""
     if arg:
-        raise ValueError(f"configs/data/text.py takes no arguments, found {arg!r}")
+        raise InputError(f"configs/data/text.py takes no arguments, found {arg!r}")
     config = ConfigDict()
     config.sources = ConfigDict({"text": {"kind": "text"}, "jsonl": {"kind": "jsonl"}})
     config.heldout = 0.01

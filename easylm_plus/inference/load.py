@@ -1,5 +1,6 @@
 """Opens whatever a model was saved as: a run's checkpoint, a Hugging Face folder, a llama2.c file."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
+from easylm_plus.training.data import template_date
 
 
 class Opened(NamedTuple):
@@ -47,22 +49,23 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = ""
     if path.is_file():
         model, params = load_llama2c(path)
         words = load_tokenizer(tokenizer or path.parent / "tokenizer.model")
-        layout = _template(template or "text", words, model.config.max_length)
+        layout = _template(template or "text", words, model.config.max_length, datetime.now())
         return Opened(model, params, words, layout, {}, str(path))
     if (path / "config.json").is_file():
         model, params = load_hf(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         words = load_tokenizer(tokenizer or path)
-        layout = _template(template or "tokenizer", words, model.config.max_length)
+        layout = _template(template or "tokenizer", words, model.config.max_length, datetime.now())
         return Opened(model, params, words, layout, {}, str(path))
     directory, step = locate(path, step)
     config = read_meta(directory, step)["config"]
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
-    layout = _template(template or config["data"]["template"], words, config["data"]["length"])
+    now = template_date(config["data"]["date"])
+    layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)
     return Opened(model, params, words, layout, config, f"{directory}/{step}")
 
 
-def _template(name: str, tokenizer: Tokenizer, length: int) -> Template:
+def _template(name: str, tokenizer: Tokenizer, length: int, now: datetime | None) -> Template:
     """A template whose examples fit rows of `length` positions."""
-    return load_template(name, tokenizer, max_length=length + 1)
+    return load_template(name, tokenizer, max_length=length + 1, now=now)

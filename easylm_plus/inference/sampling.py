@@ -41,14 +41,18 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
 
 
 def _filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tempered logits, with what top-k and top-p exclude at -inf. The likeliest token always stays."""
+    """Tempered logits, with what top-k and then top-p exclude at -inf. The likeliest token always stays.
+
+    The nucleus is one of the k likeliest tokens' distribution, as in Hugging Face's chain of warpers.
+    """
     logits_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)
     order = jnp.argsort(logits_BV, axis=-1, descending=True)
+    rank = jnp.arange(logits_BV.shape[-1])
     ranked = jnp.take_along_axis(logits_BV, order, axis=-1)
+    ranked = jnp.where((rank < sampling.top_k) | (sampling.top_k == 0), ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability  # mass of the likelier tokens
-    rank = jnp.arange(logits_BV.shape[-1])
     # with top_p 1 the rounding of the sum must not cut the tail
-    keep = ((before < sampling.top_p) | (sampling.top_p >= 1)) & ((rank < sampling.top_k) | (sampling.top_k == 0))
-    kept = jnp.where(keep | (rank == 0), ranked, -jnp.inf)
+    keep = (before < sampling.top_p) | (sampling.top_p >= 1) | (rank == 0)
+    kept = jnp.where(keep, ranked, -jnp.inf)
     return jnp.put_along_axis(logits_BV, order, kept, axis=-1, inplace=False)

@@ -8,6 +8,7 @@ row does not, so causality is decided by row index.
     blocked   causal blocks of queries on contiguous operands: skips the upper triangle and keeps scores in the cache;
               the fastest on a CPU, and the default there
     cudnn     fused kernel on NVIDIA GPUs; with packing it takes a [B, 1, T, T] mask, since it has no segment ids
+              (several GPUs: not measured yet)
     splash    fused Pallas kernel on TPUs, with segment ids
     auto      splash on TPU, cudnn on GPU in 16 bit, blocked on CPU; the startup banner says which
 
@@ -32,7 +33,7 @@ from easylm_plus.models.weights import Projection
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.parallel.sharding import constrain, spec_of
 
-BLOCK = 64  # queries a block in `blocked`; keeps a block of scores in the CPU's cache
+BLOCK = 64  # queries a block in `blocked`, in float32; twice as many in 16 bits. The fastest of 32 to 512 on a CPU
 NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
 
 
@@ -106,15 +107,8 @@ def attend(
     # every query needs the keys of the whole row, which the `sequence` axis cuts
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
     v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
-    window = config.sliding_window
-    if name == "blocked":
-        return _blocked(q_BTHK, k_BTGK, v_BTGK, segments_BT, window)
-    if name == "splash":
-        return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT, window)
-    if segments_BT is None and not window:
-        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation=name)
-    mask = causal_mask(q_BTHK.shape[1], segments_BT, window)[:, None]
-    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, implementation=name)
+    attention = {"xla": _whole, "blocked": _blocked, "splash": _splash, "cudnn": _cudnn}[name]
+    return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, config.sliding_window)
 
 
 def resolve(name: str, platform: str, dtype: Any) -> str:
@@ -156,6 +150,21 @@ def _cache_mask(layout: Layout, T: int, window: int) -> jax.Array:
     return _visible(layout.offset + jnp.arange(T), slots, layout.segments_BT, layout.key_segments_BS, window)
 
 
+def _whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, implementation: Any = "xla"
+) -> jax.Array:
+    """jax.nn's attention; with a mask only where causality is not all."""
+    if segments is None and not window:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    mask = causal_mask(q.shape[1], segments, window)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
+    """NVIDIA's fused kernel, with the mask of each device's own rows."""
+    return _on_shards(partial(_whole, window=window, implementation="cudnn"), q, k, v, segments)
+
+
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(
         q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None], implementation="xla"
@@ -194,7 +203,7 @@ def _row(window: int, q_GRTK: jax.Array, k_GTK: jax.Array, v_GTK: jax.Array, vis
 
 def _row_forward(window: int, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> Any:
     outputs, lses = [], []
-    for queries, keys in _spans(q.shape[2], window):
+    for queries, keys in _spans(q, window):
         scores, (_, _, v_block) = _scores(q, k, v, visible, queries, keys)
         lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - lse).astype(v.dtype)
@@ -208,24 +217,26 @@ def _row_backward(window: int, residuals: Any, dy: jax.Array) -> Any:
     q, k, v, visible, y, lse = residuals
     delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)  # [G, R, T, 1]
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys in _spans(q.shape[2], window):
+    for queries, keys in _spans(q, window):
         scores, (q_block, k_block, v_block) = _scores(q, k, v, visible, queries, keys)
         dy_block, lse_block, delta_block = (_merged(x[:, :, queries]) for x in (dy, lse, delta))
         weights = jnp.exp(scores - lse_block)
         d_weights = jnp.einsum("gqk,gsk->gqs", dy_block, v_block, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta_block) * q.shape[-1] ** -0.5).astype(q.dtype)
         dq.append(_by_head(jnp.einsum("gqs,gsk->gqk", d_scores, k_block), q))
-        dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block))
-        dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights.astype(v.dtype), dy_block))
+        dk = dk.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", d_scores, q_block, preferred_element_type=jnp.float32))
+        weights = weights.astype(v.dtype)
+        dv = dv.at[:, keys].add(jnp.einsum("gqs,gqk->gsk", weights, dy_block, preferred_element_type=jnp.float32))
     return jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _row.defvjp(_row_forward, _row_backward)
 
 
-def _spans(T: int, window: int) -> list[tuple[slice, slice]]:
+def _spans(q_GRTK: jax.Array, window: int) -> list[tuple[slice, slice]]:
     """(a block of queries, the keys that any of them may see), for all blocks."""
-    ends = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    T, size = q_GRTK.shape[2], BLOCK * 4 // q_GRTK.dtype.itemsize
+    ends = [(start, min(start + size, T)) for start in range(0, T, size)]
     first = lambda start: max(0, start - window + 1) if window else 0
     return [(slice(start, end), slice(first(start), end)) for start, end in ends]
 
@@ -255,7 +266,7 @@ def _by_head(x_GQK: jax.Array, q_GRTK: jax.Array) -> jax.Array:
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, interpret: bool = False
 ) -> jax.Array:
-    """The Pallas kernel, mapped over batch and heads: a custom call that GSPMD cannot partition by itself.
+    """The Pallas kernel, mapped over batch and heads.
 
     It takes lengths of whole lanes (128) only; what is added at the end, no real query can see.
     """
@@ -275,9 +286,17 @@ def _splash(
         y = jax.vmap(attention)(*heads_first, segment_ids=kernel.SegmentIds(segments, segments))
         return y.transpose(0, 2, 1, 3)
 
+    return _on_shards(local, q, k, v, segments)[:, :length]
+
+
+def _on_shards(local: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Runs a fused kernel on each device's rows and heads: a custom call, which GSPMD cannot partition by itself.
+
+    A device has whole rows, so where `sequence` cuts the activations, each of its devices does the same work.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q, k, v, segments)[:, :length]
+        return local(q, k, v, segments)
     q_spec, k_spec = (
         spec_of(("batch", None, axis, None), x.shape, mesh) for axis, x in (("act_heads", q), ("act_kv_heads", k))
     )
@@ -286,4 +305,4 @@ def _splash(
         k_spec = q_spec
     row = PartitionSpec(q_spec[0], None)
     region = jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, row), out_specs=q_spec, check_vma=False)
-    return region(q, k, v, segments)[:, :length]
+    return region(q, k, v, segments)

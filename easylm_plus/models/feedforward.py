@@ -29,8 +29,14 @@ class SwiGLU(nn.Module):
         }
         gate = Projection(c.intermediate_size, name="gate_proj", **wide)(x_BTD)
         up = Projection(c.intermediate_size, name="up_proj", **wide)(x_BTD)
-        h_BTF = constrain(nn.silu(gate) * up, "batch", "length", "act_mlp")
+        h_BTF = constrain(_gated(gate, up), "batch", "length", "act_mlp")
         down = Projection(
             x_BTD.shape[-1], ("mlp", "embed"), initializer(c, "residual"), self.precision, name="down_proj"
         )
         return constrain(down(h_BTF), "batch", "length", "act_embed")
+
+
+@jax.checkpoint
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """silu(gate) * up. The backward pass takes the sigmoid again: keeping it costs two more of the widest arrays."""
+    return nn.silu(gate_BTF) * up_BTF

@@ -49,6 +49,11 @@ def rotations(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, 
 
 
 def rotate(x_BTNK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns every pair of every head; computed in float32, returned in x's dtype."""
-    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)
+    """Turns every pair of every head; computed in float32, returned in x's dtype.
+
+    Written with both halves at once, x cos + swapped(x) (-sin, sin): computing the halves apart and joining them
+    takes XLA:CPU a tenth of a training step longer.
+    """
+    partner = jnp.roll(x_BTNK, x_BTNK.shape[-1] // 2, axis=-1)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x_BTNK.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x_BTNK.dtype)

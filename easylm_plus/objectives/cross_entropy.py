@@ -36,7 +36,8 @@ def blocked_cross_entropy(head: Head, head_params: Any, x_BTD: jax.Array, target
 
     Returns:
       (total float32[], nll float32[B, T], logsumexp float32[B, T]); only `total` is differentiable, in x and the
-      head's parameters. z_weights give the z-loss of PaLM (arXiv:2204.02311, section 5); zeros switch it off.
+      head's parameters. Where both weights are 0, nll and logsumexp mean nothing. z_weights give the z-loss of PaLM
+      (arXiv:2204.02311, section 5); zeros switch it off.
     """
     return _blocked(head, chunk, head_params, x_BTD, (targets_BT, weights_BT, z_weights_BT))
 
@@ -119,10 +120,11 @@ def _chunk_loss(
     weights: jax.Array,
     z_weights: jax.Array,
 ) -> Any:
-    logits_CV = head(head_params, x_CD).astype(jnp.float32)
+    # where a weight is 0 the value must not matter, nor the hidden state, even if they are not finite: 0 * inf is NaN
+    counts = (weights != 0) | (z_weights != 0)
+    logits_CV = head(head_params, jnp.where(counts[:, None], x_CD, 0)).astype(jnp.float32)
     lse = jax.nn.logsumexp(logits_CV, axis=-1)
     nll = lse - jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
-    # where a weight is 0 the value must not matter, even if it is not finite
     weigh = lambda w, value: jnp.where(w != 0, w * value, 0.0).sum()
     return weigh(weights, nll) + weigh(z_weights, lse * lse), (nll, lse)
 

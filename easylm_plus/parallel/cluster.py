@@ -4,8 +4,9 @@ import os
 
 import jax
 
-# XLA:CPU multiplies bfloat16 through oneDNN only when asked to; it is 4 times faster there (docs/LOG.md).
-_CPU_BF16 = "--xla_cpu_experimental_onednn_custom_call=true"
+# XLA:CPU multiplies bfloat16 through oneDNN, which uses the processor's matrix units, only when asked to and when no
+# other library is in its way; the step is 1.2 times as fast and compiles in a quarter of the time (docs/LOG.md).
+_CPU_BF16 = ("--xla_cpu_experimental_onednn_custom_call=true", "--xla_cpu_experimental_ynn_fusion_type=")
 _GPU_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -13,7 +14,7 @@ def set_backend_flags(precision: str, deterministic: bool) -> None:
     """Adds what the precision and determinism settings need to XLA_FLAGS; must precede the first use of a device."""
     wanted = [_GPU_DETERMINISTIC] if deterministic and _on_gpu() else []
     if precision != "float32" and not _on_gpu():
-        wanted.append(_CPU_BF16)
+        wanted += _CPU_BF16
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in wanted if flag not in flags)])
 

@@ -58,7 +58,7 @@ def kept_per_token(config: ModelConfig, precision: Precision) -> int:
     own = config.num_heads * config.head_dim
     matmul_outputs = heads + 2 * D + 2 * F  # qkv, o, gate, up, down
     per_block = {
-        "none": 2 * D + 2 * D + heads + own + 4 * F,  # norms, residual, qkv, attention, gate/up/silu/product
+        "none": 2 * D + 2 * D + heads + own + 3 * F,  # norms, residual, qkv, attention, gate/up/product
         "dots": D + matmul_outputs,
         "full": D,
     }[config.remat]

@@ -14,6 +14,7 @@ import datetime
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.tree import path_name
 
 SCHEMA = 1
+SPARE = 1 << 20  # bytes that a save takes beside the arrays, for names and indices
 
 # Keys that may change between a checkpoint and its resumption: where things are and what is shown, never what is
 # computed. Everything else must be the same, or the resumed run would be neither of the two.
@@ -77,6 +79,8 @@ class Checkpoints:
             meta=ocp.args.JsonSave({"schema": SCHEMA, "arrays": describe(state), **meta}),
         )
         scores = {self._best: metrics[self._best]} if self._best in metrics else None
+        self.wait()
+        _check_room(self.directory, state)
         with _full_disk_told(self.directory):
             self._manager.save(step, args=items, metrics=scores, force=True)
 
@@ -105,6 +109,16 @@ class Checkpoints:
     def close(self) -> None:
         with _full_disk_told(self.directory):
             self._manager.close()
+
+
+def _check_room(directory: Path, state: Any) -> None:
+    """Raises OSError before a save rather than in its middle, if this process's part of the arrays will not fit."""
+    shards = (shard for x in jax.tree.leaves(state) for shard in x.addressable_shards)
+    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + SPARE
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        place = f"{directory} (a checkpoint takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free)"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
 
 
 @contextmanager

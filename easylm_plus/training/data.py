@@ -1,5 +1,6 @@
 """From a config's `data` section to batches on devices. What the data *is* lives in data_pipelines."""
 
+import datetime
 import hashlib
 import importlib.util
 import math
@@ -83,11 +84,20 @@ def open_data(config: ConfigDict) -> Data:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size}: the tokenizer {tokenizer.path} has {tokenizer.vocab_size}"
         )
-    template = load_template(config.data.template, tokenizer, max_length=config.data.length + 1)
+    date = template_date(config.data.date)
+    template = load_template(config.data.template, tokenizer, max_length=config.data.length + 1, now=date)
     identity = "\n".join((manifest["hash"], tokenizer.fingerprint, template.fingerprint))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     train: Any = {n: split(n, "train") for n in names}
     return Data(train, heldout, weights, tokenizer, template, digest)
+
+
+def template_date(date: str) -> datetime.datetime | None:
+    """`data.date` as midnight of that day; None if it is empty."""
+    try:
+        return datetime.datetime.fromisoformat(date) if date else None
+    except ValueError:
+        raise UserError(f"data.date = {date!r}: expected YYYY-MM-DD") from None
 
 
 def check_best(config: ConfigDict, data: Data) -> None:

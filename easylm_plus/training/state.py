@@ -29,7 +29,7 @@ class TrainState:
     params: Any
     opt_state: Any
     numerics: Any  # observed state of weight transforms; empty where there are none
-    ema: Any  # running mean of the parameters, or None
+    ema: Any  # running mean of the parameters in at least float32, or None
     guard: Guard
 
 
@@ -37,7 +37,9 @@ def new_state(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
     """The state before the first step."""
     zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: the step donates them all
     guard = Guard(jnp.zeros((), jnp.float32), zero(), zero(), zero())
-    copy = jax.tree.map(jnp.copy, params) if ema else None
+    # 16 bits would round away the small share that a step adds; jnp.array copies, since the step donates both trees
+    wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))
+    copy = jax.tree.map(wide, params) if ema else None
     return TrainState(zero(), params, optimizer.init(params), {}, copy, guard)
 
 

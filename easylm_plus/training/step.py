@@ -91,7 +91,7 @@ def average(ema: Any, params: Any, decay: float) -> Any:
     """Running mean of the weights; None where the config asks for none."""
     if ema is None:
         return None
-    return jax.tree.map(lambda old, new: old + (new - old) * (1 - decay), ema, params)
+    return jax.tree.map(lambda old, new: old + (new.astype(old.dtype) - old) * (1 - decay), ema, params)
 
 
 def fingerprint(params: Any) -> jax.Array:

@@ -318,6 +318,9 @@ def prompt_of(source, **options):
 def test_what_hugging_face_templates_rely_on():
     assert prompt_of("{{ messages | tojson }}") == '[{"role": "user", "content": "ä<b>"}]'
     assert prompt_of("{{ strftime_now('%d %b %Y') }}", now=datetime.datetime(2023, 4, 3)) == "03 Apr 2023"
+    assert prompt_of("{{ 'now' if strftime_now is defined else 'then' }}") == "then"
+    with pytest.raises(ChatTemplateError, match="'strftime_now' is undefined"):
+        prompt_of("{{ strftime_now('%Y') }}")
     assert prompt_of("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert prompt_of("  {% if tools is not none %}\n{{ tools }}\n  {% endif %}\n{{ eos_token }}") == "<eos>"
     with pytest.raises(ChatTemplateError, match="roles must alternate"):

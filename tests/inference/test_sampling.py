@@ -27,17 +27,14 @@ def drawn(sampling, seed=0):
 
 
 def described(sampling):
-    """The distribution float64[V]: tempered, cut to the k likeliest and to the smallest nucleus of mass p, scaled."""
+    """The distribution float64[V]: tempered, cut to the k likeliest, of those to the smallest nucleus of mass p."""
     p = np.exp(LOGITS.astype(np.float64) / sampling.temperature)
+    order = np.argsort(-p)
+    p[order[sampling.top_k or len(p) :]] = 0
     p /= p.sum()
-    order, keep = np.argsort(-p), []
-    for rank, token in enumerate(order):
-        if rank == sampling.top_k > 0 or p[keep].sum() >= sampling.top_p:
-            break
-        keep.append(token)
-    cut = np.zeros_like(p)
-    cut[keep] = p[keep]
-    return cut / cut.sum()
+    nucleus = np.searchsorted(np.cumsum(p[order]), sampling.top_p) + 1 if sampling.top_p < 1 else len(p)
+    p[order[nucleus:]] = 0
+    return p / p.sum()
 
 
 def chi_square(tokens, p):

@@ -248,6 +248,19 @@ def test_more_devices_than_key_heads(name, heads):
     np.testing.assert_allclose(actual, run("xla", q, k, v, None, 0), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("heads", ((4, 2), (4, 1), (3, 3)), ids=str)
+@pytest.mark.parametrize("layout", ("plain", "packed window"))
+@pytest.mark.parametrize("mesh", ({"fsdp": 4, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2}), ids=str)
+def test_a_fused_kernel_finds_its_rows_and_heads(mesh, layout, heads):
+    """What runs on each device's share is any function of whole rows; cuDNN's cannot run here, jax.nn's can."""
+    q, k, v = inputs(4, 16, *heads)
+    segments, window = documents(4, 16) if layout == "packed window" else None, LAYOUTS[layout][1]
+    kernel = lambda *args: attention._whole(*args, window)
+    with sharding.use(make_mesh(mesh)):
+        actual = jax.jit(lambda *args: attention._on_shards(kernel, *args))(q, k, v, segments)
+    check(actual, run("xla", q, k, v, segments, window))
+
+
 # --- choosing one ---
 
 

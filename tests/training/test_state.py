@@ -13,6 +13,7 @@ from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.training.optimizer import adamw
 from easylm_plus.training.state import new_state, state_shardings
+from easylm_plus.training.step import average
 from easylm_plus.tree import path_name
 
 
@@ -54,3 +55,12 @@ def test_no_two_leaves_share_a_buffer():
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
     assert len(set(pointers)) == len(pointers)
     assert np.array_equal(state.ema["kernel"], state.params["kernel"]) and state.ema is not state.params
+
+
+def test_the_average_of_16_bit_parameters_is_kept_in_32():
+    """In 16 bits a decay of 0.999 would never move it: the share of a step is below half a unit in the last place."""
+    ones, twos = ({"kernel": jnp.full(3, value, jnp.bfloat16)} for value in (1.0, 2.0))
+    state = new_state(ones, adamw(base().optimizer, 10), ema=True)
+    assert state.ema["kernel"].dtype == jnp.float32 and state.params["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(average(state.ema, twos, 0.999)["kernel"], 1.001, rtol=1e-6)
+    assert (average(ones, twos, 0.999)["kernel"] == 1.0).all()
