@@ -2,14 +2,17 @@
 
 import functools
 import importlib.util
+import json
 import re
 import subprocess
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from easylm_plus import config as configs
 from easylm_plus.config import base, check, parse_arg
@@ -95,13 +98,8 @@ def test_its_weights_are_those_of_the_model(path):
     assert count == published.get(path.stem, count) and count > 10_000
 
 
-@every_file
-def test_its_step_lowers_on_eight_devices(path):
-    """Two layers of the real width in the real precision; nothing is allocated."""
-    config = resolved(path)
-    config.model.num_layers = 2
-    config.mesh.update({"fsdp": 4, "tensor": 2})
-    config.data.batch_size, config.data.length = 8 * config.train.accumulate, min(config.data.length, 512)
+def lowered_step(config):
+    """The text of a config's training step for its mesh on eight devices; nothing is allocated."""
     sizes = axis_sizes(config.mesh, 8)
     model = Transformer(configs.model_config(config), precision(config.numerics.precision))
     mesh, optimizer = make_mesh(sizes), adamw(config.optimizer, 10_000)
@@ -114,10 +112,68 @@ def test_its_step_lowers_on_eight_devices(path):
         step = make_train_step(objective, optimizer, config.train)
         batch = data_module.batch_shapes(config, data_module.batch_sharding(config, mesh))
         replicated = NamedSharding(mesh, PartitionSpec())
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).lower(state, batch)
-    text = lowered.as_text()
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).lower(state, batch).as_text()
+
+
+@every_file
+def test_its_step_lowers_on_eight_devices(path):
+    """Two layers of the real width in the real precision."""
+    config = resolved(path)
+    config.model.num_layers = 2
+    config.mesh.update({"fsdp": 4, "tensor": 2})
+    config.data.batch_size, config.data.length = 8 * config.train.accumulate, min(config.data.length, 512)
+    text = lowered_step(config)
     assert "dot_general" in text and "sharding" in text
     assert ("bf16" in text) == (config.numerics.precision != "float32")
+
+
+def test_the_step_of_koala13b_lowers_at_full_size():
+    text = lowered_step(resolved(tiny.ROOT / "configs/koala13b.py"))
+    assert "tensor<40x5120x13824xf32>" in text, "all 40 layers of mlp/up_proj"
+    assert "tensor<128x2048xi32>" in text, "the whole batch"
+
+
+def write_llama(folder, vocab, hidden, ffn, layers, heads):
+    """A LLaMA with random weights, in Hugging Face's form."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: (rng.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
+    norm = np.ones(hidden, np.float32)
+    tensors = {"model.embed_tokens.weight": draw(vocab, hidden), "lm_head.weight": draw(vocab, hidden)}
+    tensors["model.norm.weight"] = norm
+    for i in range(layers):
+        here = f"model.layers.{i}."
+        tensors |= {f"{here}self_attn.{name}_proj.weight": draw(hidden, hidden) for name in "qkvo"}
+        tensors |= {f"{here}mlp.{name}_proj.weight": draw(ffn, hidden) for name in ("gate", "up")}
+        tensors |= {f"{here}mlp.down_proj.weight": draw(hidden, ffn)}
+        tensors |= {f"{here}{name}_layernorm.weight": norm for name in ("input", "post_attention")}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    described = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": "silu",
+        "num_key_value_heads": heads, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_koala13b_trains_from_files_of_the_right_shape(tmp_path):
+    """Its own recipe, prompt format, precision and warm start; a LLaMA of 2 layers and a tokenizer of 300 pieces."""
+    weights = write_llama(tmp_path / "llama", vocab=300, hidden=32, ffn=80, layers=2, heads=2)
+    overrides = {
+        "model.vocab_size": 300, "model.hidden_size": 32, "model.intermediate_size": 80, "model.num_layers": 2,
+        "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 16, "init_from.path": weights,
+        "data.path": tiny.data(), "data.tokenizer": tiny.data() / "tokenizer", "data.length": 64,
+        "data.batch_size": 8, "train.epochs": 0, "train.steps": 6, "log.every": 1, "log.dir": tmp_path,
+        "optimizer.learning_rate": 1e-2, "eval.samples": 0,
+    }  # fmt: skip
+    arguments = (f"--config.{key}={value}" for key, value in overrides.items())
+    status, output = tiny.run("--config=configs/koala13b.py", *arguments)
+    assert status == 0 and f"starts from weights of {weights}" in output, output[-2000:]
+    assert "│ 12 weights │" in output and "starts random" not in output, "each tensor of the file is taken"
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
 
 
 @every_file

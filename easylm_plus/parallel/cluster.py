@@ -20,7 +20,12 @@ def set_backend_flags(precision: str, deterministic: bool) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $EASYLM_PLUS_CACHE or ~/.cache/easylm_plus."""
+    """Keeps compiled programs between runs, in $EASYLM_PLUS_CACHE or ~/.cache/easylm_plus.
+
+    Not those that call oneDNN: XLA cannot write them, and warns of each.
+    """
+    if _CPU_BF16[0] in os.environ.get("XLA_FLAGS", ""):
+        return
     folder = os.environ.get("EASYLM_PLUS_CACHE") or os.path.expanduser("~/.cache/easylm_plus")
     jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
