@@ -46,8 +46,8 @@ quickstart() {
 }
 
 case "${1:-quickstart}" in
-  quickstart) setup && quickstart ;;
+  quickstart) setup; quickstart ;;  # not joined by &&, which would switch off set -e inside of them
   setup) setup ;;
-  test) shift && setup && .venv/bin/python -m pytest "$@" ;;
+  test) shift; setup; .venv/bin/python -m pytest "$@" ;;
   *) echo "usage: ./run.sh [test|setup]" >&2 && exit 2 ;;
 esac

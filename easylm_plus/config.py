@@ -89,7 +89,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "dir": "",  # "": <log.dir>/checkpoints
                 "every": 1000,  # steps
                 "keep": 3,  # the last ones; 0: all
-                "keep_best": "",  # also keep the best by this metric, as "eval/loss" (lower is better)
+                # also keep the best by this figure, as "eval/loss", of the checkpoints of steps that are evaluated
+                "keep_best": "",
                 "minutes": 30.0,  # a temporary one when this long has passed without; 0: never
                 "resume": True,
                 "force": False,  # resume although config or data changed
@@ -159,6 +160,7 @@ POSITIVE = (
     "log.every",
     "checkpoint.every",
 )
+PLACES = ("data.path", "data.prepare_input", "data.tokenizer", "init_from.path", "checkpoint.dir", "log.dir")
 
 
 def check(config: ConfigDict) -> None:
@@ -179,6 +181,12 @@ def check(config: ConfigDict) -> None:
             f"train.accumulate = {config.train.accumulate}: "
             f"expected a divisor of data.batch_size = {config.data.batch_size}"
         )
+    for name in PLACES:
+        section, key = name.split(".")
+        if "://" in config[section][key]:
+            raise UserError(f"{name} = {config[section][key]!r}: expected a path of a file system; mount the bucket")
+    if unused := [axis for axis in ("stage", "expert") if config.mesh[axis] != 1]:
+        raise UserError(f"mesh.{unused[0]} = {config.mesh[unused[0]]}: expected 1; nothing is cut over this axis yet")
     if config.data.length > config.model.max_length:
         raise UserError(
             f"data.length = {config.data.length}: longer than model.max_length = {config.model.max_length}; "

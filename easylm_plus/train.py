@@ -52,11 +52,13 @@ def main() -> int:
 
     ####################################### What the run needs #######################################
     configs.check(config)
-    preflight(config)
     cluster.set_backend_flags(config.numerics.precision, config.numerics.deterministic)
     cluster.use_compilation_cache()
     cluster.join()
     first = jax.process_index() == 0
+    if first:
+        preflight(config)
+    cluster.meet("preflight")
 
     ####################################### Mesh and data #############################################
     mesh = make_mesh(config.mesh)
@@ -87,8 +89,8 @@ def main() -> int:
 
         ################################### What it will take #########################################
         tokens = config.data.batch_size * config.data.length
-        micro = tokens // config.train.accumulate
-        needed = estimate(abstract, shardings, model.config, policy, micro, config.objective.chunk, mesh.size)
+        parts, chunk = config.train.accumulate, config.objective.chunk
+        needed = estimate(abstract, shardings, model.config, policy, tokens, parts, chunk)
         banner = two_columns()
         banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
         banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
@@ -127,7 +129,8 @@ def main() -> int:
                 params, taken = restore.warm_start(params, config.init_from.path, model, config.init_from.rename)
                 origin = f"weights of {config.init_from.path}"
                 console.print(restore.table(taken))
-            state = jax.jit(make_state, out_shardings=shardings)(params)
+            state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)(params)
+            del params  # the state has them; a second copy would live as long as this function
         start = start or 0
 
         ################################### Compile the step ##########################################
@@ -151,7 +154,7 @@ def main() -> int:
         sampler = make_sampler(
             model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
         )
-        log = MetricsLog(config.log.dir, start, enabled=first)
+        log = MetricsLog(config.log.dir, start, owes_evaluation, enabled=first)
         log.text(start, "config", str(config))
         peak = mesh.size * device_peak_tflops(jax.devices()[0], config.log.peak_tflops)
         flops = train_flops_per_token(model.config, config.data.length)

@@ -61,7 +61,7 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = ""
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
-    now = template_date(config["data"]["date"])
+    now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)
     return Opened(model, params, words, layout, config, f"{directory}/{step}")
 

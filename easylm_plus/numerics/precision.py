@@ -15,12 +15,15 @@ from easylm_plus.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes by role. `matmul` is the JAX matmul precision, which matters where hardware has faster modes."""
+    """Dtypes by role. `matmul` is the JAX matmul precision, which matters where hardware has faster modes.
+
+    Norms, softmax statistics, and sums over micro-batches and chunks of the loss are float32 in all of them. Logits are
+    multiplied in `compute` and then held in `logits`: in bf16 they have 8 bits, as in most PyTorch trainers.
+    """
 
     name: str
     param: DTypeLike
     compute: DTypeLike
-    accumulate: DTypeLike  # gradients over micro-batches, softmax statistics, norms
     logits: DTypeLike
     matmul: str
 
@@ -28,9 +31,9 @@ class Precision:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Precision("float32", jnp.float32, jnp.float32, jnp.float32, jnp.float32, "highest"),
-        Precision("bf16", jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32, "default"),
-        Precision("bf16_pure", jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32, "default"),
+        Precision("float32", jnp.float32, jnp.float32, jnp.float32, "highest"),
+        Precision("bf16", jnp.float32, jnp.bfloat16, jnp.float32, "default"),
+        Precision("bf16_pure", jnp.bfloat16, jnp.bfloat16, jnp.float32, "default"),
     )
 }
 

@@ -46,8 +46,9 @@ def _project(w: Any, x: jax.Array) -> jax.Array:
 def _lookup(w: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     if mesh_axis_size("fsdp") > 1:
         # gather the table's columns before the lookup: the partitioner would otherwise gather the *result* over
-        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way
-        w = constrain(w.astype(dtype), "vocab", None)
+        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way. In w's own dtype:
+        # the gradient of a frequent token is a sum of thousands of terms, which would stick at 256 in bfloat16
+        w = constrain(w, "vocab", None)
     return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
 
 

@@ -102,14 +102,16 @@ def _local(
             return head_gradient, (value, nll, lse, jnp.zeros((), x.dtype))
         value, vjp, (nll, lse) = jax.vjp(loss, head_params, x, has_aux=True)
         d_head, d_x = vjp(jnp.ones_like(value))
-        return jax.tree.map(jnp.add, head_gradient, d_head), (value, nll, lse, d_x)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), head_gradient, d_head), (value, nll, lse, d_x)
 
-    zeros = jax.tree.map(jnp.zeros_like, head_params) if with_gradients else None
+    wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # sums need more than 16 bits
+    zeros = jax.tree.map(wide, head_params) if with_gradients else None
     d_head, (values, nll, lse, d_x) = jax.lax.scan(body, zeros, (split(x_BTD), *map(split, tokens)))
     outputs = (total(values.sum()), nll.reshape(B, T), lse.reshape(B, T))
     if not with_gradients:
         return outputs, (jnp.zeros(()), jnp.zeros((B, T)))
-    return outputs, (total(d_head), d_x.reshape(B, T, D))
+    d_head = jax.tree.map(lambda g, p: g.astype(p.dtype), total(d_head), head_params)
+    return outputs, (d_head, d_x.reshape(B, T, D))
 
 
 def _chunk_loss(

@@ -1,10 +1,10 @@
 """Next-token prediction: pre-training and chat fine-tuning alike; the batch's loss weights say what is learned.
 
 An objective is two functions of a batch. `denominators` sums what the loss is divided by, from the batch alone;
-`numerators` runs the model. The step adds denominators over all micro-batches and devices *first* and divides each
-numerator by that one global number, so neither accumulation nor ragged masks change the loss: a row with one
-learned token counts as one token. (EasyLM averaged over rows; a row with one token weighed as much as one with
-2,048.)
+calling the objective runs the model on a micro-batch. The step computes the denominators of the whole batch *first*
+and each micro-batch divides by that one global number, so neither accumulation nor ragged masks change the loss: a
+row with one learned token counts as one token. (EasyLM averaged over rows; a row with one token weighed as much as
+one with 2,048.)
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LanguageModel:
     chunk: int = 1024
 
     def denominators(self, batch: Batch) -> dict[str, jax.Array]:
-        """What `numerators` are divided by after both are summed over micro-batches and devices."""
+        """What the loss is divided by: of a whole batch, over all micro-batches and devices."""
         return {"loss": batch["loss_weights"].sum()}
 
     def __call__(

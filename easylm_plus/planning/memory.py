@@ -1,6 +1,6 @@
 """An estimate of the bytes a training step needs on each device, made from shapes alone.
 
-State and gradients are exact. Activations are estimated from what one block keeps for its backward pass under each
+The state is exact. Activations are estimated from what one block keeps for its backward pass under each
 remat policy, in the compute dtype; workspace of the compiler is not counted, so the compiled program's own figure
 (`memory_analysis`) can be larger.
 """
@@ -14,6 +14,7 @@ import numpy as np
 
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.precision import Precision
+from easylm_plus.parallel.sharding import DATA_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Memory:
     optimizer: int
     gradients: int
     activations: int
-    logits: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -36,35 +37,36 @@ class Memory:
 
 
 def estimate(
-    state: Any, shardings: Any, config: ModelConfig, precision: Precision, tokens: int, chunk: int, devices: int
+    state: Any, shardings: Any, config: ModelConfig, precision: Precision, tokens: int, accumulate: int, chunk: int
 ) -> Memory:
-    """Args: the abstract state and its shardings; `tokens` of one micro-batch over all devices; loss chunk."""
+    """Args: the abstract state and its shardings; `tokens` of a whole batch, in so many micro-batches; loss chunk."""
+    mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
     params = sharded_bytes(state.params, shardings.params)
     optimizer = sharded_bytes(state.opt_state, shardings.opt_state) + sharded_bytes(state.ema, shardings.ema)
-    local = math.ceil(tokens / devices)
+    local = math.ceil(tokens / accumulate / math.prod(mesh[axis] for axis in DATA_AXES))
+    whole, cut = kept_per_token(config, precision)
+    head = config.hidden_size * config.vocab_size * 4 / mesh["tensor"]
     return Memory(
         parameters=params,
         optimizer=optimizer,
-        gradients=params,
-        activations=local * kept_per_token(config, precision),
-        logits=3 * min(chunk, local) * config.vocab_size * 4,  # logits, their exponentials, their gradient
+        gradients=params * (2 if accumulate > 1 else 1),  # of this micro-batch, and the sum so far
+        activations=int(local * (whole + cut / mesh["tensor"])),
+        # a chunk's logits, their exponentials and their gradient; the gathered head and its gradient
+        loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + 2 * head),
     )
 
 
-def kept_per_token(config: ModelConfig, precision: Precision) -> int:
-    """Bytes that the blocks keep for one token's backward pass."""
+def kept_per_token(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+    """Bytes that the blocks keep for one token's backward pass: (on every device, cut over `tensor`)."""
     D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     own = config.num_heads * config.head_dim
-    matmul_outputs = heads + 2 * D + 2 * F  # qkv, o, gate, up, down
-    per_block = {
-        "none": 2 * D + 2 * D + heads + own + 3 * F,  # norms, residual, qkv, attention, gate/up/product
-        "dots": D + matmul_outputs,
-        "full": D,
-    }[config.remat]
+    heads = own + 2 * config.num_kv_heads * config.head_dim  # q, k and v
     size = np.dtype(precision.compute).itemsize
-    one_block = (4 * D + heads + own + 4 * F) * size  # while it is being recomputed
-    return L * per_block * size + (0 if config.remat == "none" else one_block)
+    # residual stream and norms | q, k, v, attention, gate, up, product
+    block = (4 * D * size, (heads + own + 3 * F) * size)
+    kept = {"none": block, "dots": (3 * D * size, (heads + 2 * F) * size), "full": (D * size, 0)}[config.remat]
+    one = (0, 0) if config.remat == "none" else block  # while it is being recomputed
+    return L * kept[0] + one[0], L * kept[1] + one[1]
 
 
 def sharded_bytes(tree: Any, shardings: Any) -> int:

@@ -162,7 +162,10 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 
 
 def read_parameters(directory: Path, step: int, shardings: Any = None) -> Any:
-    """Only the parameters of a checkpoint, in the dtypes and shapes that its meta names; the EMA's if it has one."""
+    """Only the parameters of a checkpoint, in the dtypes and shapes that its meta names; the EMA's if it has one.
+
+    NumPy arrays where no sharding is given.
+    """
     arrays = read_meta(directory, step)["arrays"]
     part = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
     target: dict[str, Any] = {}
@@ -173,10 +176,11 @@ def read_parameters(directory: Path, step: int, shardings: Any = None) -> Any:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = jax.ShapeDtypeStruct(tuple(info["shape"]), np.dtype(info["dtype"]), sharding=shardings)
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    if shardings is None:
+        how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(
-            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-        )
+        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
         return reader.restore(directory / str(step) / "state", args=args)[part]
 
 
@@ -197,9 +201,13 @@ def compare_arrays(found: Mapping[str, Any], expected: Mapping[str, Any], place:
 
 
 def compare_runs(found: Mapping[str, Any], config: Mapping[str, Any], data_hash: str, place: str) -> None:
-    """Raises UserError if the checkpoint's config or data differ from this run's in anything that is computed."""
+    """Raises UserError if the checkpoint's config or data differ from this run's in anything that is computed.
+
+    A key that an older version did not know counts as empty, which is what new keys are by default.
+    """
     old, new = flatten(found["config"]), flatten(config)
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not any(re.match(f, k) for f in FREE)]
+    same = lambda key: (old.get(key) or None) == (new.get(key) or None)
+    changed = [key for key in sorted({*old, *new}) if not same(key) and not any(re.match(f, key) for f in FREE)]
     lines = [f"  {key}: found {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
     if found["data_hash"] != data_hash:
         lines.append(f"  the data: found hash {found['data_hash'][:12]}, now {data_hash[:12]}")

@@ -64,10 +64,10 @@ class Meter:
 
     def get_state(self) -> dict[str, Any]:
         """The sums since the last row: part of a checkpoint, so that the next row covers the same steps."""
-        return self._sums
+        return dict(self._sums)  # written in the background, while the next steps go on adding
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._sums = state
+        self._sums = dict(state)
 
     def waited(self, seconds: float) -> None:
         """Counts time that the loop spent waiting for a batch."""

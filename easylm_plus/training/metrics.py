@@ -16,13 +16,13 @@ from tensorboardX import SummaryWriter
 class MetricsLog:
     """Writes rows of numbers and texts. On all processes but the first it swallows everything."""
 
-    def __init__(self, directory: str | Path, start_step: int, enabled: bool = True):
+    def __init__(self, directory: str | Path, start_step: int, owes_evaluation: bool = False, enabled: bool = True):
         self.enabled = enabled
         if not enabled:
             return
         self.path = Path(directory) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _truncate(self.path, start_step)
+        _truncate(self.path, start_step, owes_evaluation)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory), purge_step=start_step + 1)
 
@@ -71,12 +71,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drops the rows after `last_step`, by way of a file beside it, so that a crash here loses nothing.
+def _truncate(path: Path, last_step: int, owes_evaluation: bool) -> None:
+    """Drops the rows after `last_step`, and that step's evaluation if it is still to be made.
 
-    A run that starts at 0 keeps none: there is no checkpoint at step 0, so it writes that step's rows again.
+    By way of a file beside it, so that a crash here loses nothing. A run that starts at 0 keeps none: there is no
+    checkpoint at step 0, so it writes that step's rows again.
     """
-    kept = [row for row in read_rows(path) if row["step"] <= last_step] if last_step else []
+    again = lambda row: owes_evaluation and row["step"] == last_step and any(key.startswith("eval/") for key in row)
+    kept = [row for row in read_rows(path) if row["step"] <= last_step and not again(row)] if last_step else []
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     beside.replace(path)

@@ -11,7 +11,10 @@ from easylm_plus.training.data import ensure_prepared, tokenizer_path
 
 
 def preflight(config: ConfigDict) -> None:
-    """Prepares the data if the config says how; raises UserError listing all that is missing, and its origin."""
+    """Prepares the data if the config says how; raises UserError listing all that is missing, and its origin.
+
+    For one process of the job, which the others wait for: they share the folders that the config names.
+    """
     missing = []
     resuming = config.checkpoint.resume and steps(config.checkpoint.dir or Path(config.log.dir) / "checkpoints")
     if config.init_from.path and not resuming and not Path(config.init_from.path).exists():

@@ -1,17 +1,18 @@
 """Where a run's first state comes from: its own last checkpoint, another model's weights, or a random start."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from easylm_plus.errors import UserError
-from easylm_plus.interop.huggingface import load_hf
+from easylm_plus.interop.huggingface import load_parameters, read_config
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.transformer import Transformer, stack_layers, unstack_layers
 from easylm_plus.training.checkpoint import locate, read_parameters
@@ -30,6 +31,9 @@ class Taken:
 def warm_start(params: Any, path: str | Path, model: Transformer, rename: Sequence[str]) -> tuple[Any, list[Taken]]:
     """Replaces the weights of `params` that `path` has under the same name and shape.
 
+    One weight after the other goes from the host to where `params` has it, so no device ever holds more than its part
+    of them, and every process of a job puts its own parts in place.
+
     Args:
       path: a run's folder, a Hugging Face folder or a llama2.c file.
       rename: "regex=replacement", applied in order to the names found there.
@@ -37,43 +41,45 @@ def warm_start(params: Any, path: str | Path, model: Transformer, rename: Sequen
     Returns:
       (parameters, sharded and typed like `params`; what became of each weight on either side).
     """
-    found = read_weights(path, model)
-    known = {_renamed(path_name(p), rename): x for p, x in jax.tree_util.tree_leaves_with_path(found)}
-    taken: list[Taken] = []
+    own = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    new: dict[str, jax.Array] = {}
+    outcomes: dict[str, Taken] = {}
 
-    def pick(path: Any, own: jax.Array) -> jax.Array:
-        name = path_name(path)
-        other = known.pop(name, None)
-        if other is None:
-            taken.append(Taken(name, own.shape, "not there: starts random"))
-        elif other.shape != own.shape:
-            taken.append(Taken(name, own.shape, f"has shape {list(other.shape)}: starts random"))
+    def place(name: str, found: np.ndarray) -> None:
+        name = _renamed(name, rename)
+        if name not in own:
+            outcomes[name] = Taken(name, found.shape, "not in this model: left out")
+        elif found.shape != own[name].shape:
+            outcomes[name] = Taken(name, own[name].shape, f"has shape {list(found.shape)}: starts random")
         else:
-            taken.append(Taken(name, own.shape, "taken"))
-            return jax.device_put(jnp.asarray(other, own.dtype), own.sharding)
-        return own
+            new[name] = _put(found, own[name])
+            outcomes[name] = Taken(name, found.shape, "taken")
 
-    params = jax.tree_util.tree_map_with_path(pick, params)
-    taken += [Taken(name, x.shape, "not in this model: left out") for name, x in known.items()]
-    if not any(t.outcome == "taken" for t in taken):
+    read_weights(path, model, place)
+    if not new:
         raise UserError(f"init_from.path = {path}: none of its weights fits this model; init_from.rename can help")
-    return params, taken
+    outcomes |= {name: Taken(name, own[name].shape, "not there: starts random") for name in own if name not in outcomes}
+    return jax.tree_util.tree_map_with_path(lambda p, x: new.get(path_name(p), x), params), [*outcomes.values()]
 
 
-def read_weights(path: str | Path, model: Transformer) -> Any:
-    """The weights of a checkpoint of any kind we read, stacked or not as `model` has them."""
+def read_weights(path: str | Path, model: Transformer, place: Callable[[str, np.ndarray], None]) -> None:
+    """Hands the weights of a checkpoint of any kind we read to `place`, stacked or not as `model` has them."""
     path = Path(path)
     scan = model.config.scan_layers
-    if path.is_file():
-        params = load_llama2c(path)[1]
-    elif (path / "config.json").is_file():
-        return load_hf(path, model.precision.param, scan_layers=scan)[1]
-    else:
-        params = read_parameters(*locate(path), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    stacked = "0" not in params["layers"]
-    if stacked == scan:
-        return params
-    return stack_layers(params) if scan else unstack_layers(params)
+    if path.is_dir() and (path / "config.json").is_file():
+        load_parameters(path, Transformer(read_config(path, scan_layers=scan), model.precision), place)
+        return
+    params = jax.device_get(load_llama2c(path)[1] if path.is_file() else read_parameters(*locate(path)))
+    if ("0" not in params["layers"]) != scan:
+        params = stack_layers(params) if scan else unstack_layers(params)
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
+        place(path_name(name), np.asarray(leaf))
+
+
+def _put(found: np.ndarray, like: jax.Array) -> jax.Array:
+    """An array of the host on the devices, typed and sharded as another."""
+    part = lambda index: np.asarray(found[index], like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def table(taken: Sequence[Taken]) -> Table:
@@ -83,7 +89,7 @@ def table(taken: Sequence[Taken]) -> Table:
         if item.outcome != "taken":
             show.add_row(item.name, str(list(item.shape)), item.outcome)
     good = [item for item in taken if item.outcome == "taken"]
-    show.add_row(f"{len(good)} weights", f"{sum(jnp.prod(jnp.array(i.shape)).item() for i in good):,}", "taken")
+    show.add_row(f"{len(good)} weights", f"{sum(math.prod(i.shape) for i in good):,}", "taken")
     return show
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from easylm_plus.numerics.verbs import lookup
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
 
@@ -75,3 +76,15 @@ def test_shardings_of_a_tree():
     shapes = {"a": {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, "b": jax.ShapeDtypeStruct((3,), jnp.float32)}
     found = sharding.shardings({"a": {"kernel": ("embed", "mlp")}, "b": (None,)}, shapes, eight)
     assert found["a"]["kernel"].spec == P("fsdp", "tensor") and found["b"].spec == P(None)
+
+
+@pytest.mark.parametrize("sizes", ({"fsdp": 1}, {"fsdp": 8}), ids=str)
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32(sizes):
+    """In bfloat16 a sum of ones stops at 256; the table is cut over fsdp, the lookup computes in bfloat16."""
+    ids, table = jnp.zeros((8, 512), jnp.int32), jnp.ones((16, 8))
+    count = lambda dtype: lambda table: lookup(ids, table, dtype).astype(jnp.float32).sum()
+    with sharding.use(mesh(**sizes)):
+        found = jax.jit(jax.grad(count(jnp.bfloat16)))(table)
+        half = jax.jit(jax.grad(count(jnp.bfloat16)))(table.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found[0], 8 * 512)
+    assert (np.asarray(half[0], np.float32) != 8 * 512).all(), "a table that is itself bfloat16 shows the loss"

@@ -26,6 +26,16 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     assert steps(tmp_path) != list(range(1, 10)), "a repeated step would be seen"
 
 
+@pytest.mark.parametrize("owes", [True, False])
+def test_an_evaluation_that_is_still_owed_is_not_kept(tmp_path, owes):
+    """A run that a signal stopped before an evaluation makes up for it at every start from that checkpoint."""
+    write(tmp_path, 0, [1, 2])
+    with MetricsLog(tmp_path, 2, owes) as log:
+        log.write(2, {"eval/loss": 1.0})
+    MetricsLog(tmp_path, 2, owes).close()
+    assert steps(tmp_path) == ([1, 2] if owes else [1, 2, 2])
+
+
 def test_a_run_that_starts_over_keeps_nothing(tmp_path):
     """Rows of step 0 come before the first checkpoint, so that a run from step 0 writes them again."""
     write(tmp_path, 0, range(4))
