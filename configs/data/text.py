@@ -1,6 +1,8 @@
 """Plain text for pre-training: every .txt, .txt.gz and .jsonl file ("text" key) under the input folder.
 
-python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
+    python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
+
+A document longer than a row keeps its beginning only; cut long ones before, into pieces of about a row.
 """
 
 from ml_collections import ConfigDict
