@@ -8,7 +8,7 @@ refused: unpickling runs code.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,66 @@ from easylm_plus.models.transformer import Transformer, abstract_parameters
 from easylm_plus.numerics.precision import POLICIES
 from easylm_plus.tree import path_name
 
-# ours -> theirs; {i} is the layer. A name that ends in "kernel" is transposed.
+
+class Source(NamedTuple):
+    """Where one of our weights comes from: their tensors, and how they become ours. {i} is the layer."""
+
+    theirs: tuple[str, ...]
+    ours: Callable[[list[np.ndarray], ModelConfig], np.ndarray]
+
+
+def _as_it_is(name: str) -> Source:
+    return Source((name,), lambda arrays, _: arrays[0])
+
+
+def _kernel(name: str) -> Source:
+    return Source((name,), lambda arrays, _: arrays[0].T)
+
+
 LLAMA = {
-    "embed_tokens/embedding": "model.embed_tokens.weight",
-    "norm/weight": "model.norm.weight",
-    "lm_head/kernel": "lm_head.weight",
-    "layers/{i}/input_layernorm/weight": "model.layers.{i}.input_layernorm.weight",
-    "layers/{i}/post_attention_layernorm/weight": "model.layers.{i}.post_attention_layernorm.weight",
-    **{f"layers/{{i}}/self_attn/{p}_proj/kernel": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"},
-    **{f"layers/{{i}}/self_attn/{p}_proj/bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"},
-    **{f"layers/{{i}}/mlp/{p}_proj/kernel": f"model.layers.{{i}}.mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+    "embed_tokens/embedding": _as_it_is("model.embed_tokens.weight"),
+    "norm/weight": _as_it_is("model.norm.weight"),
+    "lm_head/kernel": _kernel("lm_head.weight"),
+    "layers/{i}/input_layernorm/weight": _as_it_is("model.layers.{i}.input_layernorm.weight"),
+    "layers/{i}/post_attention_layernorm/weight": _as_it_is("model.layers.{i}.post_attention_layernorm.weight"),
+    **{f"layers/{{i}}/self_attn/{p}_proj/kernel": _kernel(f"model.layers.{{i}}.self_attn.{p}_proj.weight")
+       for p in "qkvo"},
+    **{f"layers/{{i}}/self_attn/{p}_proj/bias": _as_it_is(f"model.layers.{{i}}.self_attn.{p}_proj.bias")
+       for p in "qkv"},
+    **{f"layers/{{i}}/mlp/{p}_proj/kernel": _kernel(f"model.layers.{{i}}.mlp.{p}_proj.weight")
+       for p in ("gate", "up", "down")},
+}  # fmt: skip
+
+
+def _interleaved(part: int) -> Source:
+    """Yuan's q (part 0) or k (1). Its q_proj and k_proj are the halves of one fused matrix, in which every head has its
+    query rows and then its key rows: the first half of the heads lies in q_proj, the rest in k_proj."""
+
+    def ours(arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+        fused = np.concatenate(arrays).reshape(config.num_heads, 2, config.head_dim, -1)
+        return fused[:, part].reshape(-1, fused.shape[-1]).T
+
+    return Source(tuple(f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qk"), ours)
+
+
+def _convolution(name: str) -> Source:
+    """[out, in, taps, 1] -> [taps * in, out], the oldest tap first."""
+    return Source((name,), lambda arrays, _: arrays[0][..., 0].transpose(2, 1, 0).reshape(-1, arrays[0].shape[0]))
+
+
+_GATE = "model.layers.{i}.self_attn.lf_gate."
+YUAN = {
+    **LLAMA,
+    "layers/{i}/self_attn/q_proj/kernel": _interleaved(0),
+    "layers/{i}/self_attn/k_proj/kernel": _interleaved(1),
+    # Yuan applies silu to what it calls up_proj
+    "layers/{i}/mlp/gate_proj/kernel": _kernel("model.layers.{i}.mlp.up_proj.weight"),
+    "layers/{i}/mlp/up_proj/kernel": _kernel("model.layers.{i}.mlp.gate_proj.weight"),
+    "layers/{i}/self_attn/lf_gate/output_layernorm/weight": _as_it_is(_GATE + "output_layernorm.weight"),
+    **{f"layers/{{i}}/self_attn/lf_gate/conv{n}/kernel": _convolution(f"{_GATE}conv{n}.weight") for n in (1, 2)},
+    **{f"layers/{{i}}/self_attn/lf_gate/conv{n}/bias": _as_it_is(f"{_GATE}conv{n}.bias") for n in (1, 2)},
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "YuanForCausalLM")
 
 REQUIRED = (
     "vocab_size",
@@ -60,6 +108,8 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
         raise UserError(f"{path}: found hidden_act {raw['hidden_act']!r}, expected 'silu'")
     if absent := [key for key in REQUIRED if key not in raw]:
         raise UserError(f"{path}: found no {absent[0]}, which {architecture} needs")
+    if raw.get("use_shareqk"):
+        raise UserError(f"{path}: found use_shareqk, which is not supported")
     heads, qwen = raw["num_attention_heads"], architecture == "Qwen2ForCausalLM"
     # Qwen2 states a window that it uses only where use_sliding_window says so
     window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
@@ -80,6 +130,7 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
         "tie_embeddings": raw.get("tie_word_embeddings", False),
         "qkv_bias": raw.get("attention_bias", qwen),
         "sliding_window": window or 0,
+        "lfa_variant": "yuan" if architecture == "YuanForCausalLM" else "none",
         **_rope(raw, path),
     }
     return ModelConfig(**{**values, **overrides})
@@ -131,9 +182,19 @@ def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any
     unread = {name for name in files if not name.endswith("rotary_emb.inv_freq")}  # follows from theta
     unread -= {"lm_head.weight"} if model.config.tie_embeddings else set()  # a copy
 
-    def read(theirs: str, ours: str, shape: tuple[int, ...]) -> np.ndarray:
-        unread.discard(theirs)
-        return _read(files, theirs, ours, shape, Path(folder))
+    table = LLAMA if model.config.lfa_variant == "none" else YUAN
+
+    def read(ours: str, layer: str, shape: tuple[int, ...]) -> np.ndarray:
+        source = table[ours]
+        names = [name.format(i=layer) for name in source.theirs]
+        unread.difference_update(names)
+        array = source.ours(
+            [_read(files, name, ours.format(i=layer), shape, Path(folder)) for name in names], model.config
+        )
+        if array.shape != shape:
+            found = f"{names[0]} has shape {list(array.shape)}"
+            raise UserError(f"{folder}: {found}, our {ours.format(i=layer)} expects {list(shape)}")
+        return array
 
     values = []
     for path, leaf in leaves:
@@ -147,23 +208,19 @@ def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any
 def _assemble(name: str, shape: tuple[int, ...], config: ModelConfig, read: Callable) -> np.ndarray:
     """One of our arrays: a tensor of theirs, or one per layer stacked."""
     if not name.startswith("layers/"):
-        return read(LLAMA[name], name, shape)
+        return read(name, "", shape)
     if config.scan_layers:
         ours = "layers/{i}/" + name.removeprefix("layers/")
-        return np.stack([read(LLAMA[ours].format(i=i), name, shape[1:]) for i in range(config.num_layers)])
+        return np.stack([read(ours, str(i), shape[1:]) for i in range(config.num_layers)])
     _, layer, rest = name.split("/", 2)
-    return read(LLAMA["layers/{i}/" + rest].format(i=layer), name, shape)
+    return read("layers/{i}/" + rest, layer, shape)
 
 
 def _read(files: Mapping[str, Path], theirs: str, ours: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     if theirs not in files:
         raise UserError(f"{folder}: found no tensor {theirs}, which is our {ours} {list(shape)}")
     with safe_open(files[theirs], framework="flax") as tensors:
-        array = np.asarray(tensors.get_tensor(theirs))
-    array = array.T if ours.endswith("kernel") else array
-    if array.shape != shape:
-        raise UserError(f"{folder}: {theirs} has shape {list(array.shape)}, our {ours} expects {list(shape)}")
-    return array
+        return np.asarray(tensors.get_tensor(theirs))
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.initializers import initializer
+from easylm_plus.models.lfa import LocalizedFilter
 from easylm_plus.models.rope import rotate
 from easylm_plus.models.weights import Projection
 from easylm_plus.numerics.precision import Precision
@@ -52,6 +53,7 @@ class LayerCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+    recent: jax.Array | None = None  # [B, R, D]: the last inputs, where a filter looks back at them
 
 
 class Attention(nn.Module):
@@ -67,19 +69,39 @@ class Attention(nn.Module):
         """x -> (attention output [B, T, D], the cache with this call's keys and values written)."""
         c = self.config
         B, T, D = x_BTD.shape
-        q = self._heads("q_proj", x_BTD, c.num_heads, "heads")
-        k = self._heads("k_proj", x_BTD, c.num_kv_heads, "kv_heads")
+        z_BTD, recent = self._filtered(x_BTD, layout, cache)
+        q = self._heads("q_proj", z_BTD, c.num_heads, "heads")
+        k = self._heads("k_proj", z_BTD, c.num_kv_heads, "kv_heads")
         v = self._heads("v_proj", x_BTD, c.num_kv_heads, "kv_heads")
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         if cache is None:
             y = attend(q, k, v, layout.segments_BT, c)
         else:
-            cache = LayerCache(*(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), layout.offset, axis=1)
-                                 for old, new in zip(cache, (k, v))))  # fmt: skip
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), layout.offset, axis=1
+            )
+            cache = LayerCache(write(cache.k, k), write(cache.v, v), recent)
             y = _xla(q, cache.k, cache.v, mask=_cache_mask(layout, T, c.sliding_window))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
         out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, name="o_proj")
         return constrain(out(y), "batch", "length", "act_embed"), cache
+
+    def _filtered(
+        self, x_BTD: jax.Array, layout: Layout, cache: LayerCache | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(what queries and keys are projected from, the cache's last inputs after this call)."""
+        c = self.config
+        if c.lfa_variant == "none":
+            return x_BTD, None
+        lfa = LocalizedFilter(c, self.precision, name="lf_gate")
+        if cache is None:
+            return lfa(x_BTD, layout.segments_BT), None
+        R, T = c.lfa_reach, x_BTD.shape[1]
+        rows = jnp.concatenate([cache.recent.astype(x_BTD.dtype), x_BTD], axis=1)  # type: ignore[union-attr]
+        # slot s stands at s + R, and before the first there is nothing
+        slots = jnp.pad(layout.key_segments_BS, ((0, 0), (R, 0)))  # type: ignore[arg-type]
+        segments = jax.lax.dynamic_slice_in_dim(slots, layout.offset, R + T, axis=1)
+        return lfa(x_BTD, segments, cache.recent), rows[:, rows.shape[1] - R :]
 
     def _heads(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config

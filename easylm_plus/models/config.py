@@ -5,6 +5,16 @@ import dataclasses
 from easylm_plus.errors import UserError
 
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
+# Localized filtering (models/lfa.py): the taps of each convolution.
+LFA_TAPS: dict[str, tuple[int, ...]] = {
+    "none": (),
+    "conv1": (1,),
+    "conv2": (2,),
+    "conv3": (3,),
+    "conv7": (7,),
+    "two_convs": (2, 2),
+    "yuan": (2, 2),
+}
 ATTENTIONS = ("auto", "xla", "blocked", "cudnn", "splash")
 
 
@@ -24,6 +34,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
+    lfa_variant: str = "none"  # filter of queries and keys, a name in LFA_TAPS; Yuan 2.0 has "yuan"
+    lfa_reset: bool = False  # the filter does not look into the document before
     sliding_window: int = 0  # a query sees this many last positions, itself included; 0: all
     rope_theta: float = 10000.0
     rope_scaling: str = "none"  # none | linear | ntk | llama3
@@ -56,7 +68,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim}: rotary positions turn pairs, so it must be even")
-        for key, known in (("rope_scaling", ROPE_SCALINGS), ("attention", ATTENTIONS)):
+        for key, known in (("rope_scaling", ROPE_SCALINGS), ("attention", ATTENTIONS), ("lfa_variant", LFA_TAPS)):
             if getattr(self, key) not in known:
                 raise UserError(f"model.{key} = {getattr(self, key)!r}: expected one of {', '.join(known)}")
 
@@ -65,12 +77,19 @@ class ModelConfig:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def lfa_reach(self) -> int:
+        """Tokens before the present one that the filter sees."""
+        return sum(taps - 1 for taps in LFA_TAPS[self.lfa_variant])
+
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that a token is multiplied by: all matrices, the head included, the embedding table not."""
     attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     feedforward = 3 * config.hidden_size * config.intermediate_size
-    return config.num_layers * (attention + feedforward) + config.hidden_size * config.vocab_size
+    taps = LFA_TAPS[config.lfa_variant]
+    lfa = sum(taps) * config.hidden_size**2 // len(taps) if taps else 0  # a pair of convolutions has half the width
+    return config.num_layers * (attention + feedforward + lfa) + config.hidden_size * config.vocab_size
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:

@@ -1,11 +1,13 @@
 """The model families as rows of values. `preset("llama-7b")` is a ModelConfig; a config file overrides its keys.
 
 Sources: LLaMA (arXiv:2302.13971, table 2), Llama 2 (arXiv:2307.09288, table 1), Llama 3 (arXiv:2407.21783, table 3),
-Koala (BAIR blog, 2023-04-03: LLaMA weights fine-tuned), Qwen2 (arXiv:2407.10671, table 1).
+Koala (BAIR blog, 2023-04-03: LLaMA weights fine-tuned), Qwen2 (arXiv:2407.10671, table 1), Yuan 2.0
+(arXiv:2311.15786, table 4, and the released training scripts).
 """
 
 import dataclasses
 import difflib
+from typing import Any
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
@@ -43,6 +45,12 @@ PRESETS = {
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, **_LLAMA3),
     "llama3-70b": _llama(8192, 28672, 80, 64, 8, **_LLAMA3),
     "qwen2-7b": _llama(3584, 18944, 28, 28, 4, vocab_size=152064, max_length=32768, rope_theta=1e6, qkv_bias=True),
+}
+_YUAN: dict[str, Any] = {"vocab_size": 135040, "max_length": 4096, "tie_embeddings": True, "lfa_variant": "yuan"}
+PRESETS |= {
+    "yuan-2b": _llama(2048, 8192, 24, 32, **{**_YUAN, "max_length": 8192}),
+    "yuan-51b": _llama(8192, 32768, 42, 64, **_YUAN),
+    "yuan-102b": _llama(8192, 32768, 84, 64, **_YUAN),
 }
 PRESETS |= {"koala-7b": PRESETS["llama-7b"], "koala-13b": PRESETS["llama-13b"]}
 

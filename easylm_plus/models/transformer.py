@@ -157,7 +157,9 @@ class Transformer(nn.Module):
         """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
         c = self.config
         shape = (batch, slots, c.num_kv_heads, c.head_dim)
-        empty = lambda *lead: LayerCache(*(jnp.zeros((*lead, *shape), self.precision.compute) for _ in "kv"))
+        zeros = lambda *sizes: jnp.zeros(sizes, self.precision.compute)
+        recent = lambda *lead: None if c.lfa_variant == "none" else zeros(*lead, batch, c.lfa_reach, c.hidden_size)
+        empty = lambda *lead: LayerCache(zeros(*lead, *shape), zeros(*lead, *shape), recent(*lead))
         layers = empty(c.num_layers) if c.scan_layers else tuple(empty() for _ in range(c.num_layers))
         return Cache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 

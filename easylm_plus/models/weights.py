@@ -47,6 +47,7 @@ class Projection(nn.Module):
     kernel_init: nn.initializers.Initializer
     precision: Precision
     use_bias: bool = False
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,7 +55,7 @@ class Projection(nn.Module):
         kernel = fetch(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes, self.precision)
         y = project(x, kernel)
         if self.use_bias:
-            bias = fetch(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:], self.precision)
+            bias = fetch(self, "bias", self.bias_init, (self.features,), self.axes[1:], self.precision)
             y = y + bias.astype(y.dtype)
         return y
 

@@ -178,8 +178,8 @@ def cut(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (remove, rf"found no tensor {Q_PROJ}, which is our layers/self_attn/q_proj/kernel \[64, 64\]"),
-        (cut, rf"{Q_PROJ} has shape \[64, 63\], our layers/self_attn/q_proj/kernel expects \[64, 64\]"),
+        (remove, rf"found no tensor {Q_PROJ}, which is our layers/1/self_attn/q_proj/kernel \[64, 64\]"),
+        (cut, rf"{Q_PROJ} has shape \[64, 63\], our layers/1/self_attn/q_proj/kernel expects \[64, 64\]"),
     ),
 )
 def test_a_tensor_that_does_not_fit_is_named(folder, change, message):

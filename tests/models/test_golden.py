@@ -85,7 +85,7 @@ def theirs_of(tree):
     for path, leaf in jax.tree.leaves_with_path(tree):
         keys = [entry.key for entry in path]
         layer = keys[1] if keys[0] == "layers" else ""
-        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].format(i=layer)
+        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
         names[theirs] = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
     return names
 

@@ -1,0 +1,86 @@
+"""Localized Filtering Attention (Yuan 2.0, Wu et al. 2023, arXiv:2311.15786, section 2.1): attention that looks
+first at its neighbours.
+
+Queries and keys do not come from the block's normed input h but from h filtered over the last few tokens; values come
+from h itself. Yuan's filter is two causal convolutions of two taps, without an activation between them, a residual and
+a norm of its own:
+
+    o1[t] = W1 concat(h[t-1], h[t]) + b1          [D / 2]
+    o2[t] = W2 concat(o1[t-1], o1[t]) + b2        [D]
+    lfa[t] = RMSNorm(o2[t] + h[t])
+
+A convolution of k taps is one product with a weight [k * D_in, D_out], the taps of older tokens first, so every
+numerics transform applies to it as to any other matrix.
+
+What does not exist is zero: h before the row's first token, and o1 there too (it is the *output* of the first
+convolution that is padded, so o1[-1] is 0 and not b1). The same holds for padding, where this departs from the
+released code: there pads flow through the filter, and a left-padded row computes other logits. And with `lfa_reset` it
+holds across the start of a document in a packed row; without it, as in Yuan's own pre-training, the filter looks two
+tokens back into the document before.
+
+Decoding keeps the last inputs h, as many as the filter looks back, beside the keys and values.
+
+Variants (`lfa_variant`) are the rows of the paper's Table 1: conv1, conv2, conv3 and conv7 are a single convolution
+D -> D of so many taps, two_convs is Yuan's pair without the norm, yuan the whole. All have the residual.
+
+Legend: B batch, T length, R tokens that the filter looks back, D embed.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from easylm_plus.models.config import LFA_TAPS, ModelConfig
+from easylm_plus.models.weights import Projection, RMSNorm
+from easylm_plus.numerics.precision import Precision
+
+NORM_EPS = 1e-6  # fixed in the released code, whatever the config's norm_eps
+
+
+class LocalizedFilter(nn.Module):
+    """h -> what queries and keys are projected from."""
+
+    config: ModelConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self, h_BTD: jax.Array, segments_BT: jax.Array | None, recent_BRD: jax.Array | None = None
+    ) -> jax.Array:
+        """h[B, T, D] -> [B, T, D].
+
+        Args:
+          segments_BT: the documents of h's tokens, 0 = padding; with `recent_BRD` [B, R + T], those before included.
+          recent_BRD: when decoding, the R inputs before h.
+        """
+        c, T = self.config, h_BTD.shape[1]
+        taps = LFA_TAPS[c.lfa_variant]
+        rows = h_BTD if recent_BRD is None else jnp.concatenate([recent_BRD.astype(h_BTD.dtype), h_BTD], axis=1)
+        if segments_BT is None:
+            segments_BT = jnp.ones(rows.shape[:2], jnp.int32)
+        widths = [c.hidden_size] if len(taps) == 1 else [c.hidden_size // 2, c.hidden_size]
+        x = rows
+        for i, (count, width) in enumerate(zip(taps, widths, strict=True), start=1):
+            bound = (count * x.shape[-1]) ** -0.5
+            conv = Projection(
+                width, ("embed", None), _uniform(bound), self.precision, True, _uniform(bound), name=f"conv{i}"
+            )
+            x = conv(delayed(x, segments_BT, count, c.lfa_reset))
+        x = x[:, -T:] + h_BTD
+        return RMSNorm(NORM_EPS, self.precision, name="output_layernorm")(x) if c.lfa_variant == "yuan" else x
+
+
+def delayed(x_BTD: jax.Array, segments_BT: jax.Array, taps: int, reset: bool) -> jax.Array:
+    """x[t - taps + 1], ..., x[t - 1], x[t] side by side, [B, T, taps * D]; zero where there is no such token."""
+    parts = []
+    for delay in range(taps - 1, -1, -1):
+        shift = lambda a, delay=delay: jnp.pad(a, [(0, 0), (delay, 0)] + [(0, 0)] * (a.ndim - 2))[:, : a.shape[1]]
+        before = shift(segments_BT)
+        there = (before != 0) & ((before == segments_BT) | (not reset))
+        parts.append(jnp.where(there[..., None], shift(x_BTD), 0))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound): PyTorch's default for convolutions, which the released code leaves as it is."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
