@@ -2,7 +2,8 @@
 
     python -m easylm_plus.train --config=configs/koala7b.py
 
-Hardware: 108 GB of float32 state; 2 x 80 GB hold it fully sharded. Not measured here.
+Hardware: about 57 GiB on each of 4 devices, 29 on each of 8, by the estimate that is printed at the start. Not measured
+here.
 """
 
 import importlib.util

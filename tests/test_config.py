@@ -93,7 +93,8 @@ def test_its_weights_are_those_of_the_model(path):
     leaves = jax.tree.leaves(shapes)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert len(leaves) == len(jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)))
-    published = {"koala7b": 6_738_415_616, "llama7b": 6_738_415_616, "koala13b": 13_015_864_320}
+    published = {"koala7b": 6_738_415_616, "llama7b": 6_738_415_616, "koala13b": 13_015_864_320,
+                 "yuan2b": 2_088_724_480}  # fmt: skip
     count = sum(leaf.size for leaf in leaves)
     assert count == published.get(path.stem, count) and count > 10_000
 
