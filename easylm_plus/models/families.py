@@ -1,8 +1,9 @@
 """The model families as rows of values. `preset("llama-7b")` is a ModelConfig; a config file overrides its keys.
 
 Sources: LLaMA (arXiv:2302.13971, table 2), Llama 2 (arXiv:2307.09288, table 1), Llama 3 (arXiv:2407.21783, table 3),
-Koala (BAIR blog, 2023-04-03: LLaMA weights fine-tuned), Qwen2 (arXiv:2407.10671, table 1), Yuan 2.0
-(arXiv:2311.15786, table 4, and the released training scripts).
+Llama 3.2 (its model card), Code Llama (arXiv:2308.12950), Mistral (arXiv:2310.06825, table 1; the first version, which
+has a window), Skywork (arXiv:2310.19341, table 3, and the released config), Koala (BAIR blog, 2023-04-03: LLaMA weights
+fine-tuned), Qwen2 (arXiv:2407.10671, table 1), Yuan 2.0 (arXiv:2311.15786, table 4, and the released scripts).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int | None 
     )
 
 
-_LLAMA3 = {"vocab_size": 128256, "max_length": 8192, "norm_eps": 1e-5, "rope_theta": 500000.0}
+_LLAMA3: dict[str, Any] = {"vocab_size": 128256, "max_length": 8192, "norm_eps": 1e-5, "rope_theta": 500000.0}
 
 PRESETS = {
     # A few thousand parameters: for tests and for stepping through the code.
@@ -44,6 +45,20 @@ PRESETS = {
     "llama2-70b": _llama(8192, 28672, 80, 64, 8, max_length=4096, norm_eps=1e-5),
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, **_LLAMA3),
     "llama3-70b": _llama(8192, 28672, 80, 64, 8, **_LLAMA3),
+    "llama3.2-1b": _llama(
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        tie_embeddings=True,
+        rope_scaling="llama3",
+        rope_factor=32.0,
+        **{**_LLAMA3, "max_length": 131072},
+    ),
+    "codellama-34b": _llama(8192, 22016, 48, 64, 8, max_length=16384, norm_eps=1e-5, rope_theta=1e6),
+    "mistral-7b": _llama(4096, 14336, 32, 32, 8, max_length=32768, norm_eps=1e-5, sliding_window=4096),
+    "skywork-13b": _llama(4608, 12288, 52, 36, vocab_size=65519, max_length=4096),
     "qwen2-7b": _llama(3584, 18944, 28, 28, 4, vocab_size=152064, max_length=32768, rope_theta=1e6, qkv_bias=True),
 }
 _YUAN: dict[str, Any] = {"vocab_size": 135040, "max_length": 4096, "tie_embeddings": True, "lfa_variant": "yuan"}

@@ -1,0 +1,91 @@
+"""Families without stored vectors compute what Hugging Face's own classes compute, run beside ours (marker `parity`)."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from easylm_plus.inference.generate import Generator
+from easylm_plus.interop.huggingface import LLAMA, load_hf
+from easylm_plus.models.transformer import unstack_layers
+from easylm_plus.objectives.lm import LanguageModel
+
+SMALL = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+CASES = {
+    "mistral": {"class": "Mistral", "config": {**SMALL, "sliding_window": 6}},
+    "codellama": {"class": "Llama", "config": {**SMALL, "rope_theta": 1e6}},
+    "llama3.2": {"class": "Llama", "config": {**SMALL, "tie_word_embeddings": True, "rope_theta": 5e5,
+                                              "rope_scaling": LLAMA3}},
+    "skywork": {"class": "Llama", "config": {**SMALL, "num_key_value_heads": 4, "vocab_size": 131,
+                                             "rms_norm_eps": 1e-6}},
+    "linear": {"class": "Llama", "config": {**SMALL, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}},
+}  # fmt: skip
+WRONG = {
+    "mistral": {"sliding_window": 7},
+    "codellama": {"rope_theta": 1e4},
+    "llama3.2": {"rope_factor": 8.0},
+    "skywork": {"norm_eps": 1e-2},
+    "linear": {"rope_scaling": "none"},
+}
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from conftest import peer_interpreter
+
+    place = tmp_path_factory.mktemp("peer")
+    script = Path(__file__).with_name("peer_models.py")
+    subprocess.run([peer_interpreter(), script, place], input=json.dumps(CASES), text=True, check=True, timeout=200)
+    return place
+
+
+@pytest.fixture(params=CASES)
+def case(request, folder):
+    """(its name, its folder, what the peer computed)."""
+    with np.load(folder / request.param / "expected.npz") as arrays:
+        return request.param, folder / request.param, dict(arrays)
+
+
+def test_logits(case):
+    name, path, expected = case
+    logits = lambda model, params: jax.jit(model.apply)({"params": params}, expected["input_ids"])
+    np.testing.assert_allclose(logits(*load_hf(path)), expected["logits"], rtol=0, atol=5e-5)
+    assert np.abs(logits(*load_hf(path, **WRONG[name])) - expected["logits"]).max() > 1e-3, "a wrong constant is seen"
+
+
+def test_greedy_tokens_with_cache(case):
+    _, path, expected = case
+    tokens = expected["tokens"]
+    assert Generator(*load_hf(path), stop_ids=())(tokens[:, :7].tolist(), 12) == tokens[:, 7:].tolist()
+
+
+def test_gradients(case):
+    _, path, expected = case
+    model, params = load_hf(path)
+    ids = expected["input_ids"]
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    batch = {
+        "inputs": ids, "targets": np.roll(ids, -1, axis=1), "positions": positions, "segment_ids": np.ones_like(ids),
+        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32), "source_ids": np.zeros_like(ids),
+    }  # fmt: skip
+    objective = LanguageModel(model, num_sources=1)
+    tree = jax.jit(jax.grad(lambda p: objective(p, batch, objective.denominators(batch))[0]))(params)
+    seen = 0
+    for path, leaf in jax.tree.leaves_with_path(unstack_layers(tree)):
+        keys = [entry.key for entry in path]
+        layer = keys[1] if keys[0] == "layers" else ""
+        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
+        ours = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
+        np.testing.assert_allclose(ours, expected[f"grad::{theirs}"], rtol=1e-3, atol=1e-5, err_msg=theirs)
+        seen += 1
+    assert seen == sum(name.startswith("grad::") for name in expected)
