@@ -1,4 +1,4 @@
-"""Families without stored vectors compute what Hugging Face's own classes compute, run beside ours (marker `parity`)."""
+"""Families without stored vectors compute what Hugging Face's own classes compute beside them (marker `parity`)."""
 
 import json
 import subprocess
