@@ -1,8 +1,10 @@
 """The peer of train_step_cpu.py: one LLaMA training step in transformers + torch. Runs in an environment of its own.
 
-make FOLDER SHAPE   writes a randomly initialised model (so that both sides start from the same weights)
-serve FOLDER ...    prints "ready", then for every line "N" on stdin runs N steps and prints their seconds,
-                    CPU seconds and the last loss as JSON
+Two commands:
+
+    make FOLDER SHAPE   writes a randomly initialised model (so that both sides start from the same weights)
+    serve FOLDER ...    prints "ready", then for every line "N" on stdin runs N steps and prints their seconds,
+                        CPU seconds and the last loss as JSON
 """
 
 import json

@@ -3,9 +3,8 @@
     python benchmarks/train_step_cpu.py --peer=PYTHON --precision=float32
 
 PYTHON is an interpreter with torch and transformers (benchmarks/README.md). Both sides start from the same weights,
-see the same batch, run AdamW with clipping on the same number of threads, and must reach the same loss. Both get
-huge pages from malloc (as run.sh gives them to training): a step allocates 2 GB, and half a million page faults cost
-more than its attention.
+see the same batch, run AdamW with clipping on the same number of threads, and must reach the same loss. Both get huge
+pages from malloc.
 """
 
 import json
@@ -14,10 +13,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from absl import app, flags
+from own_step import OwnStep, with_huge_pages
 
 SHAPES = {
     "small": {"hidden": 512, "ffn": 1376, "layers": 8, "heads": 8, "vocab": 8192, "length": 512},
@@ -30,7 +29,6 @@ STEPS = flags.DEFINE_integer("steps", 2, "steps a round that count")
 SHAPE = flags.DEFINE_enum("shape", "small", list(SHAPES), "of the model")
 THREADS = flags.DEFINE_integer("threads", 2, "threads of each side")
 BATCH = 8
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 HERE = Path(__file__).parent
 
 
@@ -51,52 +49,21 @@ class Peer:
         return json.loads(self.process.stdout.readline())
 
 
-def ours(folder: str):
-    """A function (steps) -> {"seconds", "cpu_seconds", "loss"} that continues our own training state."""
+def ours(folder: str) -> OwnStep:
+    """Our step from the same weights and tokens."""
     from easylm_plus.parallel.cluster import set_backend_flags
 
     set_backend_flags(PRECISION.value, deterministic=True)
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from easylm_plus.config import base
     from easylm_plus.interop.huggingface import load_parameters, read_config
     from easylm_plus.models.transformer import Transformer
     from easylm_plus.numerics.precision import precision
-    from easylm_plus.objectives.lm import LanguageModel
-    from easylm_plus.training.optimizer import adamw
-    from easylm_plus.training.state import new_state
-    from easylm_plus.training.step import make_train_step
 
     model = Transformer(read_config(folder, scan_layers=False), precision(PRECISION.value))
     params = load_parameters(folder, model, lambda _, x: jnp.asarray(x))
-    config = base()
-    config.optimizer.update(learning_rate=1e-3, schedule="constant")
-    optimizer = adamw(config.optimizer, 100)
-    step = jax.jit(make_train_step(LanguageModel(model, 1), optimizer, config.train), donate_argnums=0)
-    tokens = np.asarray(json.loads(Path(folder, "tokens.json").read_text()), np.int32)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-    ones = np.ones_like(inputs)
-    batch = {
-        "inputs": inputs, "targets": targets, "loss_weights": ones.astype(np.float32), "positions": positions,
-        "segment_ids": ones, "source_ids": np.zeros_like(inputs),
-    }  # fmt: skip
-    state = new_state(params, optimizer, ema=False)
-
-    def run(steps: int) -> dict:
-        nonlocal state
-        seconds, cpu_seconds = [], []
-        for _ in range(steps):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            state, metrics = step(state, batch)
-            loss = float(metrics["loss"])
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss}
-
-    return run
+    return OwnStep(model, params, np.asarray(json.loads(Path(folder, "tokens.json").read_text()), np.int32))
 
 
 def main(_: list[str]) -> None:
@@ -128,8 +95,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "GLIBC_TUNABLES" not in os.environ:  # read by the C library when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+    with_huge_pages()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(HERE.parent))
     app.run(main)

@@ -5,15 +5,13 @@
 Hardware: a pod; 42 layers: 51.8B parameters, 0.8 TB of float32 weights, gradients and Adam state. Not measured here.
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from easylm_plus.training.data import load_config_file
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments as in yuan2b."""
-    spec = importlib.util.spec_from_file_location("yuan2b", Path(__file__).with_name("yuan2b.py"))
-    yuan2b = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(yuan2b)
-    return yuan2b.get_config(",".join(filter(None, ("size=51b", arg))))
+    return load_config_file(f"{Path(__file__).with_name('yuan2b.py')}:" + ",".join(filter(None, ("size=51b", arg))))

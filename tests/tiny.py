@@ -21,8 +21,9 @@ from data_pipelines.packing import pack_pool
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Example
 from data_pipelines.train_tokenizer import CHAT_TOKENS
+from easylm_plus.interop.huggingface import LLAMA
 from easylm_plus.models.families import preset
-from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.models.transformer import Transformer, init_parameters, unstack_layers
 from easylm_plus.numerics.precision import precision
 
 ROOT = Path(__file__).parents[1]  # where commands run
@@ -167,6 +168,30 @@ def random_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str,
         "segment_ids": segments.astype(np.int32),
         "source_ids": (segments % 2).astype(np.int32),
     }
+
+
+def next_token_batch(ids: np.ndarray, targets: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Rows of one document of one source; all tokens but the last are learned, `targets` over the next ones."""
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    return {
+        "inputs": ids,
+        "targets": np.roll(ids, -1, axis=1) if targets is None else targets,
+        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32),
+        "positions": positions,
+        "segment_ids": np.ones_like(ids),
+        "source_ids": np.zeros_like(ids),
+    }
+
+
+def under_their_names(tree: dict) -> dict[str, np.ndarray]:
+    """A tree of a LLaMA as {Hugging Face's name: array in its layout}."""
+    tree, names = (tree if "0" in tree["layers"] else unstack_layers(tree)), {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        keys = [entry.key for entry in path]
+        layer = keys[1] if keys[0] == "layers" else ""
+        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
+        names[theirs] = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
+    return names
 
 
 def documents_batch(packing: str, vocab: int = 50, length: int = 24) -> dict[str, np.ndarray]:

@@ -108,9 +108,10 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
         raise UserError(f"{path}: found hidden_act {raw['hidden_act']!r}, expected 'silu'")
     if absent := [key for key in REQUIRED if key not in raw]:
         raise UserError(f"{path}: found no {absent[0]}, which {architecture} needs")
-    if raw.get("use_shareqk"):
-        raise UserError(f"{path}: found use_shareqk, which is not supported")
-    heads, qwen = raw["num_attention_heads"], architecture == "Qwen2ForCausalLM"
+    heads, qwen, yuan = raw["num_attention_heads"], "Qwen2" in architecture, "Yuan" in architecture
+    for key in ("use_shareqk", "attention_bias"):
+        if yuan and raw.get(key):
+            raise UserError(f"{path}: found {key}, which is not supported for {architecture}")
     # Qwen2 states a window that it uses only where use_sliding_window says so
     window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
     if window and qwen and raw.get("max_window_layers", 0) > 0:
@@ -130,7 +131,7 @@ def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
         "tie_embeddings": raw.get("tie_word_embeddings", False),
         "qkv_bias": raw.get("attention_bias", qwen),
         "sliding_window": window or 0,
-        "lfa_variant": "yuan" if architecture == "YuanForCausalLM" else "none",
+        "lfa_variant": "yuan" if yuan else "none",
         **_rope(raw, path),
     }
     return ModelConfig(**{**values, **overrides})
@@ -181,19 +182,22 @@ def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     unread = {name for name in files if not name.endswith("rotary_emb.inv_freq")}  # follows from theta
     unread -= {"lm_head.weight"} if model.config.tie_embeddings else set()  # a copy
-
     table = LLAMA if model.config.lfa_variant == "none" else YUAN
 
     def read(ours: str, layer: str, shape: tuple[int, ...]) -> np.ndarray:
         source = table[ours]
         names = [name.format(i=layer) for name in source.theirs]
         unread.difference_update(names)
-        array = source.ours(
-            [_read(files, name, ours.format(i=layer), shape, Path(folder)) for name in names], model.config
-        )
+        ours = ours.format(i=layer)
+        found = [_read(files, name, ours, shape, Path(folder)) for name in names]
+        try:
+            array = source.ours(found, model.config)
+        except (ValueError, IndexError) as error:  # shapes that cannot even be rearranged
+            sizes = " and ".join(f"{name} {list(x.shape)}" for name, x in zip(names, found))
+            raise UserError(f"{folder}: found {sizes}, which do not make our {ours} {list(shape)}") from error
         if array.shape != shape:
-            found = f"{names[0]} has shape {list(array.shape)}"
-            raise UserError(f"{folder}: {found}, our {ours.format(i=layer)} expects {list(shape)}")
+            wrong = f"{names[0]} has shape {list(array.shape)}"
+            raise UserError(f"{folder}: {wrong}, our {ours} expects {list(shape)}")
         return array
 
     values = []

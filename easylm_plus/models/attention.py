@@ -81,7 +81,7 @@ class Attention(nn.Module):
                 old, new.astype(old.dtype), layout.offset, axis=1
             )
             cache = LayerCache(write(cache.k, k), write(cache.v, v), recent)
-            y = _xla(q, cache.k, cache.v, mask=_cache_mask(layout, T, c.sliding_window))
+            y = _masked(q, cache.k, cache.v, mask=_cache_mask(layout, T, c.sliding_window))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
         out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, name="o_proj")
         return constrain(out(y), "batch", "length", "act_embed"), cache
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         # slot s stands at s + R, and before the first there is nothing
         slots = jnp.pad(layout.key_segments_BS, ((0, 0), (R, 0)))  # type: ignore[arg-type]
         segments = jax.lax.dynamic_slice_in_dim(slots, layout.offset, R + T, axis=1)
-        return lfa(x_BTD, segments, cache.recent), rows[:, rows.shape[1] - R :]
+        return lfa(rows, segments, before=R), rows[:, T:]
 
     def _heads(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
@@ -172,25 +172,24 @@ def _cache_mask(layout: Layout, T: int, window: int) -> jax.Array:
     return _visible(layout.offset + jnp.arange(T), slots, layout.segments_BT, layout.key_segments_BS, window)
 
 
+def _masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: Any = "xla") -> jax.Array:
+    """jax.nn's attention under a mask bool[B or 1, T, S]."""
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
 def _whole(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, implementation: Any = "xla"
 ) -> jax.Array:
-    """jax.nn's attention; with a mask only where causality is not all."""
+    """The same for a row to itself; with a mask only where causality is not all."""
     if segments is None and not window:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-    mask = causal_mask(q.shape[1], segments, window)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return _masked(q, k, v, causal_mask(q.shape[1], segments, window), implementation)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
     """NVIDIA's fused kernel, with the mask of each device's own rows."""
     return _on_shards(partial(_whole, window=window, implementation="cudnn"), q, k, v, segments)
-
-
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(
-        q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None], implementation="xla"
-    )
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:

@@ -44,29 +44,26 @@ class LocalizedFilter(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(
-        self, h_BTD: jax.Array, segments_BT: jax.Array | None, recent_BRD: jax.Array | None = None
-    ) -> jax.Array:
-        """h[B, T, D] -> [B, T, D].
+    def __call__(self, h_BTD: jax.Array, segments_BT: jax.Array | None, before: int = 0) -> jax.Array:
+        """h[B, before + T, D] -> [B, T, D].
 
         Args:
-          segments_BT: the documents of h's tokens, 0 = padding; with `recent_BRD` [B, R + T], those before included.
-          recent_BRD: when decoding, the R inputs before h.
+          segments_BT: the documents of h's tokens, 0 = padding; none: one document a row.
+          before: so many of the tokens come before the ones asked for; when decoding, those that were kept.
         """
-        c, T = self.config, h_BTD.shape[1]
+        c = self.config
         taps = LFA_TAPS[c.lfa_variant]
-        rows = h_BTD if recent_BRD is None else jnp.concatenate([recent_BRD.astype(h_BTD.dtype), h_BTD], axis=1)
         if segments_BT is None:
-            segments_BT = jnp.ones(rows.shape[:2], jnp.int32)
+            segments_BT = jnp.ones(h_BTD.shape[:2], jnp.int32)
         widths = [c.hidden_size] if len(taps) == 1 else [c.hidden_size // 2, c.hidden_size]
-        x = rows
+        x = h_BTD
         for i, (count, width) in enumerate(zip(taps, widths, strict=True), start=1):
             bound = (count * x.shape[-1]) ** -0.5
             conv = Projection(
                 width, ("embed", None), _uniform(bound), self.precision, True, _uniform(bound), name=f"conv{i}"
             )
             x = conv(delayed(x, segments_BT, count, c.lfa_reset))
-        x = x[:, -T:] + h_BTD
+        x = (x + h_BTD)[:, before:]
         return RMSNorm(NORM_EPS, self.precision, name="output_layernorm")(x) if c.lfa_variant == "yuan" else x
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from easylm_plus.errors import UserError
@@ -214,6 +215,6 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack_layers`."""
+    """The inverse of `unstack_layers`, on the host: weights that were read there may not fit on one device."""
     layers = [params["layers"][str(i)] for i in range(len(params["layers"]))]
-    return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+    return {**params, "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers)}

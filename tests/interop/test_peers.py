@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from easylm_plus.inference.generate import Generator
-from easylm_plus.interop.huggingface import LLAMA, load_hf
-from easylm_plus.models.transformer import unstack_layers
+from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.objectives.lm import LanguageModel
 
 SMALL = {
@@ -72,20 +72,13 @@ def test_greedy_tokens_with_cache(case):
 def test_gradients(case):
     _, path, expected = case
     model, params = load_hf(path)
-    ids = expected["input_ids"]
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    batch = {
-        "inputs": ids, "targets": np.roll(ids, -1, axis=1), "positions": positions, "segment_ids": np.ones_like(ids),
-        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32), "source_ids": np.zeros_like(ids),
-    }  # fmt: skip
+    batch = tiny.next_token_batch(expected["input_ids"])
     objective = LanguageModel(model, num_sources=1)
     tree = jax.jit(jax.grad(lambda p: objective(p, batch, objective.denominators(batch))[0]))(params)
-    seen = 0
-    for path, leaf in jax.tree.leaves_with_path(unstack_layers(tree)):
-        keys = [entry.key for entry in path]
-        layer = keys[1] if keys[0] == "layers" else ""
-        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
-        ours = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
-        np.testing.assert_allclose(ours, expected[f"grad::{theirs}"], rtol=1e-3, atol=1e-5, err_msg=theirs)
-        seen += 1
-    assert seen == sum(name.startswith("grad::") for name in expected)
+    theirs = {name.removeprefix("grad::"): x for name, x in expected.items() if name.startswith("grad::")}
+    ours = tiny.under_their_names(tree)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(1.01 * value, theirs[name], rtol=1e-3, atol=1e-5)

@@ -230,7 +230,7 @@ def test_gradients_of_splash_over_a_mesh():
     kernel = lambda q, k, v: attention._splash(q, k, v, jnp.asarray(segments), 0, interpret=True)
     body = jax.checkpoint(lambda q, k, v: kernel(q, k, v))
     twice = lambda f: lambda q, k, v: (jax.lax.scan(lambda x, _: (f(x, k, v), None), q, None, 2)[0] * cotangent).sum()
-    xla = lambda q, k, v: attention._xla(q, k, v, attention.causal_mask(128, jnp.asarray(segments), 0))
+    xla = lambda q, k, v: attention._masked(q, k, v, attention.causal_mask(128, jnp.asarray(segments), 0))
     expected = jax.jit(jax.grad(twice(xla), argnums=(0, 1, 2)))(q, k, v)
     with sharding.use(make_mesh({"fsdp": 4, "tensor": 2})):
         actual = jax.jit(jax.grad(twice(body), argnums=(0, 1, 2)))(q, k, v)

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from easylm_plus.inference.generate import Generator
-from easylm_plus.interop.huggingface import LLAMA, load_hf
-from easylm_plus.models.transformer import Block, unstack_layers
+from easylm_plus.interop.huggingface import load_hf
+from easylm_plus.models.transformer import Block
 from easylm_plus.objectives.lm import LanguageModel
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -57,37 +58,16 @@ def objective_of(name, scan):
 
 def loss_and_gradients(name, scan, targets):
     """Mean over the T - 1 targets of each row."""
-    ids = golden(name)["input_ids"]
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    batch = {
-        "inputs": ids,
-        "targets": targets,
-        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32),
-        "positions": positions,
-        "segment_ids": np.ones_like(ids),
-        "source_ids": np.zeros_like(ids),
-    }
-    return objective_of(name, scan)(batch)
+    return objective_of(name, scan)(tiny.next_token_batch(golden(name)["input_ids"], targets))
 
 
 def check_gradients(gradients, name):
     """Compares those that the reference holds, under its names."""
-    ours = theirs_of(gradients)
+    ours = tiny.under_their_names(gradients)
     expected = {key.removeprefix("grad::"): value for key, value in golden(name).items() if key.startswith("grad::")}
     assert len(expected) >= 3
     for theirs, value in expected.items():
         np.testing.assert_allclose(ours[theirs], value, rtol=1e-3, atol=1e-5, err_msg=theirs)
-
-
-def theirs_of(tree):
-    """Our tree as {their name: array in their layout}."""
-    tree, names = (tree if "0" in tree["layers"] else unstack_layers(tree)), {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        keys = [entry.key for entry in path]
-        layer = keys[1] if keys[0] == "layers" else ""
-        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
-        names[theirs] = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
-    return names
 
 
 def kv_heads_tiled(params, config):

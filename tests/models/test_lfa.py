@@ -7,13 +7,16 @@ of the size that it has there.
 """
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_golden import FOLDER
+import tiny
 
+from easylm_plus.errors import UserError
 from easylm_plus.inference.generate import Generator
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.models.config import LFA_TAPS
@@ -30,13 +33,13 @@ NAME = "yuan2_tiny"
 
 @functools.cache
 def golden():
-    with np.load(FOLDER / NAME / "golden.npz") as arrays:
+    with np.load(tiny.ROOT / "tests/golden" / NAME / "golden.npz") as arrays:
         return dict(arrays)
 
 
 @functools.cache
 def loaded(**overrides):
-    model, params = load_hf(FOLDER / NAME, **overrides)
+    model, params = load_hf(tiny.ROOT / "tests/golden" / NAME, **overrides)
     return model, params, jax.jit(lambda params, *args: model.apply({"params": params}, *args))
 
 
@@ -122,12 +125,7 @@ def test_a_batch_of_prompts_of_different_lengths_decodes_like_each_alone():
 @functools.cache
 def gradients():
     model, params, _ = loaded(scan_layers=False)
-    ids = golden()["input_ids"]
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    batch = {
-        "inputs": ids, "targets": np.roll(ids, -1, axis=1), "positions": positions, "segment_ids": np.ones_like(ids),
-        "loss_weights": (positions < ids.shape[1] - 1).astype(np.float32), "source_ids": np.zeros_like(ids),
-    }  # fmt: skip
+    batch = tiny.next_token_batch(golden()["input_ids"])
     objective = LanguageModel(model, num_sources=1, chunk=10)
     share = lambda params: objective(params, batch, objective.denominators(batch))[0]
     return jax.jit(jax.value_and_grad(share))(params)
@@ -204,6 +202,21 @@ def test_a_trap_is_noticed(change, size):
     assert error(changed(change), "logits") == pytest.approx(size, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("use_shareqk", True, "found use_shareqk"), ("attention_bias", True, "found attention_bias"),
+     ("num_attention_heads", 3, "which do not make our layers/0/self_attn/[kq]_proj/kernel")],
+)  # fmt: skip
+def test_what_would_be_read_wrongly_is_an_error(tmp_path, key, value, message):
+    shutil.copytree(tiny.ROOT / "tests/golden" / NAME, tmp_path / "yuan")
+    path = tmp_path / "yuan/config.json"
+    raw = json.loads(path.read_text())
+    heads = {"num_key_value_heads": 3} if key == "num_attention_heads" else {}
+    path.write_text(json.dumps({**raw, key: value, **heads}))
+    with pytest.raises(UserError, match=message):
+        load_hf(tmp_path / "yuan")
+
+
 # --- the module beyond the released model ---
 
 
@@ -217,7 +230,7 @@ def test_taps_see_what_they_should():
 VARIANTS = [name for name in LFA_TAPS if name != "none"]
 
 
-def tiny(variant, **overrides):
+def small(variant, **overrides):
     config = preset("debug", lfa_variant=variant, hidden_size=16, intermediate_size=32, head_dim=8, vocab_size=64,
                     num_heads=2, num_kv_heads=2, init="fan_in", **overrides)  # fmt: skip
     return Transformer(config)
@@ -225,7 +238,7 @@ def tiny(variant, **overrides):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_decodes_as_it_trains_and_sees_no_later_token(variant):
-    model = tiny(variant)
+    model = small(variant)
     params = init_parameters(model, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, 64, (2, 12))
     apply = jax.jit(lambda ids: model.apply({"params": params}, ids))
@@ -278,7 +291,7 @@ def test_bfloat16_is_near():
 
 
 def test_scanned_and_unrolled_start_alike():
-    one, other = (init_parameters(tiny("yuan", scan_layers=scan), jax.random.key(1)) for scan in (True, False))
+    one, other = (init_parameters(small("yuan", scan_layers=scan), jax.random.key(1)) for scan in (True, False))
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(one), other)
     biases = one["layers"]["self_attn"]["lf_gate"]["conv1"]["bias"]
     assert 0 < np.abs(biases).max() <= 32**-0.5, "uniform, as PyTorch starts its convolutions"
