@@ -16,6 +16,17 @@ LFA_TAPS: dict[str, tuple[int, ...]] = {
     "yuan": (2, 2),
 }
 ATTENTIONS = ("auto", "xla", "blocked", "cudnn", "splash")
+CHOICES = {  # keys that take one of a few names
+    "norm": ("rms", "layer", "layer_no_bias"),
+    "activation": ("silu", "relu2", "gelu", "gelu_tanh"),
+    "positions": ("rotary", "learned"),
+    "rope_scaling": ROPE_SCALINGS,
+    "rope_dtype": ("float32", "bfloat16"),
+    "lfa_variant": tuple(LFA_TAPS),
+    "router": ("softmax", "attention"),
+    "attention": ATTENTIONS,
+    "grouped": ("auto", "ragged", "tiled"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +44,42 @@ class ModelConfig:
     max_length: int = 2048  # positions the model was made for
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    norm: str = "rms"  # rms | layer | layer_no_bias (PaLM)
+    parallel_block: bool = False  # attention and feed-forward side by side on one norm (PaLM)
+    sub_norms: bool = False  # a norm before the last matrix of attention and of the feed-forward (BitNet)
+    causal: bool = True  # a query sees no later key; False: all of its document (for masked-token training)
+    # --- feed-forward ---
+    activation: str = "silu"  # silu | relu2 | gelu | gelu_tanh (GPT-2)
+    gated: bool = True  # down(act(gate(x)) * up(x)); False: down(act(up(x)))
+    mlp_bias: bool = False
+    num_experts: int = 0  # 0: dense
+    experts_per_token: int = 2
+    router: str = "softmax"  # softmax | attention (Yuan 2.0-M32)
+    norm_topk: bool = True  # the chosen experts' weights are made to add up to 1; False: Switch
+    capacity_factor: float = 0.0  # room of an expert, in shares of an even load; what is over it is dropped; 0: all fit
+    # --- attention ---
     qkv_bias: bool = False  # Qwen2
+    o_bias: bool = False
+    share_qk: bool = False  # queries and keys are one projection, each scaled and shifted (a variant of Yuan 2.0)
     lfa_variant: str = "none"  # filter of queries and keys, a name in LFA_TAPS; Yuan 2.0 has "yuan"
     lfa_reset: bool = False  # the filter does not look into the document before
     sliding_window: int = 0  # a query sees this many last positions, itself included; 0: all
+    # --- positions ---
+    positions: str = "rotary"  # rotary | learned (a table of max_length)
+    rotary_share: float = 1.0  # of a head's features that turn, the first ones
     rope_theta: float = 10000.0
     rope_scaling: str = "none"  # none | linear | ntk | llama3
     rope_factor: float = 1.0
     rope_low_freq_factor: float = 1.0  # llama3 only, as are the next two
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
+    rope_dtype: str = "float32"  # of frequencies and angles; Yuan 2.0's released code has bfloat16
+    # --- ends ---
+    logit_scale: float = 1.0  # what the head's output is multiplied by; PaLM: hidden_size ** -0.5
     init: str = "llama"  # a row of models/initializers.py
     # --- how it is run ---
     attention: str = "auto"  # auto | xla | blocked | cudnn | splash
+    grouped: str = "auto"  # how experts multiply: auto | ragged | tiled
     scan_layers: bool = True  # one compiled layer instead of num_layers; weights are stacked
     remat: str = "none"  # a name in models/transformer.py's REMAT
 
@@ -66,11 +100,27 @@ class ModelConfig:
             raise UserError(
                 f"model.num_kv_heads = {self.num_kv_heads}: expected a divisor of num_heads = {self.num_heads}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim = {self.head_dim}: rotary positions turn pairs, so it must be even")
-        for key, known in (("rope_scaling", ROPE_SCALINGS), ("attention", ATTENTIONS), ("lfa_variant", LFA_TAPS)):
+        if self.rotary_dim % 2 or not 0 < self.rotary_share <= 1:
+            raise UserError(
+                f"model.head_dim = {self.head_dim}, rotary_share = {self.rotary_share}: rotary positions turn pairs of "
+                f"features, so their product must be even; found {self.rotary_dim}"
+            )
+        for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise UserError(f"model.{key} = {getattr(self, key)!r}: expected one of {', '.join(known)}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"model.experts_per_token = {self.experts_per_token}: expected 1 to num_experts = {self.num_experts}"
+            )
+        if self.share_qk and (self.lfa_variant != "none" or self.num_kv_heads != self.num_heads):
+            raise UserError("model.share_qk: expected lfa_variant none and as many key as query heads")
+        if self.num_experts and self.mlp_bias:
+            raise UserError("model.mlp_bias: experts have no biases; expected num_experts 0 or mlp_bias False")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that turn."""
+        return round(self.head_dim * self.rotary_share)
 
     @property
     def heads_per_group(self) -> int:
@@ -84,12 +134,24 @@ class ModelConfig:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Weights that a token is multiplied by: all matrices, the head included, the embedding table not."""
-    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    feedforward = 3 * config.hidden_size * config.intermediate_size
-    taps = LFA_TAPS[config.lfa_variant]
-    lfa = sum(taps) * config.hidden_size**2 // len(taps) if taps else 0  # a pair of convolutions has half the width
-    return config.num_layers * (attention + feedforward + lfa) + config.hidden_size * config.vocab_size
+    """Weights that a token is multiplied by: all matrices, the head included, the embedding table not.
+
+    Of the experts, those that a token is sent to.
+    """
+    c = config
+    own, theirs = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention = c.hidden_size * (2 * own + (0 if c.share_qk else theirs) + theirs)
+    taps = LFA_TAPS[c.lfa_variant]
+    lfa = sum(taps) * c.hidden_size**2 // len(taps) if taps else 0  # a pair of convolutions has half the width
+    return c.num_layers * (attention + active_feedforward(c) + lfa) + c.hidden_size * c.vocab_size
+
+
+def active_feedforward(config: ModelConfig) -> int:
+    """Matrix weights of one layer's feed-forward that a token meets: of its experts, and the router."""
+    c = config
+    one = (3 if c.gated else 2) * c.hidden_size * c.intermediate_size
+    router = (3 if c.router == "attention" else 1) * c.hidden_size * c.num_experts
+    return one * c.experts_per_token + router if c.num_experts else one
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
