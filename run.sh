@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 
 newest_python() {
   for version in 3.13 3.12 3.11; do
-    for python in "python$version" "$HOME/.pyenv/versions/$version".*/bin/python; do
+    for python in "python$version" "${HOME:-}/.pyenv/versions/$version".*/bin/python; do
       if "$python" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then
         command -v "$python"
         return
@@ -22,7 +22,7 @@ newest_python() {
 
 setup() {
   local stamp=.venv/installed
-  if [ -f "$stamp" ] && cmp -s "$stamp" <(cat requirements.txt pyproject.toml); then
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$(cat requirements.txt pyproject.toml)" ]; then
     return
   fi
   local python
@@ -45,7 +45,7 @@ quickstart() {
 }
 
 case "${1:-quickstart}" in
-  quickstart) setup; quickstart ;;  # not joined by &&, which would switch off set -e inside of them
+  quickstart) setup; quickstart ;;  # not joined by &&, which would switch off set -e inside of setup
   setup) setup ;;
   test) shift; setup; .venv/bin/python -m pytest "$@" ;;
   *) echo "usage: ./run.sh [test|setup]" >&2 && exit 2 ;;
