@@ -200,6 +200,29 @@ def test_another_run_is_refused_by_the_names_of_what_changed(new, data, lines):
     assert "checkpoint.force=True" in found[-1]
 
 
+def differ(old, new):
+    """Whether a checkpoint of a run with the section `old` is refused by one with the section `new`."""
+    try:
+        compare_runs({"config": {"model": old}, "data_hash": "d"}, {"model": new}, "d", "place")
+    except UserError as error:
+        return str(error).splitlines()[1:-1]
+    return []
+
+
+@pytest.mark.parametrize("empty", ["", 0, 0.0, False, (), None], ids=repr)
+def test_a_key_that_an_older_checkpoint_lacks_may_be_empty(empty):
+    """New keys are by default; with a value the new run would compute something else than the old one did."""
+    assert differ({"size": 2}, {"size": 2, "filter": empty}) == []
+    assert differ({"size": 2, "filter": empty}, {"size": 2}) == [], "nor does it matter if a newer one dropped it"
+
+
+@pytest.mark.parametrize("value", ["lfa", 1, 0.5, True, ("a",)], ids=repr)
+def test_a_key_that_an_older_checkpoint_lacks_may_have_no_value(value):
+    shown = list(value) if isinstance(value, tuple) else value
+    assert differ({"size": 2}, {"size": 2, "filter": value}) == [f"  model.filter: found None, now {shown!r}"]
+    assert differ({"size": 2, "filter": value}, {"size": 2}) == [f"  model.filter: found {shown!r}, now None"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

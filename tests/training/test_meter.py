@@ -68,6 +68,32 @@ def test_forgetting_the_sums_is_seen(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl")[0]["loss"] != whole[1]["loss"]
 
 
+def later(log, saved):
+    """What has become of the state of a meter, and of one that took it over, when each has counted two more steps."""
+    first, second = meter(log), meter(log)
+    first.push(1, result(1), {})
+    first.drain()
+    state = saved(first)
+    second.set_state(state)
+    for step in (2, 3):
+        first.push(step, result(step), {})
+    first.drain()
+    after_its_own = json.dumps(state)
+    for step in (2, 3):
+        second.push(step, result(step), {})
+    second.drain()
+    return after_its_own, json.dumps(state)
+
+
+def test_a_checkpoint_holds_the_sums_of_its_moment(tmp_path):
+    """It is written in the background, while the steps after it are counted."""
+    of_one_step = json.dumps({"nll": [11.0, 11.0], "tokens": [11.0, 5.5], "loss": 1.0, "count": 1})
+    with MetricsLog(tmp_path, 0) as log:
+        assert later(log, Meter.get_state) == (of_one_step, of_one_step)
+        handed_out = later(log, lambda one: one._sums)
+        assert handed_out[0] != of_one_step, "the sums themselves go on"
+
+
 def test_numbers_are_read_one_step_late(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         late = meter(log, every=1)
