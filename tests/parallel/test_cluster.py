@@ -22,7 +22,7 @@ def machine(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(cluster.os.path, "exists", lambda path: path in files)
-        monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: libtpu and name == "libtpu" or None)
+        monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: (libtpu and name == "libtpu") or None)
 
     return look
 
