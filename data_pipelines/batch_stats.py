@@ -53,7 +53,7 @@ class Statistics:
         for items in rows:
             for item in items:
                 self._counts["examples", item.source] += 1
-                self._counts["tokens", item.source] += len(item.example.ids) - 1
+                self._counts["tokens", item.source] += item.example.positions
                 self._counts["loss_tokens", item.source] += item.loss_tokens
                 if item.example.cut:
                     self._counts["examples_cut", item.source] += 1

@@ -27,12 +27,13 @@ import numpy as np
 from data_pipelines.batch_stats import Batch, Item, Statistics, make_batch
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.mixture import Draw, Mixture, permutation_key, permute
+from data_pipelines.mixture import Draw, Mixture, draw_rng, permutation_key, permute
 from data_pipelines.packing import Packing, pack_pool
 from data_pipelines.prefetch import Prefetch as Prefetch
 from data_pipelines.template import Example
+from data_pipelines.text_objective import TextObjective
 
-Encode = Callable[[Conversation], Example | None]
+Encode = Callable[[Conversation], Example | None] | TextObjective
 State = dict[str, Any]
 _VERSION = 1
 _FRUITLESS_DRAWS = 100_000
@@ -51,7 +52,8 @@ class Loader:
     """An iterator of batches; see above for their order.
 
     sources: name -> conversations; its order gives the source ids. weights, seed: see Mixture. encode: usually a
-    Template with max_length = length + 1. batch_size: rows of a whole batch. rows: those that this process makes.
+    Template with max_length = length + 1, or a TextObjective of one, whose examples differ from epoch to epoch and are
+    not cached. batch_size: rows of a whole batch. rows: those that this process makes.
     shards: S, by default the batch size. pool: P, draws packed together. manifest_hash: names the data, the
     tokenizer and the template; it is compared on resuming. draws: the data ends after so many. cache_bytes: encoded
     examples are kept up to this size (and not replaced: in shuffled epochs of more data than fits, an LRU cache
@@ -75,7 +77,7 @@ class Loader:
         draws: int | None = None,
         cache_bytes: int = 1 << 29,
     ):
-        self._sources, self._encode = list(sources.values()), encode
+        self._sources, self._encode = dict(sources), encode
         self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
         self.batch_size, self.length = batch_size, length
         self.rows = range(batch_size) if rows is None else rows
@@ -204,10 +206,12 @@ class Loader:
 
     def _items(self, draws: Sequence[Draw]) -> list[Item | None]:
         """The drawn examples, encoded together as far as they are not in the cache."""
+        if isinstance(self._encode, TextObjective):
+            return encode_draws(self._encode, self._sources, draws, self._seed)
         keys = [(draw.source, draw.example) for draw in draws]
         items = {key: self._cache[key] for key in keys if key in self._cache}
         new = [key for key in dict.fromkeys(keys) if key not in items]
-        for key, item in zip(new, _encoded(self._encode, self._sources, new)):
+        for key, item in zip(new, encode_draws(self._encode, self._sources, [Draw(s, 0, i) for s, i in new])):
             items[key] = item
             size = 500 if item is None else 500 + item.example.ids.nbytes + item.example.weights.nbytes
             if size <= self._cache_room:
@@ -216,18 +220,22 @@ class Loader:
         return [items[key] for key in keys]
 
 
-def _encoded(
-    encode: Encode, sources: Sequence[Sequence[Conversation]], keys: Sequence[tuple[int, int]]
+def encode_draws(
+    encode: Encode, sources: Mapping[str, Sequence[Conversation]], draws: Sequence[Draw], seed: int = 0
 ) -> list[Item | None]:
-    """Encodes sources[source][index] for each (source, index); None where no token carries loss. Uses
+    """The example of each draw; None where no token carries loss. Only a TextObjective looks at seed and epoch. Uses
     `encode.encode_many` where there is one, as a Template has: one call of the tokenizer for all texts."""
-    conversations = [sources[source][index] for source, index in keys]
-    many = getattr(encode, "encode_many", None)
-    examples = many(conversations) if many else [encode(conversation) for conversation in conversations]
+    names, sequences = list(sources), list(sources.values())
+    conversations = [sequences[draw.source][draw.example] for draw in draws]
+    if isinstance(encode, TextObjective):
+        examples = encode.encode_drawn(conversations, [draw_rng(seed, names[draw.source], draw) for draw in draws])
+    else:
+        many = getattr(encode, "encode_many", None)
+        examples = many(conversations) if many else [encode(conversation) for conversation in conversations]
     items: list[Item | None] = []
-    for (source, _), conversation, example in zip(keys, conversations, examples):
-        loss_tokens = 0 if example is None else int(np.count_nonzero(example.weights[1:]))
-        items.append(None if example is None else Item(source, conversation.id, example, loss_tokens))
+    for draw, conversation, example in zip(draws, conversations, examples):
+        loss_tokens = 0 if example is None else int(np.count_nonzero(example.row()[2]))
+        items.append(None if example is None else Item(draw.source, conversation.id, example, loss_tokens))
     return items
 
 
@@ -261,10 +269,10 @@ def evaluation_batches(
     number of batches (each tokenises everything). Examples in which nothing carries loss are left out."""
     sequences = list(sources.values())
     rows = range(batch_size) if rows is None else rows
-    todo = [(s, i) for s, source in enumerate(sequences) for i in range(len(source))[:limit_per_source]]
+    todo = [Draw(s, 0, i) for s, source in enumerate(sequences) for i in range(len(source))[:limit_per_source]]
     waiting: list[list[Item]] = []
     for start in range(0, len(todo), pool):
-        items = [item for item in _encoded(encode, sequences, todo[start : start + pool]) if item is not None]
+        items = [item for item in encode_draws(encode, sources, todo[start : start + pool]) if item is not None]
         packed = pack_pool([item.example for item in items], length, packing)
         waiting += [[items[i] for i in row] for row in packed]
         while len(waiting) >= batch_size or (waiting and start + pool >= len(todo)):

@@ -144,6 +144,11 @@ def permutation_key(seed: int, name: str, number: int) -> int:
     return int.from_bytes(digest, "little")
 
 
+def draw_rng(seed: int, name: str, draw: Draw) -> np.random.Generator:
+    """Random numbers of a draw: a function of the seed, of its source's name, its epoch and its example."""
+    return np.random.default_rng((permutation_key(seed, f"text of {name}", draw.epoch), draw.example))
+
+
 def permute(index: int, size: int, key: int) -> int:
     """Image of index (0 <= index < size) under a permutation of range(size) that the 64-bit key selects.
 

@@ -1,8 +1,8 @@
 """Packs examples into rows of a fixed length, and rows into the arrays of a batch.
 
-An example of n ids takes n - 1 positions: inputs ids[:-1], targets ids[1:] with the weights of the targets, so that
-no target ever crosses into another segment. Segments are numbered from 1 in each row and their positions restart at
-0; segment 0 is padding.
+An example of n ids takes n - 1 positions: inputs ids[:-1], targets ids[1:] with the weights of the targets, so that no
+target ever crosses into another segment; one with targets of its own takes n (`Example.row`). Segments are numbered
+from 1 in each row and their positions restart at 0; segment 0 is padding.
 """
 
 import bisect
@@ -28,7 +28,7 @@ def pack_pool(examples: Sequence[Example], length: int, method: Packing) -> list
     this takes 0.4, about as long as tokenising them, and importing grain imports JAX.)
     Raises InputError for an example that no row can hold, and for an unknown method.
     """
-    sizes = [len(example.ids) - 1 for example in examples]
+    sizes = [example.positions for example in examples]
     if too_long := [size for size in sizes if not 0 < size <= length]:
         raise InputError(f"found examples of {too_long[:3]} positions; expected 1 to {length}, max_length {length + 1}")
     if method == "none":
@@ -60,10 +60,9 @@ def fill_row(arrays: Arrays, row: int, examples: Iterable[tuple[Example, int]]) 
     """Writes (example, source id) pairs into an empty row, one segment each."""
     at = 0
     for segment, (example, source) in enumerate(examples, start=1):
-        end = at + len(example.ids) - 1
-        arrays["inputs"][row, at:end] = example.ids[:-1]
-        arrays["targets"][row, at:end] = example.ids[1:]
-        arrays["loss_weights"][row, at:end] = example.weights[1:]
+        end = at + example.positions
+        arrays["inputs"][row, at:end], arrays["targets"][row, at:end], weights = example.row()
+        arrays["loss_weights"][row, at:end] = weights
         arrays["positions"][row, at:end] = np.arange(end - at)
         arrays["segment_ids"][row, at:end] = segment
         arrays["source_ids"][row, at:end] = source

@@ -6,6 +6,7 @@ the turn does; a document (one turn with the role "text") is `bos text eos` what
 
 * `koala`: the format of Koala, as koala_data_pipeline writes it and EasyLM's TextProcessor reads it.
 * `chat`: <|user|>question<|end|><|assistant|>answer<|end|>, for tokenizers that have these special tokens.
+* `yuan`: question<sep>answer<eod>, the format of Yuan 2.0.
 * `tokenizer`: the chat template that came with the tokenizer; or a .jinja file; or a jinja string.
 * `text`: documents only.
 
@@ -17,7 +18,7 @@ import dataclasses
 import datetime
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +41,26 @@ _CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """ids int32[n]; weights float32[n], the loss weight of predicting token i; how many ids were cut off."""
+    """ids int32[n]; weights float32[n], the loss weight of predicting token i; how many ids were cut off.
+
+    Each id predicts the one after it, so the example takes n - 1 positions. With `targets` int32[n] it predicts
+    targets[i] where it stands, with weights[i], and takes n positions (masked tokens).
+    """
 
     ids: Ids
     weights: npt.NDArray[np.float32]
     cut: int = 0
+    targets: Ids | None = None
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids) - (self.targets is None)
+
+    def row(self) -> tuple[Ids, Ids, npt.NDArray[np.float32]]:
+        """(inputs, targets, loss weights), each [positions]."""
+        if self.targets is None:
+            return self.ids[:-1], self.ids[1:], self.weights[1:]
+        return self.ids, self.targets, self.weights
 
 
 class Segment(NamedTuple):
@@ -201,6 +217,39 @@ class KoalaTemplate(Template):
         return [*segments, Segment(" ".join([*field, "GPT:"]))] if prompt else segments
 
 
+class YuanTemplate(Template):
+    """`question<sep>answer<eod>`: how Yuan 2.0 is fine-tuned and asked (tools/preprocess_data_yuan.py and the `yuan2`
+    conversation of FastChat).
+
+    Earlier turns, and a system turn, are part of the question: all of them are joined by line breaks and tokenised
+    together. The joint is "<n>" in FastChat; that is how Yuan's files spell a line break, and training turns it into
+    one before tokenising. So only the last answer is learned. What carries loss is <sep>, the answer and <eod>, as
+    with --sft-stage in the released training code. What that does besides is not copied: after an <eod> it learns
+    everything up to the next <eod> if no <sep> comes before it, the question that a row's end cuts off included. (A
+    document of the role "text" is learned as a whole here, too.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int | None, ignore_helpful: bool, source: str):
+        if "<sep>" not in tokenizer.special_tokens:
+            raise InputError(f'{tokenizer.path}: template "yuan" needs the special token <sep>, which it lacks')
+        super().__init__(tokenizer, max_length, ignore_helpful, source)
+        self._sep = tokenizer.special_tokens["<sep>"]
+
+    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+        for turn in turns:
+            if turn.role not in ("system", "user", "assistant"):
+                raise InputError(f'template "yuan" has no role {turn.role!r}')
+            if not turn.helpful:
+                raise InputError('found an unhelpful answer; template "yuan" does not mark it')
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        last = len(turns) if prompt or not answers else answers[-1]
+        question = Segment("\n".join(turn.text for turn in turns[:last]))
+        if prompt or not answers:
+            return [*self._bos, question, Segment(self._sep)]
+        answer, weight = turns[last].text, turns[last].weight
+        return [*self._bos, question, *(Segment(part, weight) for part in (self._sep, answer, self._eos))]
+
+
 class JinjaTemplate(Template):
     """A Hugging Face chat template. Its own special tokens are ids, those that turns contain are plain text; the
     pieces between are tokenised one by one. With a tokenizer.json that gives the ids that Hugging Face gives for the
@@ -271,11 +320,10 @@ def load_template(
     ignore_helpful: bool = False,
     now: datetime.datetime | None = None,
 ) -> Template:
-    """The template called `koala`, `chat`, `text` or `tokenizer`, a .jinja file, or a jinja string."""
-    if name == "koala":
-        return KoalaTemplate(tokenizer, max_length, ignore_helpful, name)
-    if name == "text":
-        return TextTemplate(tokenizer, max_length, ignore_helpful, name)
+    """The template called `koala`, `yuan`, `chat`, `text` or `tokenizer`, a .jinja file, or a jinja string."""
+    plain: dict[str, Callable[..., Template]] = {"koala": KoalaTemplate, "yuan": YuanTemplate, "text": TextTemplate}
+    if name in plain:
+        return plain[name](tokenizer, max_length, ignore_helpful, name)
     if name == "chat":
         if missing := [piece for piece in _CHAT_TOKENS if piece not in tokenizer.special_tokens]:
             raise InputError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
@@ -290,6 +338,6 @@ def load_template(
         source = name
     else:
         raise InputError(
-            f"template: found {name!r}; expected koala, chat, text, tokenizer, a .jinja file or jinja text"
+            f"template: found {name!r}; expected koala, yuan, chat, text, tokenizer, a .jinja file or jinja text"
         )
     return JinjaTemplate(tokenizer, source, max_length, ignore_helpful, now)

@@ -6,7 +6,7 @@ puts its leading space in front of every segment; Koala's format relies on that.
 
 Where bos, eos, pad and further special tokens come from, in this order: `special_tokens_map.json` and
 `tokenizer_config.json` beside the model file, what the model itself says, and for tokenizer.json (which says
-nothing) the usual names.
+nothing) the usual names. Yuan 2.0's model is the exception: see `Declared.or_of_yuan`.
 """
 
 import abc
@@ -26,7 +26,15 @@ import sentencepiece
 import tokenizers
 
 from data_pipelines.errors import InputError
-from data_pipelines.tokenizer_files import BESIDE, USUAL_NAMES, Declared, PieceType, llama2c_model, sentencepiece_proto
+from data_pipelines.tokenizer_files import (
+    BESIDE,
+    INFILLING,
+    USUAL_NAMES,
+    Declared,
+    PieceType,
+    llama2c_model,
+    sentencepiece_proto,
+)
 
 Ids = npt.NDArray[np.int32]
 
@@ -82,6 +90,11 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
         """Ids of each text, without bos or eos. `continued`: the texts stand after something else in one string;
         it matters only to tokenizers that put a space at the very beginning of a string and nowhere else."""
+
+    @abc.abstractmethod
+    def encode_inside(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of texts that go on where another one ended, perhaps inside a word: without the space that
+        sentencepiece, and whatever works like it, puts in front of a text."""
 
     @abc.abstractmethod
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:
@@ -154,7 +167,8 @@ class HuggingFaceTokenizer(Tokenizer):
         source = json.loads(path.read_text("utf-8"))
         self._tokenizer = self._continuing = self._build(source)
         if '"first"' in json.dumps(source.get("pre_tokenizer")):
-            self._continuing = self._build(source, first="never")
+            self._continuing = self._build(source, _continued)
+        self._inside = functools.cache(lambda: self._build(source, _inside))
         model = source["model"]
         unknown = model.get("unk_token") or (model["vocab"][model["unk_id"]][0] if model.get("unk_id") else None)
         self._added = {t["content"]: t for t in source.get("added_tokens", ()) if t["special"]}
@@ -166,18 +180,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self._require_inert()
 
     @staticmethod
-    def _build(source: Any, first: str = "first") -> tokenizers.Tokenizer:
-        """`first` replaces a Metaspace's prepend_scheme "first" (put a space at the beginning of a string)."""
+    def _build(source: Any, change: Callable[[Any], Any] = dict) -> tokenizers.Tokenizer:
+        """`change` is applied to each normalizer and pre-tokenizer, which are dicts."""
 
         def walk(node: Any) -> Any:
             if isinstance(node, list):
                 return [walk(item) for item in node]
-            if not isinstance(node, dict):
-                return node
-            scheme = {"prepend_scheme": first} if node.get("prepend_scheme") == "first" else {}
-            return {key: walk(value) for key, value in node.items()} | scheme
+            return change({key: walk(value) for key, value in node.items()}) if isinstance(node, dict) else node
 
-        changed = {**source, "pre_tokenizer": walk(source.get("pre_tokenizer")), "truncation": None, "padding": None}
+        parts = {name: walk(source.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        changed = {**source, **parts, "truncation": None, "padding": None}
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(changed))
         tokenizer.encode_special_tokens = True
         if getattr(tokenizer.model, "dropout", None):
@@ -189,6 +201,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
         encodings = self._which(continued).encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_inside(self, texts: Sequence[str]) -> list[Ids]:
+        encodings = self._inside().encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:
@@ -209,22 +225,40 @@ class HuggingFaceTokenizer(Tokenizer):
         return f"{left}({re.escape(piece)}){right}"
 
 
+def _continued(node: dict[str, Any]) -> dict[str, Any]:
+    """A Metaspace that puts a space at the beginning of a string only, for a text that is not there."""
+    return node | ({"prepend_scheme": "never"} if node.get("prepend_scheme") == "first" else {})
+
+
+def _inside(node: dict[str, Any]) -> dict[str, Any]:
+    """Any normalizer or pre-tokenizer, without the space it puts in front of a text."""
+    if node.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    off = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: off.get(key, value) for key, value in node.items()}
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model. Control pieces are special, and so are user-defined symbols that look like markup
-    (<|user|>, [INST]) and the pieces that the files beside the model declare: all of them are made control pieces
-    as the model is loaded, since sentencepiece would otherwise find user-defined symbols in any text."""
+    (<|user|>, [INST]), the pieces that the files beside the model declare, and those of Code Llama and Yuan 2.0 that
+    their released code makes special: all of them are made control pieces as the model is loaded, since sentencepiece
+    would otherwise find user-defined symbols in any text."""
 
     def __init__(self, path: Path, model: bytes):
         proto = sentencepiece_proto(model)
-        declared = Declared.read(path.parent)
+        declared = Declared.read(path.parent).or_of_yuan([piece.piece for piece in proto.pieces])
         special = {piece: i for piece, i in declared.special.items() if i is not None and i >= len(proto.pieces)}
+        declared_or_known = declared.special.keys() | INFILLING
         for token_id, piece in enumerate(proto.pieces):
             markup = piece.type == PieceType.USER_DEFINED and _MARKUP.fullmatch(piece.piece)
-            named = piece.piece in declared.special and piece.type != PieceType.UNKNOWN
+            named = piece.piece in declared_or_known and piece.type != PieceType.UNKNOWN
             if piece.type == PieceType.CONTROL or markup or named:
                 piece.type = PieceType.CONTROL
                 special[piece.piece] = token_id
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        proto.normalizer_spec.add_dummy_prefix = False
+        inside = proto.SerializeToString()
+        self._inside = functools.cache(lambda: sentencepiece.SentencePieceProcessor(model_proto=inside))
         own = {kind: getattr(self._processor, f"{kind}_id")() for kind in USUAL_NAMES}
         names = {kind: self._processor.id_to_piece(i) for kind, i in own.items() if i >= 0}
         super().__init__(path, special, names | dict(declared.names), declared.chat_template)
@@ -233,6 +267,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
         ids: list[Ids] = self._processor.encode(list(texts), out_type="numpy")
+        return ids
+
+    def encode_inside(self, texts: Sequence[str]) -> list[Ids]:
+        ids: list[Ids] = self._inside().encode(list(texts), out_type="numpy")
         return ids
 
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:

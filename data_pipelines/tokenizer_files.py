@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ USUAL_NAMES = {
     "eos": ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "[EOS]", "<|endoftext|>"),
     "pad": ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>"),
 }
+# Code Llama's pieces for filling in the middle: special in its released code, whatever the model file says of them.
+INFILLING = frozenset(("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"))
+_YUAN_PIECES = ("<eod>", "<n>", "<sep>")
+# What Yuan 2.0's released code (tools/preprocess_data_yuan.py) hands to `add_tokens`, in its order.
+_YUAN_ADDED = (
+    "<sep>", "<pad>", "<mask>", "<predict>", "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>", "<commit_before>",
+    "<commit_msg>", "<commit_after>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>",
+    "<empty_output>",
+)  # fmt: skip
 
 
 class PieceType(enum.IntEnum):
@@ -49,6 +58,23 @@ class Declared:
         if (folder / BESIDE[2]).is_file():
             template = (folder / BESIDE[2]).read_text("utf-8")
         return cls(names, special, template if isinstance(template, str) else None)
+
+    def or_of_yuan(self, pieces: Sequence[str]) -> "Declared":
+        """Yuan 2.0's declarations if these are the pieces of its vocabulary, else these.
+
+        Its sentencepiece file holds <eod> and <sep> as ordinary pieces, which sentencepiece would never find in a
+        text (it spells "<", "sep", ">"), and lacks <mask>, <FIM_PREFIX> and others. The released code adds those to
+        the tokenizer as it starts: they get the ids after the last piece, in the order of the list. There is no bos
+        and the end of a text is <eod>, although the released tokenizer_config.json names <s> and add_bos_token.
+        <n> stays an ordinary piece: in Yuan's files it is how a line break is written, and turned into one before
+        the text is tokenised.
+        """
+        known = set(pieces)
+        if not known.issuperset(_YUAN_PIECES):
+            return self
+        added = (piece for piece in _YUAN_ADDED if piece not in known)
+        special = dict.fromkeys(("<eod>", *_YUAN_ADDED)) | {p: i for i, p in enumerate(added, start=len(pieces))}
+        return Declared({"bos": "", "eos": "<eod>", "pad": "<pad>"}, special, self.chat_template)
 
 
 def sentencepiece_proto(model: bytes = b"") -> Any:

@@ -41,8 +41,15 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "origin": "",  # where a person gets the raw files, for the message when they are not there
                 "tokenizer_origin": "",  # likewise
                 "tokenizer": "",  # file or folder; "": the one in the data folder
-                "template": "koala",  # koala | chat | text | tokenizer (its own chat template) | a .jinja file
+                "template": "koala",  # koala | yuan | chat | text | tokenizer (its own chat template) | .jinja file
                 "date": "",  # YYYY-MM-DD that a chat template's strftime_now writes; none: it has no such function
+                "fim_rate": 0.0,  # share of the documents that are cut in three, to fill in the middle
+                "fim_spm_rate": 0.5,  # share of these in suffix-prefix-middle order
+                "corruption": "none",  # none | spans (T5) | masked (BERT; needs model.causal = False)
+                "corruption_rate": 0.15,  # share of a document's tokens that are masked
+                "span_length": 3.0,  # tokens of a span, on average
+                "sentinels": "<extra_id_{}>",  # what stands for spans: names of special tokens, or ids as 32000:32100
+                "mask_token": "",  # a special token or an id; "": <mask> or [MASK]
                 "length": 2048,  # tokens a row
                 "batch_size": 8,  # rows a step, over all devices
                 "packing": "best_fit",  # best_fit | none
@@ -73,6 +80,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
             "objective": {
                 "z_loss": 0.0,
                 "chunk": 1024,  # tokens a device whose logits exist at a time
+                "router_balance": 0.0,  # experts: coefficient of the load-balance loss (Switch 0.01)
+                "router_z": 0.0,  # experts: coefficient of the router's z-loss (ST-MoE 0.001)
             },
             "train": {
                 "steps": 0,  # one of steps, epochs and tokens says how long
@@ -176,6 +185,13 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{name} = {config[section][key]}: expected a positive number")
     if config.data.packing not in ("best_fit", "none"):
         raise UserError(f"data.packing = {config.data.packing!r}: expected best_fit or none")
+    if (config.data.corruption == "masked") == config.model.causal:
+        raise UserError(
+            f"model.causal = {config.model.causal}: expected False with data.corruption = 'masked', and only then; "
+            f"found data.corruption = {config.data.corruption!r}"
+        )
+    if not config.model.causal and config.eval.every and config.eval.samples:
+        raise UserError(f"eval.samples = {config.eval.samples}: expected 0; a model of masked tokens writes no answers")
     if config.data.batch_size % config.train.accumulate:
         raise UserError(
             f"train.accumulate = {config.train.accumulate}: "
@@ -185,7 +201,7 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if "://" in config[section][key]:
             raise UserError(f"{name} = {config[section][key]!r}: expected a path of a file system; mount the bucket")
-    if unused := [axis for axis in ("stage", "expert") if config.mesh[axis] != 1]:
+    if unused := [axis for axis in ("stage",) if config.mesh[axis] != 1]:
         raise UserError(f"mesh.{unused[0]} = {config.mesh[unused[0]]}: expected 1; nothing is cut over this axis yet")
     if config.data.length > config.model.max_length:
         raise UserError(

@@ -22,6 +22,7 @@ from easylm_plus.evaluation.loss import make_evaluate, unigram_entropy
 from easylm_plus.inference.load import Opened, open_model
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import cluster
+from easylm_plus.training.data import judged_by, learned_of
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face folder or llama2.c file", required=True)
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
@@ -66,15 +67,13 @@ def main() -> int:
 def losses(opened: Opened, heldout: dict) -> dict[str, float]:
     """eval/loss in all and by source, and the unigram entropy of the same tokens, in nats."""
     length = opened.config["data"]["length"] if opened.config else opened.model.config.max_length
-    batches = [
-        batch.arrays
-        for batch in evaluation_batches(
-            heldout, opened.template, batch_size=8, length=length, limit_per_source=EXAMPLES.value
-        )
-    ]
+    encode = judged_by(learned_of(opened.config["data"], opened.template)) if opened.config else opened.template
+    limit = EXAMPLES.value
+    batches = evaluation_batches(heldout, encode, batch_size=8, length=length, limit_per_source=limit)
+    arrays = [batch.arrays for batch in batches]
     objective = LanguageModel(opened.model, len(heldout))
-    figures = make_evaluate(objective, list(heldout))(opened.params, batches)
-    return figures | {"eval/unigram_entropy": unigram_entropy(batches, opened.model.config.vocab_size)}
+    figures = make_evaluate(objective, list(heldout))(opened.params, arrays)
+    return figures | {"eval/unigram_entropy": unigram_entropy(arrays, opened.model.config.vocab_size)}
 
 
 def ask(opened: Opened, conversations: list[Conversation]) -> list[Answer]:

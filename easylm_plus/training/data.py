@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,20 @@ from rich.table import Table
 from data_pipelines import datasets
 from data_pipelines.batch_stats import Batch
 from data_pipelines.conversation import Conversation
-from data_pipelines.loader import Loader, evaluation_batches, merge_states
+from data_pipelines.loader import Loader, encode_draws, evaluation_batches, merge_states
 from data_pipelines.mixture import Mixture
 from data_pipelines.packing import empty_arrays, pack_pool
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Template, load_template
+from data_pipelines.text_objective import TextObjective, text_objective
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.parallel.sharding import spec_of
 
+# Keys of the data section that say what is learned of a text, the same as arguments of `text_objective`.
+TEXT_OBJECTIVE = (
+    "fim_rate", "fim_spm_rate", "corruption", "corruption_rate", "span_length", "sentinels", "mask_token",
+)  # fmt: skip
 LENGTH_SAMPLE = 2048  # examples whose lengths tell how many steps an epoch has
 
 
@@ -37,6 +42,7 @@ class Data(NamedTuple):
     weights: dict[str, int] | None  # None: in proportion to the examples
     tokenizer: Tokenizer
     template: Template
+    learned: Template | TextObjective  # what makes training examples of conversations
     hash: str  # of the data, the tokenizer and the template: what the order of batches depends on
 
     @property
@@ -86,10 +92,26 @@ def open_data(config: ConfigDict) -> Data:
         )
     date = template_date(config.data.date)
     template = load_template(config.data.template, tokenizer, max_length=config.data.length + 1, now=date)
-    identity = "\n".join((manifest["hash"], tokenizer.fingerprint, template.fingerprint))
+    learned = learned_of(config.data, template)
+    if isinstance(learned, TextObjective) and learned.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size}: "
+            f"data.corruption = {config.data.corruption!r} writes ids up to {learned.vocab_size - 1}"
+        )
+    identity = "\n".join((manifest["hash"], tokenizer.fingerprint, learned.fingerprint))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     train: Any = {n: split(n, "train") for n in names}
-    return Data(train, heldout, weights, tokenizer, template, digest)
+    return Data(train, heldout, weights, tokenizer, template, learned, digest)
+
+
+def learned_of(section: Mapping[str, Any], template: Template) -> Template | TextObjective:
+    """What makes training examples by a `data` section; of one that an earlier version wrote, too."""
+    return text_objective(template, **{key: section[key] for key in TEXT_OBJECTIVE if key in section})
+
+
+def judged_by(learned: Template | TextObjective) -> Template | TextObjective:
+    """What makes the held-out examples."""
+    return learned.heldout if isinstance(learned, TextObjective) else learned
 
 
 def template_date(date: str) -> datetime.datetime | None:
@@ -128,7 +150,7 @@ def make_loader(config: ConfigDict, data: Data, rows: range | None = None) -> Lo
     return Loader(
         data.train,
         data.weights,
-        data.template,
+        data.learned,
         batch_size=section.batch_size,
         length=section.length,
         packing=section.packing,
@@ -144,7 +166,7 @@ def heldout_batches(config: ConfigDict, data: Data, rows: range | None = None) -
     """The held-out examples, each once; the same at every evaluation."""
     return evaluation_batches(
         {name: data.heldout.get(name, ()) for name in data.sources},
-        data.template,
+        judged_by(data.learned),
         batch_size=config.data.batch_size,
         length=config.data.length,
         packing=config.data.packing,
@@ -162,15 +184,15 @@ def total_steps(config: ConfigDict, data: Data) -> int:
         return math.ceil(train.tokens / (section.batch_size * section.length))
     mixture = Mixture({n: len(s) for n, s in data.train.items()}, data.weights, train.seed)
     draws = mixture.draws_for_epochs(train.epochs)
-    return max(1, math.ceil(draws * _rows_per_draw(mixture, data, section) / section.batch_size))
+    return max(1, math.ceil(draws * _rows_per_draw(mixture, data, config) / section.batch_size))
 
 
-def _rows_per_draw(mixture: Mixture, data: Data, section: ConfigDict) -> float:
+def _rows_per_draw(mixture: Mixture, data: Data, config: ConfigDict) -> float:
     """Rows that an example takes, padding included: the first draws of the run are packed as they will be."""
+    section = config.data
     picked = [mixture.draw(k) for k in range(min(LENGTH_SAMPLE, sum(map(len, data.train.values()))))]
-    sequences = list(data.train.values())
-    encoded = data.template.encode_many([sequences[d.source][d.example] for d in picked])
-    examples = [example for example in encoded if example is not None]
+    items = encode_draws(data.learned, data.train, picked, config.train.seed)
+    examples = [item.example for item in items if item is not None]
     pools = [examples[i : i + section.pool] for i in range(0, len(examples), section.pool)]
     return sum(len(pack_pool(pool, section.length, section.packing)) for pool in pools) / len(picked)
 
@@ -178,11 +200,11 @@ def _rows_per_draw(mixture: Mixture, data: Data, section: ConfigDict) -> float:
 def batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
     """How a batch [B, T] lies on the mesh."""
     B, T = config.data.batch_size, config.data.length
-    rows, columns = mesh.shape["replica"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+    rows, columns = math.prod(mesh.shape[axis] for axis in ("replica", "fsdp", "expert")), mesh.shape["sequence"]
     if B // config.train.accumulate % rows:
         raise UserError(
             f"data.batch_size = {B} in train.accumulate = {config.train.accumulate} parts: "
-            f"expected a multiple of mesh.replica x mesh.fsdp = {rows} in each"
+            f"expected a multiple of mesh.replica x mesh.fsdp x mesh.expert = {rows} in each"
         )
     if T % columns:
         raise UserError(f"data.length = {T}: expected a multiple of mesh.sequence = {columns}")

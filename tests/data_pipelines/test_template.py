@@ -327,7 +327,7 @@ def test_what_hugging_face_templates_rely_on():
         prompt_of("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ChatTemplateError, match="does not compile: line 2"):
         prompt_of("{{ 1 }}\n{% endif %}")
-    with pytest.raises(ValueError, match="expected koala, chat, text"):
+    with pytest.raises(ValueError, match="expected koala, yuan, chat, text"):
         prompt_of("koalla")
 
 
