@@ -124,7 +124,7 @@ class FillInTheMiddle:
         if excess > len(suffix):
             return None
         suffix = suffix[: len(suffix) - excess]
-        first, last = ([], body) if cut.spm else (body, middle)
+        first, last = (body[:0], body) if cut.spm else (body, middle)
         parts = [*self._bos, self._prefix, *first, self._suffix, *suffix, self._middle, *last, self._end]
         ids = np.array(parts, np.int32)
         weights = np.full(len(ids), document.weight, np.float32)
