@@ -74,7 +74,7 @@ def main() -> int:
     policy = precision(config.numerics.precision)
     model = Transformer(configs.model_config(config), policy)
     attention = resolve(model.config.attention, jax.default_backend(), policy.compute)
-    objective = LanguageModel(model, len(data.sources), config.objective.z_loss, config.objective.chunk)
+    objective = LanguageModel(model, len(data.sources), **config.objective)
     optimizer = adamw(config.optimizer, steps)
     rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
 

@@ -109,7 +109,7 @@ def lowered_step(config):
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0), shapes)
         shardings = state_shardings(abstract, sharding.shardings(axes, shapes, mesh), mesh)
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        objective = LanguageModel(model, 3, config.objective.z_loss, config.objective.chunk)
+        objective = LanguageModel(model, 3, **config.objective)
         step = make_train_step(objective, optimizer, config.train)
         batch = data_module.batch_shapes(config, data_module.batch_sharding(config, mesh))
         replicated = NamedSharding(mesh, PartitionSpec())

@@ -1,8 +1,8 @@
 """Self-attention: projections, rotary positions, and five ways to compute softmax(QK'/sqrt(K))V.
 
-Several documents share a row (packing), so a query sees a key only if the key is not later, lies in the same
-segment, and is within the sliding window if there is one. Positions restart in each segment, but order within a
-row does not, so causality is decided by row index.
+Several documents share a row (packing), so a query sees a key only if the key is not later (unless the model is
+bidirectional), lies in the same segment, and is within the sliding window if there is one. Positions restart in each
+segment, but order within a row does not, so causality is decided by row index.
 
     xla       jax.nn.dot_product_attention; everywhere; materialises the [T, S] scores
     blocked   causal blocks of queries on contiguous operands: skips the upper triangle and keeps scores in the cache;
@@ -27,10 +27,12 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.ema import DampedEMA
 from easylm_plus.models.initializers import initializer
 from easylm_plus.models.lfa import LocalizedFilter
+from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotate
-from easylm_plus.models.weights import Projection
+from easylm_plus.models.weights import Projection, fetch
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.parallel.sharding import constrain, spec_of
 
@@ -38,11 +40,18 @@ BLOCK = 64  # queries a block in `blocked`, in float32; twice as many in 16 bits
 NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
 
 
+class Sight(NamedTuple):
+    """Which keys of its document a query may see."""
+
+    causal: bool = True  # none that comes later
+    window: int = 0  # only so many last ones, itself included; 0: all
+
+
 class Layout(NamedTuple):
     """What the attention layers share: rotations of the queries, and who belongs to which document."""
 
-    cos: jax.Array  # float32[B, T, 1, K/2]
-    sin: jax.Array
+    cos: Any  # float32[B, T, 1, R/2]; None where positions are learned
+    sin: Any
     segments_BT: jax.Array | None  # int32, 0 = padding; None: one document a row
     key_segments_BS: jax.Array | None = None  # of the cache's slots, 0 = empty; None: no cache
     offset: jax.Array | int = 0  # the cache slot of the first query
@@ -53,7 +62,7 @@ class LayerCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    recent: jax.Array | None = None  # [B, R, D]: the last inputs, where a filter looks back at them
+    recent: jax.Array | None = None  # what a filter keeps: the last inputs [B, R, D], or its state (models/lfa.py)
 
 
 class Attention(nn.Module):
@@ -70,10 +79,10 @@ class Attention(nn.Module):
         c = self.config
         B, T, D = x_BTD.shape
         z_BTD, recent = self._filtered(x_BTD, layout, cache)
-        q = self._heads("q_proj", z_BTD, c.num_heads, "heads")
-        k = self._heads("k_proj", z_BTD, c.num_kv_heads, "kv_heads")
+        q, k = self._queries_and_keys(z_BTD)
         v = self._heads("v_proj", x_BTD, c.num_kv_heads, "kv_heads")
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        if layout.cos is not None:
+            q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         if cache is None:
             y = attend(q, k, v, layout.segments_BT, c)
         else:
@@ -81,18 +90,24 @@ class Attention(nn.Module):
                 old, new.astype(old.dtype), layout.offset, axis=1
             )
             cache = LayerCache(write(cache.k, k), write(cache.v, v), recent)
-            y = _masked(q, cache.k, cache.v, mask=_cache_mask(layout, T, c.sliding_window))
+            y = _masked(q, cache.k, cache.v, mask=_cache_mask(layout, T, sight_of(c)))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
-        out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, name="o_proj")
+        if c.sub_norms:
+            y = norm(c, self.precision, name="attn_sub_norm")(y)
+        out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, c.o_bias, name="o_proj")
         return constrain(out(y), "batch", "length", "act_embed"), cache
 
     def _filtered(
         self, x_BTD: jax.Array, layout: Layout, cache: LayerCache | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """(what queries and keys are projected from, the cache's last inputs after this call)."""
+        """(what queries and keys are projected from, what the cache keeps of the filter after this call)."""
         c = self.config
         if c.lfa_variant == "none":
             return x_BTD, None
+        if c.lfa_variant == "ema":
+            ema = DampedEMA(c, self.precision, name="lf_gate")
+            z_BTD, state = ema(x_BTD, layout.segments_BT, None if cache is None else cache.recent)
+            return z_BTD, None if cache is None else state
         lfa = LocalizedFilter(c, self.precision, name="lf_gate")
         if cache is None:
             return lfa(x_BTD, layout.segments_BT), None
@@ -102,6 +117,19 @@ class Attention(nn.Module):
         slots = jnp.pad(layout.key_segments_BS, ((0, 0), (R, 0)))  # type: ignore[arg-type]
         segments = jax.lax.dynamic_slice_in_dim(slots, layout.offset, R + T, axis=1)
         return lfa(rows, segments, before=R), rows[:, T:]
+
+    def _queries_and_keys(self, z_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, H, K] and [B, T, G, K]; with `share_qk` one projection u, each scaled and shifted by feature."""
+        c, p = self.config, self.precision
+        if not c.share_qk:
+            q = self._heads("q_proj", z_BTD, c.num_heads, "heads")
+            return q, self._heads("k_proj", z_BTD, c.num_kv_heads, "kv_heads")
+        u = self._heads("qk_proj", z_BTD, c.num_heads, "heads")
+        two = (2, c.num_heads * c.head_dim)
+        fetched = (fetch(self, "qk_weight", nn.initializers.ones, two, (None, "heads"), p),
+                   fetch(self, "qk_bias", nn.initializers.zeros, two, (None, "heads"), p))  # fmt: skip
+        weight, bias = (x.astype(u.dtype).reshape(2, c.num_heads, c.head_dim) for x in fetched)
+        return u * weight[0] + bias[0], u * weight[1] + bias[1]
 
     def _heads(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
@@ -130,7 +158,7 @@ def attend(
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
     v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
     attention = {"xla": _whole, "blocked": _blocked, "splash": _splash, "cudnn": _cudnn}[name]
-    return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, config.sliding_window)
+    return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, sight_of(config))
 
 
 def resolve(name: str, platform: str, dtype: Any) -> str:
@@ -149,27 +177,32 @@ def resolve(name: str, platform: str, dtype: Any) -> str:
     return name
 
 
-def causal_mask(T: int, segments_BT: jax.Array | None, window: int) -> jax.Array:
+def sight_of(config: ModelConfig) -> Sight:
+    """What the config says of it."""
+    return Sight(config.causal, config.sliding_window)
+
+
+def visible_mask(T: int, segments_BT: jax.Array | None, sight: Sight) -> jax.Array:
     """bool[B or 1, T, T], true where query t may see key s."""
-    return _visible(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT, window)
+    return _visible(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT, sight)
 
 
 def _visible(
-    t: jax.Array, s: jax.Array, q_segments: jax.Array | None, k_segments: jax.Array | None, window: int
+    t: jax.Array, s: jax.Array, q_segments: jax.Array | None, k_segments: jax.Array | None, sight: Sight
 ) -> jax.Array:
     """Row indices and segments of queries and keys -> bool[B or 1, T, S]."""
-    mask = (s[None, :] <= t[:, None])[None]
-    if window:
-        mask &= (s[None, :] > t[:, None] - window)[None]
+    mask = (s[None, :] <= t[:, None])[None] if sight.causal else jnp.ones((1, t.size, s.size), bool)
+    if sight.window:
+        mask &= (s[None, :] > t[:, None] - sight.window)[None]
     if q_segments is not None and k_segments is not None:
         mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
     return mask
 
 
-def _cache_mask(layout: Layout, T: int, window: int) -> jax.Array:
+def _cache_mask(layout: Layout, T: int, sight: Sight) -> jax.Array:
     """bool[B, T, S]: slots already written, of the same segment, not later than the query."""
     slots = jnp.arange(layout.key_segments_BS.shape[1])  # type: ignore[union-attr]
-    return _visible(layout.offset + jnp.arange(T), slots, layout.segments_BT, layout.key_segments_BS, window)
+    return _visible(layout.offset + jnp.arange(T), slots, layout.segments_BT, layout.key_segments_BS, sight)
 
 
 def _masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: Any = "xla") -> jax.Array:
@@ -179,20 +212,20 @@ def _masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implement
 
 
 def _whole(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, implementation: Any = "xla"
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sight: Sight, implementation: Any = "xla"
 ) -> jax.Array:
     """The same for a row to itself; with a mask only where causality is not all."""
-    if segments is None and not window:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-    return _masked(q, k, v, causal_mask(q.shape[1], segments, window), implementation)
+    if segments is None and not sight.window:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=sight.causal, implementation=implementation)
+    return _masked(q, k, v, visible_mask(q.shape[1], segments, sight), implementation)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sight: Sight) -> jax.Array:
     """NVIDIA's fused kernel, with the mask of each device's own rows."""
-    return _on_shards(partial(_whole, window=window, implementation="cudnn"), q, k, v, segments)
+    return _on_shards(partial(_whole, sight=sight, implementation="cudnn"), q, k, v, segments)
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int) -> jax.Array:
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sight: Sight) -> jax.Array:
     """Blocks of queries against the keys up to them. Exact: each query's softmax is whole.
 
     On one device the rows of the batch go one after the other, so that a row's scores stay in the cache; on a mesh,
@@ -202,9 +235,9 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | Non
     G = k.shape[2]
     q_BGRTK = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGTK, v_BGTK = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    visible_BTT = jnp.broadcast_to(causal_mask(T, segments, window), (B, T, T))
+    visible_BTT = jnp.broadcast_to(visible_mask(T, segments, sight), (B, T, T))
     rows = (q_BGRTK, k_BGTK, v_BGTK, visible_BTT)
-    one_row = partial(_row, window)
+    one_row = partial(_row, sight)
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     y = jax.lax.map(lambda row: one_row(*row), rows) if alone else jax.vmap(one_row)(*rows)
@@ -212,19 +245,19 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | Non
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row(window: int, q_GRTK: jax.Array, k_GTK: jax.Array, v_GTK: jax.Array, visible_TT: jax.Array) -> jax.Array:
+def _row(sight: Sight, q_GRTK: jax.Array, k_GTK: jax.Array, v_GTK: jax.Array, visible_TT: jax.Array) -> jax.Array:
     """One row's attention -> [G, R, T, K].
 
     The backward pass is written out as in FlashAttention-2 (arXiv:2307.08691, section 2.3): from each query's
     logsumexp, in one fused pass over the scores, where differentiating the softmax makes several. On a CPU these
     passes cost more than the products.
     """
-    return _row_forward(window, q_GRTK, k_GTK, v_GTK, visible_TT)[0]
+    return _row_forward(sight, q_GRTK, k_GTK, v_GTK, visible_TT)[0]
 
 
-def _row_forward(window: int, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> Any:
+def _row_forward(sight: Sight, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> Any:
     outputs, lses = [], []
-    for queries, keys in _spans(q, window):
+    for queries, keys in _spans(q, sight):
         scores, (_, _, v_block) = _scores(q, k, v, visible, queries, keys)
         lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - lse).astype(v.dtype)
@@ -234,11 +267,11 @@ def _row_forward(window: int, q: jax.Array, k: jax.Array, v: jax.Array, visible:
     return y, (q, k, v, visible, y, lse)
 
 
-def _row_backward(window: int, residuals: Any, dy: jax.Array) -> Any:
+def _row_backward(sight: Sight, residuals: Any, dy: jax.Array) -> Any:
     q, k, v, visible, y, lse = residuals
     delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)  # [G, R, T, 1]
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys in _spans(q, window):
+    for queries, keys in _spans(q, sight):
         scores, (q_block, k_block, v_block) = _scores(q, k, v, visible, queries, keys)
         dy_block, lse_block, delta_block = (_merged(x[:, :, queries]) for x in (dy, lse, delta))
         weights = jnp.exp(scores - lse_block)
@@ -254,12 +287,12 @@ def _row_backward(window: int, residuals: Any, dy: jax.Array) -> Any:
 _row.defvjp(_row_forward, _row_backward)
 
 
-def _spans(q_GRTK: jax.Array, window: int) -> list[tuple[slice, slice]]:
+def _spans(q_GRTK: jax.Array, sight: Sight) -> list[tuple[slice, slice]]:
     """(a block of queries, the keys that any of them may see), for all blocks."""
     T, size = q_GRTK.shape[2], BLOCK * 4 // q_GRTK.dtype.itemsize
     ends = [(start, min(start + size, T)) for start in range(0, T, size)]
-    first = lambda start: max(0, start - window + 1) if window else 0
-    return [(slice(start, end), slice(first(start), end)) for start, end in ends]
+    first = lambda start: max(0, start - sight.window + 1) if sight.window else 0
+    return [(slice(start, end), slice(first(start), end if sight.causal else T)) for start, end in ends]
 
 
 def _scores(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, queries: slice, keys: slice) -> Any:
@@ -285,7 +318,7 @@ def _by_head(x_GQK: jax.Array, q_GRTK: jax.Array) -> jax.Array:
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, window: int, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sight: Sight, interpret: bool = False
 ) -> jax.Array:
     """The Pallas kernel, mapped over batch and heads.
 
@@ -301,7 +334,8 @@ def _splash(
     T = q.shape[1]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+        whole = masks.CausalMask((T, T)) if sight.causal else masks.FullMask((T, T))
+        one = masks.LocalMask((T, T), (sight.window - 1, 0), 0) if sight.window else whole
         attention = kernel.make_splash_mha_single_device(masks.MultiHeadMask([one] * q.shape[2]), interpret=interpret)
         heads_first = (x.transpose(0, 2, 1, 3) for x in (q * scale, k, v))
         y = jax.vmap(attention)(*heads_first, segment_ids=kernel.SegmentIds(segments, segments))

@@ -5,7 +5,7 @@ import dataclasses
 from easylm_plus.errors import UserError
 
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
-# Localized filtering (models/lfa.py): the taps of each convolution.
+# Localized filtering (models/lfa.py): the taps of each convolution; ema is a moving average (models/ema.py).
 LFA_TAPS: dict[str, tuple[int, ...]] = {
     "none": (),
     "conv1": (1,),
@@ -14,7 +14,9 @@ LFA_TAPS: dict[str, tuple[int, ...]] = {
     "conv7": (7,),
     "two_convs": (2, 2),
     "yuan": (2, 2),
+    "ema": (),
 }
+EMA_SIZE = 16  # averages a channel
 ATTENTIONS = ("auto", "xla", "blocked", "cudnn", "splash")
 CHOICES = {  # keys that take one of a few names
     "norm": ("rms", "layer", "layer_no_bias"),
@@ -62,6 +64,7 @@ class ModelConfig:
     o_bias: bool = False
     share_qk: bool = False  # queries and keys are one projection, each scaled and shifted (a variant of Yuan 2.0)
     lfa_variant: str = "none"  # filter of queries and keys, a name in LFA_TAPS; Yuan 2.0 has "yuan"
+    lfa_norm: bool = False  # RMSNorm of the filter's output; "yuan" has it anyway
     lfa_reset: bool = False  # the filter does not look into the document before
     sliding_window: int = 0  # a query sees this many last positions, itself included; 0: all
     # --- positions ---
@@ -114,8 +117,16 @@ class ModelConfig:
             )
         if self.share_qk and (self.lfa_variant != "none" or self.num_kv_heads != self.num_heads):
             raise UserError("model.share_qk: expected lfa_variant none and as many key as query heads")
-        if self.num_experts and self.mlp_bias:
-            raise UserError("model.mlp_bias: experts have no biases; expected num_experts 0 or mlp_bias False")
+        if self.lfa_norm and self.lfa_variant == "none":
+            raise UserError("model.lfa_norm = True: expected False where lfa_variant = 'none': there is no filter")
+        if self.lfa_reset and self.lfa_variant == "ema":
+            raise UserError(
+                "model.lfa_reset = True: expected False with lfa_variant = 'ema', whose average runs through the row"
+            )
+        if not self.causal and self.sliding_window:
+            raise UserError("model.sliding_window: looks back only; expected causal True or sliding_window 0")
+        if self.num_experts and (self.mlp_bias or self.sub_norms):
+            raise UserError("model.num_experts: experts have neither mlp_bias nor sub_norms")
 
     @property
     def rotary_dim(self) -> int:

@@ -1,5 +1,13 @@
-"""The feed-forward half of a block: SwiGLU (Shazeer 2020, arXiv:2002.05202), down(silu(gate(x)) * up(x))."""
+"""The dense feed-forward half of a block.
 
+Gated: down(act(gate(x)) * up(x)), SwiGLU where act is silu (Shazeer 2020, arXiv:2002.05202). Not gated, as in GPT:
+down(act(up(x))). Hugging Face's names.
+
+Legend: B batch, T length, D embed, F ffn.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,13 +15,21 @@ from flax import linen as nn
 
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.initializers import initializer
+from easylm_plus.models.norms import norm
 from easylm_plus.models.weights import Projection
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.parallel.sharding import constrain
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "relu2": lambda x: jax.numpy.square(nn.relu(x)),  # So et al. 2021, arXiv:2109.08668; BitNet b1.58 2B4T
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),  # GPT-2 and GPT-3
+}
 
-class SwiGLU(nn.Module):
-    """Three matrices and a gate; Hugging Face's names."""
+
+class FeedForward(nn.Module):
+    """Two matrices, or three with a gate."""
 
     config: ModelConfig
     precision: Precision
@@ -21,22 +37,22 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
-        c = self.config
-        wide: Any = {
-            "axes": ("embed", "mlp"),
-            "kernel_init": initializer(c, "hidden"),
-            "precision": self.precision,
-        }
-        gate = Projection(c.intermediate_size, name="gate_proj", **wide)(x_BTD)
-        up = Projection(c.intermediate_size, name="up_proj", **wide)(x_BTD)
-        h_BTF = constrain(_gated(gate, up), "batch", "length", "act_mlp")
+        c, p = self.config, self.precision
+        wide: Any = {"axes": ("embed", "mlp"), "kernel_init": initializer(c, "hidden"), "precision": p}
+        wide |= {"features": c.intermediate_size, "use_bias": c.mlp_bias}
+        gate = Projection(name="gate_proj", **wide)(x_BTD) if c.gated else None
+        up = Projection(name="up_proj", **wide)(x_BTD)
+        h_BTF = constrain(activated(c.activation, gate, up), "batch", "length", "act_mlp")
+        if c.sub_norms:
+            h_BTF = norm(c, p, name="ffn_sub_norm")(h_BTF)
         down = Projection(
-            x_BTD.shape[-1], ("mlp", "embed"), initializer(c, "residual"), self.precision, name="down_proj"
+            x_BTD.shape[-1], ("mlp", "embed"), initializer(c, "residual"), p, c.mlp_bias, name="down_proj"
         )
         return constrain(down(h_BTF), "batch", "length", "act_embed")
 
 
-@jax.checkpoint
-def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-    """silu(gate) * up. The backward pass takes the sigmoid again: keeping it costs two more of the widest arrays."""
-    return nn.silu(gate_BTF) * up_BTF
+@partial(jax.checkpoint, static_argnums=0)
+def activated(name: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """act(gate) * up, or act(up). The backward pass takes the activation again: keeping it costs more wide arrays."""
+    act = ACTIVATIONS[name]
+    return act(up) if gate is None else act(gate) * up

@@ -21,7 +21,8 @@ tokens back into the document before.
 Decoding keeps the last inputs h, as many as the filter looks back, beside the keys and values.
 
 Variants (`lfa_variant`) are the rows of the paper's Table 1: conv1, conv2, conv3 and conv7 are a single convolution
-D -> D of so many taps, two_convs is Yuan's pair without the norm, yuan the whole. All have the residual.
+D -> D of so many taps, two_convs is Yuan's pair without the norm, yuan the whole. All have the residual; `lfa_norm`
+adds the norm to any of them. ema, the moving average that the paper compares with, is in models/ema.py.
 
 Legend: B batch, T length, R tokens that the filter looks back, D embed.
 """
@@ -29,9 +30,11 @@ Legend: B batch, T length, R tokens that the filter looks back, D embed.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from easylm_plus.models.config import LFA_TAPS, ModelConfig
-from easylm_plus.models.weights import Projection, RMSNorm
+from easylm_plus.models.config import EMA_SIZE, LFA_TAPS, ModelConfig
+from easylm_plus.models.norms import RMSNorm
+from easylm_plus.models.weights import Projection
 from easylm_plus.numerics.precision import Precision
 
 NORM_EPS = 1e-6  # fixed in the released code, whatever the config's norm_eps
@@ -64,7 +67,8 @@ class LocalizedFilter(nn.Module):
             )
             x = conv(delayed(x, segments_BT, count, c.lfa_reset))
         x = (x + h_BTD)[:, before:]
-        return RMSNorm(NORM_EPS, self.precision, name="output_layernorm")(x) if c.lfa_variant == "yuan" else x
+        norm = c.lfa_norm or c.lfa_variant == "yuan"
+        return RMSNorm(NORM_EPS, self.precision, name="output_layernorm")(x) if norm else x
 
 
 def delayed(x_BTD: jax.Array, segments_BT: jax.Array, taps: int, reset: bool) -> jax.Array:
@@ -76,6 +80,16 @@ def delayed(x_BTD: jax.Array, segments_BT: jax.Array, taps: int, reset: bool) ->
         there = (before != 0) & ((before == segments_BT) | (not reset))
         parts.append(jnp.where(there[..., None], shift(x_BTD), 0))
     return jnp.concatenate(parts, axis=-1)
+
+
+def nothing_kept(config: ModelConfig, rows: tuple[int, ...], dtype: DTypeLike) -> jax.Array | None:
+    """What a filter keeps while decoding, before the first token: its last inputs [*rows, R, D], or the state of the
+    moving average, float32[*rows, D, N]. None without a filter."""
+    if config.lfa_variant == "none":
+        return None
+    if config.lfa_variant == "ema":
+        return jnp.zeros((*rows, config.hidden_size, EMA_SIZE), jnp.float32)
+    return jnp.zeros((*rows, config.lfa_reach, config.hidden_size), dtype)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -3,7 +3,7 @@
 Feature i of a head is paired with feature i + K/2, and the pair turns by position * frequency_i. Meta's original
 checkpoints pair neighbours instead; importing those permutes the columns of q_proj and k_proj once.
 
-Legend: B batch, T length, N heads, K head_dim.
+Legend: B batch, T length, N heads, K head_dim, R features of a head that turn.
 """
 
 import math
@@ -16,16 +16,16 @@ from easylm_plus.models.config import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position, float32[K/2], after the scaling that the config names.
+    """Radians per position, float32[R/2] of R turning features, after the scaling that the config names.
 
     linear  positions divided by the factor (Chen et al. 2023, arXiv:2306.15595)
     ntk     theta raised so that the slowest pair is stretched by the factor and the fastest not at all
     llama3  slow pairs divided by the factor, fast ones kept, a ramp between (Llama 3.1's released code)
     """
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
     theta = config.rope_theta
     if config.rope_scaling == "ntk":
-        theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+        theta *= config.rope_factor ** (config.rotary_dim / (config.rotary_dim - 2))
     freqs = theta ** -(np.arange(half, dtype=np.float64) / half)
     if config.rope_scaling == "linear":
         freqs = freqs / config.rope_factor
@@ -43,17 +43,25 @@ def _llama3(freqs: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def rotations(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32[B, T, 1, K/2], for all layers at once."""
-    angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(config))
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines, float32[B, T, 1, R/2], for all layers at once.
+
+    With `rope_dtype` bfloat16, frequencies, positions and angles are rounded to it, as in Yuan 2.0's released code: its
+    weights were made with these angles. Positions beyond 256 are then not told apart one by one.
+    """
+    dtype = jnp.dtype(config.rope_dtype)
+    angles = positions_BT[..., None, None].astype(dtype) * jnp.asarray(frequencies(config), dtype)
+    return jnp.cos(angles.astype(jnp.float32)), jnp.sin(angles.astype(jnp.float32))
 
 
 def rotate(x_BTNK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns every pair of every head; computed in float32, returned in x's dtype.
+    """Turns every pair of the first R features of every head; computed in float32, returned in x's dtype.
 
     Written with both halves at once, x cos + swapped(x) (-sin, sin): computing the halves apart and joining them
     takes XLA:CPU a tenth of a training step longer.
     """
-    partner = jnp.roll(x_BTNK, x_BTNK.shape[-1] // 2, axis=-1)
+    R = 2 * cos.shape[-1]
+    x, rest = x_BTNK[..., :R], x_BTNK[..., R:]
+    partner = jnp.roll(x, R // 2, axis=-1)
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return (x_BTNK.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x_BTNK.dtype)
+    turned = (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -22,10 +22,13 @@ from flax import linen as nn
 from easylm_plus.errors import UserError
 from easylm_plus.models.attention import Attention, LayerCache, Layout
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.feedforward import SwiGLU
+from easylm_plus.models.feedforward import FeedForward
 from easylm_plus.models.initializers import initializer
+from easylm_plus.models.lfa import nothing_kept
+from easylm_plus.models.moe import MixtureOfExperts
+from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotations
-from easylm_plus.models.weights import Embedding, Projection, RMSNorm
+from easylm_plus.models.weights import Embedding, Projection
 from easylm_plus.numerics.precision import POLICIES, Precision
 from easylm_plus.parallel.sharding import constrain
 
@@ -46,7 +49,10 @@ class Cache(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)): pre-norm, as in LLaMA."""
+    """x + attention(norm(x)), then x + ffn(norm(x)): pre-norm, as in LLaMA.
+
+    A parallel block is x + attention(h) + ffn(h) with h = norm(x) (PaLM, arXiv:2204.02311, section 2).
+    """
 
     config: ModelConfig
     precision: Precision
@@ -57,12 +63,19 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Carries x through the block; the cache rides along as the scan's per-layer input and output."""
         c, p = self.config, self.precision
-        h, cache = Attention(c, p, name="self_attn")(
-            RMSNorm(c.norm_eps, p, name="input_layernorm")(x_BTD), layout, cache
-        )
-        x_BTD = x_BTD + h
-        x_BTD = x_BTD + SwiGLU(c, p, name="mlp")(RMSNorm(c.norm_eps, p, name="post_attention_layernorm")(x_BTD))
-        return x_BTD, cache
+        h_BTD = norm(c, p, name="input_layernorm")(x_BTD)
+        y_BTD, new_cache = Attention(c, p, name="self_attn")(h_BTD, layout, cache)
+        if c.parallel_block:
+            return x_BTD + y_BTD + self._feedforward(h_BTD, layout, cache), new_cache
+        x_BTD = x_BTD + y_BTD
+        h_BTD = norm(c, p, name="post_attention_layernorm")(x_BTD)
+        return x_BTD + self._feedforward(h_BTD, layout, cache), new_cache
+
+    def _feedforward(self, h_BTD: jax.Array, layout: Layout, cache: LayerCache | None) -> jax.Array:
+        if not self.config.num_experts:
+            return FeedForward(self.config, self.precision, name="mlp")(h_BTD)
+        experts = MixtureOfExperts(self.config, self.precision, name="mlp")
+        return experts(h_BTD, layout.segments_BT, may_drop=cache is None)
 
 
 class UnrolledBlocks(nn.Module):
@@ -92,8 +105,11 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         c, p = self.config, self.precision
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, initializer(c, "embedding"), p)
+        if c.positions == "learned":
+            table = initializer(c, "embedding")
+            self.embed_positions = Embedding(c.max_length, c.hidden_size, table, p, (None, "embed"))
         self.layers = _blocks(c)(c, p)
-        self.norm = RMSNorm(c.norm_eps, p)
+        self.norm = norm(c, p)
         if not c.tie_embeddings:
             self.lm_head = Projection(c.vocab_size, ("embed", "vocab"), initializer(c, "head"), p)
 
@@ -128,7 +144,10 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
         with jax.default_matmul_precision(self.precision.matmul):
             layout, cache = self._layout(positions_BT, segments_BT, cache)
-            x_BTD = constrain(self.embed_tokens(tokens_BT), "batch", "length", "act_embed")
+            x_BTD = self.embed_tokens(tokens_BT)
+            if self.config.positions == "learned":
+                x_BTD = x_BTD + self.embed_positions(positions_BT)
+            x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
             x_BTD, layers = self.layers(x_BTD, layout, None if cache is None else cache.layers)
             x_BTD = self.norm(x_BTD)
         return x_BTD if cache is None else (x_BTD, cache._replace(layers=layers))
@@ -137,7 +156,7 @@ class Transformer(nn.Module):
         """Hidden states [..., D] -> logits [..., V]. Needs only `head_parameters` of the tree."""
         with jax.default_matmul_precision(self.precision.matmul):
             logits = self.embed_tokens.attend(x) if self.config.tie_embeddings else self.lm_head(x)
-        return logits.astype(self.precision.logits)
+        return logits.astype(self.precision.logits) * self.config.logit_scale
 
     def head_parameters(self, params: dict[str, Any]) -> dict[str, Any]:
         """The part of the tree that `head` reads."""
@@ -146,7 +165,7 @@ class Transformer(nn.Module):
 
     def _layout(self, positions_BT: jax.Array, segments_BT: Any, cache: Any) -> tuple[Layout, Cache | None]:
         """What all layers share, and the cache with this call's slots marked as filled."""
-        cos, sin = rotations(positions_BT, self.config)
+        cos, sin = rotations(positions_BT, self.config) if self.config.positions == "rotary" else (None, None)
         if cache is None:
             return Layout(cos, sin, segments_BT), None
         segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
@@ -157,9 +176,11 @@ class Transformer(nn.Module):
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
         c = self.config
+        if not c.causal:
+            raise UserError("model.causal = False: a bidirectional model has no next token to decode")
         shape = (batch, slots, c.num_kv_heads, c.head_dim)
         zeros = lambda *sizes: jnp.zeros(sizes, self.precision.compute)
-        recent = lambda *lead: None if c.lfa_variant == "none" else zeros(*lead, batch, c.lfa_reach, c.hidden_size)
+        recent = lambda *lead: nothing_kept(c, (*lead, batch), self.precision.compute)
         empty = lambda *lead: LayerCache(zeros(*lead, *shape), zeros(*lead, *shape), recent(*lead))
         layers = empty(c.num_layers) if c.scan_layers else tuple(empty() for _ in range(c.num_layers))
         return Cache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
@@ -176,7 +197,7 @@ def _blocks(config: ModelConfig) -> Any:
         return lambda c, p: UnrolledBlocks(block, c, p)
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "router": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

@@ -1,9 +1,8 @@
-"""How a module gets at its weights, and the two layers that are nothing but a weight and a verb."""
+"""How a module gets at its weights, and the layers that are nothing but a weight and a verb."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from easylm_plus.numerics.precision import Precision
@@ -61,16 +60,17 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token table [V, D]; also the head of a tied model, transposed."""
+    """A table [V, D] of tokens or of positions; that of tokens is also the head of a tied model, transposed."""
 
-    vocab_size: int
+    rows: int
     features: int
     kernel_init: nn.initializers.Initializer
     precision: Precision
+    axes: tuple[str | None, str | None] = ("vocab", "embed")
 
     def setup(self) -> None:
-        shape = (self.vocab_size, self.features)
-        self.embedding = fetch(self, "embedding", self.kernel_init, shape, ("vocab", "embed"), self.precision)
+        shape = (self.rows, self.features)
+        self.embedding = fetch(self, "embedding", self.kernel_init, shape, self.axes, self.precision)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int[...] -> [..., D] in the compute dtype."""
@@ -81,19 +81,15 @@ class Embedding(nn.Module):
         return unembed(x, self.embedding)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32 whatever x is.
+class Experts(nn.Module):
+    """One matrix an expert, W[E, in, out]. Only hands the weight out: rows have to be sorted before they meet it."""
 
-    In half precision the mean of squares loses what the model needs: EasyLM's users saw a loss of 2.0 for 0.12.
-    """
-
-    eps: float
+    shape: tuple[int, int, int]
+    axes: tuple[str, str, str]
+    kernel_init: nn.initializers.Initializer
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x[..., D] -> the same shape and dtype."""
-        weight = fetch(self, "weight", nn.initializers.ones, (x.shape[-1],), (None,), self.precision)
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        return (f * weight.astype(jnp.float32)).astype(x.dtype)
+    def __call__(self) -> Any:
+        """The leaf."""
+        return fetch(self, "kernel", self.kernel_init, self.shape, self.axes, self.precision)

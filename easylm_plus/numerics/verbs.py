@@ -4,7 +4,7 @@ A model fetches a weight as it finds it in the parameter tree and hands it to a 
 array, FP8 codes, packed ternary digits, a low-rank pair on top of either) decides how it multiplies. A leaf type
 registers its own implementation; the ones below are for plain arrays.
 
-Legend: D in-features, F out-features, V vocabulary; `...` any leading axes.
+Legend: D in-features, F out-features, V vocabulary, E experts, M rows sorted by expert; `...` any leading axes.
 """
 
 from functools import singledispatch
@@ -14,12 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from easylm_plus.numerics.grouped import Groups, grouped_matmul
 from easylm_plus.parallel.sharding import constrain, mesh_axis_size
 
 
 def project(x: jax.Array, w: Any) -> jax.Array:
     """x[..., D] times w[D, F] -> [..., F] in x's dtype."""
     return _project(w, x)
+
+
+def project_grouped(x_MD: jax.Array, w: Any, groups: Groups) -> jax.Array:
+    """Each row of x[M, D] times its group's matrix in w[E, D, F] -> [M, F] in x's dtype."""
+    return _project_grouped(w, x_MD, groups)
 
 
 def lookup(ids: jax.Array, w: Any, dtype: DTypeLike) -> jax.Array:
@@ -40,6 +46,11 @@ def dense(w: Any) -> jax.Array:
 @singledispatch
 def _project(w: Any, x: jax.Array) -> jax.Array:
     return _matmul(x, w.astype(x.dtype), contract=0)
+
+
+@singledispatch
+def _project_grouped(w: Any, x_MD: jax.Array, groups: Groups) -> jax.Array:
+    return grouped_matmul(x_MD, w.astype(x_MD.dtype), groups)
 
 
 @singledispatch

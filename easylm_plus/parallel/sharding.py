@@ -23,16 +23,17 @@ RULES: Mapping[str, MeshAxes] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
     "head_dim": None,
     # activations
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "fsdp", "expert"),
     "length": "sequence",
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
     "act_mlp": "tensor",
 }
-DATA_AXES = ("replica", "fsdp", "sequence")  # the axes that cut a batch [B, T]
+DATA_AXES = ("replica", "fsdp", "expert", "sequence")  # the axes that cut a batch [B, T]
 
 _rules: ContextVar[Mapping[str, MeshAxes]] = ContextVar("sharding_rules", default=RULES)
 

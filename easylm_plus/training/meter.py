@@ -60,14 +60,14 @@ class Meter:
 
     def _reset(self) -> None:
         zeros = [0.0] * len(self.sources)
-        self._sums: dict[str, Any] = {"nll": zeros, "tokens": zeros, "loss": 0.0, "count": 0}
+        self._sums: dict[str, Any] = {"nll": zeros, "tokens": zeros, "loss": 0.0, "count": 0, "router": {}}
 
     def get_state(self) -> dict[str, Any]:
         """The sums since the last row: part of a checkpoint, so that the next row covers the same steps."""
         return dict(self._sums)  # written in the background, while the next steps go on adding
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._sums = dict(state)
+        self._sums = {"router": {}, **state}
 
     def waited(self, seconds: float) -> None:
         """Counts time that the loop spent waiting for a batch."""
@@ -96,6 +96,8 @@ class Meter:
         if metrics["ok"]:
             for name in ("nll", "tokens"):
                 self._sums[name] = [a + float(b) for a, b in zip(self._sums[name], metrics["sums"][name])]
+            router = metrics["sums"].get("router", {})  # of models with experts
+            self._sums["router"] = {k: self._sums["router"].get(k, 0.0) + float(v) for k, v in router.items()}
             self._sums["loss"] += float(metrics["loss"])
             self._sums["count"] += 1
         if step % self.every == 0:
@@ -109,6 +111,8 @@ class Meter:
 
     def _write(self, step: int, metrics: Any, extra: dict[str, Any]) -> None:
         nll, tokens = np.asarray(self._sums["nll"]), np.asarray(self._sums["tokens"])
+        router = dict(self._sums["router"])
+        routed = router.pop("tokens", 0.0)
         seconds = time.perf_counter() - self._since
         rate = self._steps * self.step_tokens / max(seconds, 1e-9)
         tflops = rate * self.flops_per_token / 1e12
@@ -116,6 +120,7 @@ class Meter:
             "loss": self._sums["loss"] / self._sums["count"] if self._sums["count"] else float("nan"),
             **{f"loss/{s}": float(nll[i] / tokens[i]) for i, s in enumerate(self.sources) if tokens[i]},
             **{k: float(metrics[k]) for k in ("grad_norm", "learning_rate") if k in metrics},
+            **{f"router/{name}": value / routed for name, value in router.items() if routed},
             "loss_tokens": float(tokens.sum()),
             "skipped": int(metrics["skipped"]),
             "tokens_per_second": rate,

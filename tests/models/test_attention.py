@@ -79,7 +79,9 @@ def check_gradients(actual, expected):
 
 def run(name, q, k, v, segments, window):
     if name == "splash":
-        return jax.jit(lambda *args: attention._splash(*args, window, interpret=True))(q, k, v, segments)
+        return jax.jit(lambda *args: attention._splash(*args, attention.Sight(window=window), interpret=True))(
+            q, k, v, segments
+        )
     config = preset("debug", attention=name, sliding_window=window)
     return jax.jit(lambda *args: attention.attend(*args, config))(q, k, v, segments)
 
@@ -227,10 +229,12 @@ def test_gradients_of_splash_over_a_mesh():
     """Cut over batch and heads; within a loop and under remat, as the model calls it."""
     q, k, v = inputs(4, 128, 4, 2, 16)
     segments, cotangent = documents(4, 128), inputs(4, 128, 4, 2, 16, seed=1)[0]
-    kernel = lambda q, k, v: attention._splash(q, k, v, jnp.asarray(segments), 0, interpret=True)
+    kernel = lambda q, k, v: attention._splash(q, k, v, jnp.asarray(segments), attention.Sight(), interpret=True)
     body = jax.checkpoint(lambda q, k, v: kernel(q, k, v))
     twice = lambda f: lambda q, k, v: (jax.lax.scan(lambda x, _: (f(x, k, v), None), q, None, 2)[0] * cotangent).sum()
-    xla = lambda q, k, v: attention._masked(q, k, v, attention.causal_mask(128, jnp.asarray(segments), 0))
+    xla = lambda q, k, v: attention._masked(
+        q, k, v, attention.visible_mask(128, jnp.asarray(segments), attention.Sight())
+    )
     expected = jax.jit(jax.grad(twice(xla), argnums=(0, 1, 2)))(q, k, v)
     with sharding.use(make_mesh({"fsdp": 4, "tensor": 2})):
         actual = jax.jit(jax.grad(twice(body), argnums=(0, 1, 2)))(q, k, v)
@@ -255,7 +259,7 @@ def test_a_fused_kernel_finds_its_rows_and_heads(mesh, layout, heads):
     """What runs on each device's share is any function of whole rows; cuDNN's cannot run here, jax.nn's can."""
     q, k, v = inputs(4, 16, *heads)
     segments, window = documents(4, 16) if layout == "packed window" else None, LAYOUTS[layout][1]
-    kernel = lambda *args: attention._whole(*args, window)
+    kernel = lambda *args: attention._whole(*args, attention.Sight(window=window))
     with sharding.use(make_mesh(mesh)):
         actual = jax.jit(lambda *args: attention._on_shards(kernel, *args))(q, k, v, segments)
     check(actual, run("xla", q, k, v, segments, window))

@@ -15,6 +15,7 @@ import pytest
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import matmul_parameters, train_flops_per_token
 from easylm_plus.models.families import PRESETS, preset
+from easylm_plus.models.norms import RMSNorm
 from easylm_plus.models.transformer import (
     Transformer,
     abstract_parameters,
@@ -22,7 +23,7 @@ from easylm_plus.models.transformer import (
     stack_layers,
     unstack_layers,
 )
-from easylm_plus.models.weights import MissingWeight, RMSNorm
+from easylm_plus.models.weights import MissingWeight
 from easylm_plus.numerics.precision import POLICIES, precision
 
 SMALL = preset("debug", vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8, init="fan_in")
