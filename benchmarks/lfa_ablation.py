@@ -1,0 +1,250 @@
+"""Yuan 2.0's Table 1 (arXiv:2311.15786) at a size that a CPU trains: which filter of queries and keys lowers the loss.
+
+    python benchmarks/lfa_ablation.py --do=train                  # all variants and seeds; continues where it stopped
+    python benchmarks/lfa_ablation.py --do=train --share=0/2      # every second run, for two processes side by side
+    python benchmarks/lfa_ablation.py --do=time                   # a step of each variant, alternately
+    python benchmarks/lfa_ablation.py --do=table                  # the table, beside the paper's
+
+The model is Yuan's (LLaMA's with tied embeddings and a feedforward of 4 H) with 4 layers of 128; the text is that of
+package_text.py in rows of 256 tokens of one file each. A seed gives the initial weights, which variants share as far
+as they have them, and the order of the rows; so variants are compared seed by seed. All train with one learning rate,
+chosen on `none` (--variants=none --learning_rate=... --steps=...).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from own_step import OwnStep, with_huge_pages
+from package_text import Document, documents
+
+# the paper's rows, in its order: parameters in millions, ms an iteration, test loss
+PAPER = {
+    "none": (160.3, 577, 1.251),
+    "ema": (160.6, 745, 1.2309),
+    "conv1": (163.9, 596, 1.2444),
+    "conv2": (167.4, 602, 1.2194),
+    "conv3": (171.0, 605, 1.2171),
+    "conv7": (185.1, 621, 1.2093),
+    "two_convs": (167.4, 618, 1.2122),
+    "yuan": (167.4, 631, 1.2069),
+}
+VOCAB, LENGTH, ROWS = 4096, 256, 4
+SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+         "head_dim": 32, "vocab_size": VOCAB, "max_length": LENGTH, "init": "fan_in", "scan_layers": False}  # fmt: skip
+ONE_IN, HELDOUT_ONE_IN, HELDOUT_ROWS = 6, 20, 400
+
+DO = flags.DEFINE_enum("do", "table", ["train", "time", "table"], "what to do")
+FOLDER = flags.DEFINE_string("folder", "runs/lfa_ablation", "of the tokenizer and the results")
+VARIANTS = flags.DEFINE_list("variants", list(PAPER), "to train or time")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "to train with")
+STEPS = flags.DEFINE_integer("steps", 1300, f"of {ROWS} x {LENGTH} tokens")
+RATE = flags.DEFINE_float("learning_rate", 2e-3, "the peak; cosine to a tenth after 100 steps of warm-up")
+SHARE = flags.DEFINE_string("share", "0/1", "i/n: only the runs i, i + n, ... of the list")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "alternations of --do=time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """LENGTH + 1 tokens of one file."""
+
+    id: str
+    ids: Any
+
+
+class Text:
+    """The pieces for training and those held out, and what tells them from other text."""
+
+    def __init__(self, folder: Path):
+        from data_pipelines.tokenization import load_tokenizer
+        from data_pipelines.train_tokenizer import train
+
+        train_documents, heldout_documents = documents(ONE_IN, HELDOUT_ONE_IN)
+        path = folder / "tokenizer"
+        if not path.exists():
+            train((document.text for document in train_documents), VOCAB, (), path)
+        self.tokenizer = load_tokenizer(path)
+        self.train = list(self._pieces(train_documents))
+        self.heldout = list(self._pieces(heldout_documents))
+        # from all files, not the first ones by name, which are of one package
+        self.heldout = self.heldout[:: max(1, len(self.heldout) // HELDOUT_ROWS)][:HELDOUT_ROWS]
+        size = lambda documents: sum(len(document.text.encode()) for document in documents)
+        self.bytes = {"train": size(train_documents), "heldout": size(heldout_documents)}
+        digest = hashlib.sha256()
+        for piece in (*self.train, *self.heldout):
+            digest.update(piece.ids.tobytes())
+        self.hash = digest.hexdigest()[:16]
+
+    def _pieces(self, found: Sequence[Document]) -> Iterator[Piece]:
+        """Whole rows only: without packing no filter can look into another document, and no row has padding."""
+        import numpy as np
+
+        bos, eos = [self.tokenizer.bos_id], [self.tokenizer.eos_id]
+        for document, ids in zip(found, self.tokenizer.encode_batch([d.text for d in found]), strict=True):
+            ids = np.concatenate([bos, ids, eos]).astype(np.int32)
+            for start in range(0, len(ids) - LENGTH, LENGTH):
+                yield Piece(f"{document.name}:{start}", ids[start : start + LENGTH + 1])
+
+
+def encode(piece: Piece) -> Any:
+    """A piece as the loader takes it: every token is learned."""
+    import numpy as np
+
+    from data_pipelines.packing import Example
+
+    return Example(piece.ids, np.ones(LENGTH + 1, np.float32))
+
+
+def make_model(variant: str) -> Any:
+    """The model with this filter."""
+    from easylm_plus.models.families import preset
+    from easylm_plus.models.transformer import Transformer
+    from easylm_plus.numerics.precision import precision
+
+    return Transformer(preset("yuan-2b", lfa_variant=variant, **SHAPE), precision("float32"))
+
+
+def train_one(variant: str, seed: int, text: Text) -> dict[str, Any]:
+    """A run: what it was and what came out."""
+    import jax
+
+    from data_pipelines.loader import Loader, evaluation_batches
+    from easylm_plus.config import base
+    from easylm_plus.evaluation.loss import make_evaluate
+    from easylm_plus.models.transformer import init_parameters
+    from easylm_plus.objectives.lm import LanguageModel
+    from easylm_plus.training.optimizer import adamw
+    from easylm_plus.training.state import new_state
+    from easylm_plus.training.step import make_train_step
+
+    steps, rate = STEPS.value, RATE.value
+    config = base()
+    config.optimizer.update(
+        learning_rate=rate, end_learning_rate=rate / 10, warmup_steps=100, b2=0.99, weight_decay=0.1
+    )
+    model = make_model(variant)
+    objective, optimizer = LanguageModel(model, 1), adamw(config.optimizer, steps)
+    step = jax.jit(make_train_step(objective, optimizer, config.train), donate_argnums=0)
+    state = new_state(init_parameters(model, jax.random.key(seed)), optimizer, ema=False)
+    loader = Loader({"text": text.train}, None, encode, batch_size=ROWS, length=LENGTH, packing="none", seed=seed)
+    evaluate = make_evaluate(objective, ["text"])
+    heldout = lambda: (
+        batch.arrays
+        for batch in evaluation_batches({"text": text.heldout}, encode, batch_size=16, length=LENGTH, packing="none")
+    )
+    losses, curve, start = [], {}, time.perf_counter()
+    for done in range(1, steps + 1):
+        state, metrics = step(state, next(loader).arrays)
+        losses.append(metrics["loss"])
+        if done in (steps // 2, steps):
+            curve[done] = evaluate(state.params, heldout())["eval/loss"]
+    return {
+        "variant": variant, "seed": seed, "learning_rate": rate, "steps": steps, "tokens": steps * ROWS * LENGTH,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)), "heldout": curve[steps],
+        "heldout_halfway": curve[steps // 2], "train": float(sum(losses[-100:]) / 100),
+        "seconds": round(time.perf_counter() - start, 1), "data": text.hash,
+    }  # fmt: skip
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two runs the same."""
+    return row["variant"], row["seed"], row["learning_rate"], row["steps"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file that may not be there yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_all(folder: Path) -> None:
+    """Trains what the results do not have yet; one line each."""
+    results = folder / "results.jsonl"
+    share, shares = map(int, SHARE.value.split("/"))
+    todo = [(variant, int(seed), RATE.value, STEPS.value) for seed in SEEDS.value for variant in VARIANTS.value]
+    text = Text(folder)
+    print(f"{text.bytes} bytes, {len(text.train):,} rows to train on, {len(text.heldout)} held out, hash {text.hash}")
+    for run in todo[share::shares]:
+        rows = read(results)
+        if other := {row["data"] for row in rows} - {text.hash}:
+            sys.exit(f"{results}: found results on other data ({', '.join(other)}); expected {text.hash}; remove it")
+        if run in map(key, rows):
+            continue
+        row = train_one(*run[:2], text)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print({name: row[name] for name in ("variant", "seed", "heldout", "seconds")}, flush=True)
+
+
+def time_all(folder: Path) -> None:
+    """Seconds of a step by variant, all in turns in one process; the machine's load goes into the file."""
+    import jax
+    import numpy as np
+
+    from easylm_plus.models.transformer import init_parameters
+
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
+    models = {variant: make_model(variant) for variant in VARIANTS.value}
+    steps = {name: OwnStep(model, init_parameters(model, jax.random.key(0)), tokens) for name, model in models.items()}
+    for run in steps.values():
+        run(2)
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    for _ in range(ROUNDS.value):
+        for variant, run in steps.items():
+            times[variant].append(statistics.median(run(6)["seconds"][1:]))
+    row = {"seconds": times, "load": os.getloadavg(), "cores": len(os.sched_getaffinity(0))}
+    (folder / "times.json").write_text(json.dumps(row) + "\n")
+    print("load", row["load"], "cores", row["cores"])
+    for variant, seconds in times.items():
+        print(f"{variant:10} best {min(seconds) * 1e3:.1f} ms, median {statistics.median(seconds) * 1e3:.1f} ms")
+
+
+def table(folder: Path) -> None:
+    """Prints the results of --steps and --learning_rate as a table."""
+    rows = [r for r in read(folder / "results.jsonl") if key(r)[2:] == (RATE.value, STEPS.value)]
+    times = folder / "times.json"
+    seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
+    losses = {v: {r["seed"]: r["heldout"] for r in rows if r["variant"] == v} for v in PAPER}
+    sizes = {r["variant"]: r["parameters"] for r in rows}
+    print("| filter | seeds | parameters | held-out loss | against none | step | paper: loss | against none | time |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for variant, (_, ms, paper) in PAPER.items():
+        mine, base = losses[variant], losses["none"]
+        differences = [mine[seed] - base[seed] for seed in mine if seed in base]
+        if not differences:
+            continue
+        ratios = [a / b for a, b in zip(seconds.get(variant, ()), seconds.get("none", ()), strict=True)]
+        cells = [
+            variant, len(mine), f"{sizes[variant]:,}", spread(list(mine.values()), ""), spread(differences, "+"),
+            f"{statistics.median(ratios):.2f}" if ratios else "-", f"{paper:.4f}",
+            f"{paper - PAPER['none'][2]:+.4f}", f"{ms / PAPER['none'][1]:.2f}",
+        ]  # fmt: skip
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def spread(values: list[float], sign: str) -> str:
+    """Mean and standard deviation."""
+    deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+    return f"{statistics.mean(values):{sign}.4f} ± {deviation}"
+
+
+def main(_: list[str]) -> None:
+    folder = Path(FOLDER.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    if unknown := set(VARIANTS.value) - set(PAPER):
+        sys.exit(f"--variants: found {', '.join(sorted(unknown))}; expected some of {', '.join(PAPER)}")
+    {"train": train_all, "time": time_all, "table": table}[DO.value](folder)
+
+
+if __name__ == "__main__":
+    with_huge_pages()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    app.run(main)
