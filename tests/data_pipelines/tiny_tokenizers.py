@@ -11,11 +11,16 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 real_data = [pytest.mark.real_data, pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data")]
 
 CHAT = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+YUAN = ["<eod>", "<n>", "<sep>", "<pad>", "<commit_before>", "<commit_msg>", "<commit_after>"]
+CODE_LLAMA = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
+FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+EXTRA = [f"<extra_id_{i}>" for i in range(20)]
 BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "llama2c")
 SENTENCES = [
     "Bees make honey, and bears like it; the moon is far away.",
@@ -30,11 +35,17 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="tiny_tokenizers_")
 @functools.cache
 def tiny(kind):
     """bytes | first | always: tokenizer.json, byte-level or Metaspace with that prepend_scheme. sentencepiece: the
-    chat tokens as user-defined symbols; control: as control symbols; llama2c: a .bin without chat tokens."""
+    chat tokens as user-defined symbols; control: as control symbols; llama2c: a .bin without chat tokens; yuan,
+    code_llama: sentencepiece with those pieces as their files have them; objectives: bytes with FIM, EXTRA, <mask>."""
     folder = Path(_FOLDER.name) / kind
     folder.mkdir()
     if kind == "sentencepiece":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=CHAT))
+    elif kind in ("yuan", "code_llama"):
+        (folder / "tokenizer.model").write_bytes(with_pieces(YUAN if kind == "yuan" else CODE_LLAMA))
+    elif kind == "objectives":
+        special = ("<unk>", "<bos>", "<eos>", *FIM, *EXTRA, "<mask>")
+        hugging_face("bytes", special).save(str(folder / "tokenizer.json"))
     elif kind == "control":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=CHAT))
     elif kind == "llama2c":
@@ -82,6 +93,14 @@ def _trained(user_defined_symbols, control_symbols):
 
 def sentencepiece_model(user_defined_symbols=(), control_symbols=()):
     return _trained(tuple(user_defined_symbols), tuple(control_symbols))
+
+
+def with_pieces(pieces):
+    """A sentencepiece model with further pieces of the ordinary type."""
+    proto = sentencepiece_proto(sentencepiece_model())
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=0.0, type=PieceType.NORMAL)
+    return proto.SerializeToString()
 
 
 def llama2c_file(model):
