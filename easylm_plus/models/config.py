@@ -20,7 +20,7 @@ EMA_SIZE = 16  # averages a channel
 ATTENTIONS = ("auto", "xla", "blocked", "cudnn", "splash")
 CHOICES = {  # keys that take one of a few names
     "norm": ("rms", "layer", "layer_no_bias"),
-    "activation": ("silu", "relu2", "gelu", "gelu_tanh"),
+    "activation": ("silu", "relu", "relu2", "gelu", "gelu_tanh"),
     "positions": ("rotary", "learned"),
     "rope_scaling": ROPE_SCALINGS,
     "rope_dtype": ("float32", "bfloat16"),
@@ -51,7 +51,7 @@ class ModelConfig:
     sub_norms: bool = False  # a norm before the last matrix of attention and of the feed-forward (BitNet)
     causal: bool = True  # a query sees no later key; False: all of its document (for masked-token training)
     # --- feed-forward ---
-    activation: str = "silu"  # silu | relu2 | gelu | gelu_tanh (GPT-2)
+    activation: str = "silu"  # silu | relu | relu2 | gelu | gelu_tanh (GPT-2)
     gated: bool = True  # down(act(gate(x)) * up(x)); False: down(act(up(x)))
     mlp_bias: bool = False
     num_experts: int = 0  # 0: dense

@@ -22,6 +22,7 @@ from easylm_plus.parallel.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
+    "relu": nn.relu,  # Switch
     "relu2": lambda x: jax.numpy.square(nn.relu(x)),  # So et al. 2021, arXiv:2109.08668; BitNet b1.58 2B4T
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),  # GPT-2 and GPT-3

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from easylm_plus.errors import UserError
+from easylm_plus.models.config import active_feedforward
 from easylm_plus.models.families import PRESETS, preset
 from easylm_plus.models.transformer import Transformer, abstract_parameters
 
@@ -19,10 +20,16 @@ PUBLISHED = {  # elements in the released safetensors, tied heads once
     "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
     "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "codellama-7b": 6_738_546_688,
     "codellama-34b": 33_743_970_304,
     "mistral-7b": 7_241_732_096,
     "qwen2-7b": 7_615_616_512,
+    "mixtral-8x7b": 46_702_792_704,
+    "gpt2-124m": 124_439_808,
+    "bitnet-2b4t": 2_412_820_480,
 }
 
 
@@ -34,6 +41,29 @@ def count(config):
 def test_the_published_size(name):
     assert count(preset(name)) == PUBLISHED[name]
     assert count(dataclasses.replace(preset(name), num_kv_heads=1)) != PUBLISHED[name]
+
+
+ROUNDED = {  # billions, as the papers print them
+    "palm-8b": "8.63", "palm-62b": "62.50", "palm-540b": "540.35", "gpt3-13b": "12.9", "gpt3-175b": "174.6",
+    "yuan-m32": "39.94",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_the_rounded_size_of_the_paper(name):
+    """Rounded or cut off (PaLM's 540.356B is printed as 540.35). GPT-3's are those of its table D.1."""
+    digits = len(ROUNDED[name].partition(".")[2])
+    assert abs(count(preset(name)) / 1e9 - float(ROUNDED[name])) < 10**-digits
+
+
+def test_a_token_meets_few_of_the_experts():
+    """Mixtral: 13B active (arXiv:2401.04088); M32: 3.70B. Active: all weights but the experts not chosen."""
+    for name, active in (("mixtral-8x7b", "12.88"), ("yuan-m32", "3.70")):
+        config = preset(name)
+        idle = dataclasses.replace(config, experts_per_token=config.num_experts - config.experts_per_token)
+        one = active_feedforward(idle) - active_feedforward(dataclasses.replace(idle, experts_per_token=1))
+        unused = one + one // (idle.experts_per_token - 1)
+        assert f"{(count(config) - config.num_layers * unused) / 1e9:.2f}" == active
 
 
 def test_skywork_has_the_size_of_its_config():
