@@ -204,8 +204,8 @@ def test_a_trap_is_noticed(change, size):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("use_shareqk", True, "found use_shareqk"), ("attention_bias", True, "found attention_bias"),
-     ("num_attention_heads", 3, "which do not make our layers/0/self_attn/[kq]_proj/kernel")],
+    [("use_shareqk", True, r"found no tensor model\.layers\.0\.self_attn\.qk_proj\.weight"), ("attention_bias", True, "found attention_bias"),
+     ("num_attention_heads", 3, "head_dim = 21")],
 )  # fmt: skip
 def test_what_would_be_read_wrongly_is_an_error(tmp_path, key, value, message):
     shutil.copytree(tiny.ROOT / "tests/golden" / NAME, tmp_path / "yuan")
@@ -253,8 +253,8 @@ def test_each_variant_decodes_as_it_trains_and_sees_no_later_token(variant):
 
 def test_table_1_of_the_paper_has_these_parameters():
     """L = 6, H = 768, V = 135040, tied, ffn 4H; in millions, as printed."""
-    printed = {"none": 160.3, "conv1": 163.9, "conv2": 167.4, "conv3": 171.0, "conv7": 185.1, "two_convs": 167.4,
-               "yuan": 167.4}  # fmt: skip
+    printed = {"none": 160.3, "ema": 160.6, "conv1": 163.9, "conv2": 167.4, "conv3": 171.0, "conv7": 185.1,
+               "two_convs": 167.4, "yuan": 167.4}  # fmt: skip
     for variant, millions in printed.items():
         config = preset("yuan-2b", num_layers=6, hidden_size=768, intermediate_size=3072, num_heads=12,
                         num_kv_heads=12, head_dim=64, lfa_variant=variant)  # fmt: skip
@@ -288,6 +288,24 @@ def test_bfloat16_is_near():
     model, params, _ = loaded()
     half = Transformer(model.config, precision("bf16")).apply({"params": params}, golden()["input_ids"])
     assert 1e-3 < error(half, "logits") < 1.0
+
+
+def test_the_norm_is_a_key_of_its_own():
+    """yuan is two_convs with it; any other filter can have it."""
+    ids = np.random.default_rng(0).integers(0, 64, (2, 12))
+    logits = lambda model, params: model.apply({"params": params}, ids)
+    yuan, pair = small("yuan"), small("two_convs", lfa_norm=True)
+    params = init_parameters(yuan, jax.random.key(0))
+    np.testing.assert_array_equal(logits(yuan, params), logits(pair, params))
+    assert np.abs(logits(small("two_convs"), params) - logits(yuan, params)).max() > 1e-3
+    gates = {}
+    for norm in (False, True):
+        model = small("conv2", num_layers=1, lfa_norm=norm)
+        _, seen = model.apply({"params": init_parameters(model, jax.random.key(0))}, ids,
+                              capture_intermediates=True, mutable="intermediates")  # fmt: skip
+        (gates[norm],) = seen["intermediates"]["layers"]["0"]["self_attn"]["lf_gate"]["__call__"]
+    expected = gates[False] / np.sqrt(np.mean(np.square(gates[False]), axis=-1, keepdims=True))
+    np.testing.assert_allclose(gates[True], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scanned_and_unrolled_start_alike():
