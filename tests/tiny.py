@@ -21,7 +21,7 @@ from data_pipelines.packing import pack_pool
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Example
 from data_pipelines.train_tokenizer import CHAT_TOKENS
-from easylm_plus.interop.huggingface import LLAMA
+from easylm_plus.interop.tables import LLAMA
 from easylm_plus.models.families import preset
 from easylm_plus.models.transformer import Transformer, init_parameters, unstack_layers
 from easylm_plus.numerics.precision import precision
@@ -185,11 +185,12 @@ def next_token_batch(ids: np.ndarray, targets: np.ndarray | None = None) -> dict
 
 def under_their_names(tree: dict) -> dict[str, np.ndarray]:
     """A tree of a LLaMA as {Hugging Face's name: array in its layout}."""
+    theirs_of = {rule.ours[0]: rule.theirs[0] for rule in LLAMA}
     tree, names = (tree if "0" in tree["layers"] else unstack_layers(tree)), {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         keys = [entry.key for entry in path]
         layer = keys[1] if keys[0] == "layers" else ""
-        theirs = LLAMA["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].theirs[0].format(i=layer)
+        theirs = theirs_of["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].format(i=layer)
         names[theirs] = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
     return names
 

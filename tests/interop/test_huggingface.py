@@ -89,9 +89,13 @@ MIXED_WINDOWS = {
 @pytest.mark.parametrize(
     ("keys", "message"),
     (
-        ({"architectures": ["GPT2LMHeadModel"]}, "found architecture GPT2LMHeadModel, expected one of Llama"),
+        ({"architectures": ["OPTForCausalLM"]}, "found architecture OPTForCausalLM, expected one of Llama"),
         ({"architectures": None}, "found architecture none"),
-        ({"hidden_act": "gelu"}, "found hidden_act 'gelu', expected 'silu'"),
+        ({"hidden_act": "tanh"}, "found hidden_act 'tanh', expected one of silu, "),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "found quantization_config of method 'gptq'",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "found rope scaling 'yarn', expected default"),
         ({"num_attention_heads": 6}, "num_kv_heads = 4: expected a divisor of num_heads = 6"),
         (MIXED_WINDOWS, "found max_window_layers 1"),
@@ -178,8 +182,8 @@ def cut(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (remove, rf"found no tensor {Q_PROJ}, which is our layers/1/self_attn/q_proj/kernel \[64, 64\]"),
-        (cut, rf"{Q_PROJ} has shape \[64, 63\], our layers/1/self_attn/q_proj/kernel expects \[64, 64\]"),
+        (remove, rf"found no tensor {Q_PROJ} \[64, 64\], which is our layers/1/self_attn/q_proj/kernel"),
+        (cut, rf"{Q_PROJ} has shape \[63, 64\], expected \[64, 64\] \(our layers/1/self_attn/q_proj/kernel\)"),
     ),
 )
 def test_a_tensor_that_does_not_fit_is_named(folder, change, message):

@@ -204,7 +204,8 @@ def test_a_trap_is_noticed(change, size):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("use_shareqk", True, r"found no tensor model\.layers\.0\.self_attn\.qk_proj\.weight"), ("attention_bias", True, "found attention_bias"),
+    [("use_shareqk", True, r"found no tensor model\.layers\.0\.self_attn\.qk_proj"),
+     ("attention_bias", True, "found attention_bias"),
      ("num_attention_heads", 3, "head_dim = 21")],
 )  # fmt: skip
 def test_what_would_be_read_wrongly_is_an_error(tmp_path, key, value, message):

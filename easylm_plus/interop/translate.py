@@ -1,0 +1,110 @@
+"""Between other people's tensors and our weights, by the tables of tables.py."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from easylm_plus.errors import UserError
+from easylm_plus.interop.tables import Rule, Table
+from easylm_plus.interop.tensor_files import Layout, ShardWriter, Tensors
+from easylm_plus.interop.weights import Index, Names, Weights, in_threads, indices, piece_shapes, stored
+from easylm_plus.models.config import ModelConfig
+
+Progress = Callable[[int], None]  # told the bytes of what was written
+
+
+def rules_for(table: Table, shapes: dict[str, tuple[int, ...]], place: str) -> list[Rule]:
+    """The rules about the weights that a model has; an error names one that no rule is about."""
+    rules = [rule for rule in table if all(name in shapes for name in rule.ours)]
+    if homeless := sorted(set(shapes) - {name for rule in rules for name in rule.ours}):
+        raise UserError(f"{place}: found no tensors that stand for our {homeless[0]}")
+    return rules
+
+
+def their_names(rule: Rule, index: Index) -> list[str]:
+    """A rule's tensors for a layer and an expert."""
+    return [name.format(**dict(zip("ie", index))) for name in rule.theirs]
+
+
+def their_shapes(rule: Rule, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> list[tuple[int, ...]]:
+    """The shapes of a rule's tensors, which follow from those of our pieces."""
+    empty = tuple(np.broadcast_to(np.zeros((), np.uint8), shapes[name]) for name in rule.ours)
+    return [array.shape for array in rule.write(empty, config)]
+
+
+class Translated:
+    """Other people's tensors as our weights.
+
+    Args:
+      ignored: whether a tensor that no rule names may be left out.
+
+    Raises UserError, before a tensor is read, for one that is missing, is left over, or has a shape that does not fit.
+    """
+
+    def __init__(self, tensors: Tensors, table: Table, config: ModelConfig, ignored: Callable[[str], bool]):
+        self.config, self.place, self._tensors = config, tensors.place, tensors
+        self._shapes = piece_shapes(config)
+        rules = rules_for(table, self._shapes, self.place)
+        self.groups: list[Names] = [rule.ours for rule in rules]
+        self._rule_of = {name: rule for rule in rules for name in rule.ours}
+        unread = set(tensors.names()).difference(*(self._check(rule) for rule in rules))
+        if left := sorted(name for name in unread if not ignored(name)):
+            raise UserError(f"{self.place}: found {left[0]} ({len(left)} such), for which this model has no place")
+
+    def _check(self, rule: Rule) -> set[str]:
+        """The names of the tensors that a rule reads."""
+        expected, seen = their_shapes(rule, self._shapes, self.config), set()
+        dtypes: dict[np.dtype, str] = {}
+        for index in indices(rule.ours[0], self.config):
+            for name, shape in zip(their_names(rule, index), expected, strict=True):
+                ours = f"our {stored(rule.ours[0], index, scan=False)[0]}"
+                if name not in self._tensors.names():
+                    raise UserError(f"{self.place}: found no tensor {name} {list(shape)}, which is {ours}")
+                if (found := self._tensors.shape(name)) != shape:
+                    raise UserError(f"{self.place}: {name} has shape {list(found)}, expected {list(shape)} ({ours})")
+                dtypes.setdefault(self._tensors.dtype(name), name)
+                seen.add(name)
+        if len(dtypes) > 1:
+            told = ", ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
+            raise UserError(f"{self.place}: found {told}; expected one dtype for what becomes one array of ours")
+        return seen
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors.dtype(their_names(self._rule_of[name], (0, 0))[0])
+
+    def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        rule = self._rule_of[names[0]]
+        theirs = tuple(self._tensors.read(name) for name in their_names(rule, index))
+        ours = dict(zip(rule.ours, rule.read(theirs, self.config), strict=True))
+        rest = tuple(name for name in names if name not in ours)  # of another rule
+        more = dict(zip(rest, self.read(rest, index), strict=True)) if rest else {}
+        return [(ours | more)[name] for name in names]
+
+
+def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Sequence[Layout]]], ShardWriter],
+                  progress: Progress) -> None:  # fmt: skip
+    """Writes our weights as other people's tensors: first what is there once, then layer after layer.
+
+    The order of writing is another: weight after weight, as they lie in our checkpoints.
+    """
+    config, shapes = weights.config, piece_shapes(weights.config)
+    rules = rules_for(table, shapes, weights.place)
+    tasks = [(rule, index) for rule in rules for index in indices(rule.ours[0], config)]
+    made = {id(rule): their_shapes(rule, shapes, config) for rule in rules}
+    groups = [
+        [
+            Layout(name, weights.dtype(rule.ours[0]), shape)
+            for name, shape in zip(their_names(rule, index), made[id(rule)], strict=True)
+        ]
+        for rule, index in sorted(tasks, key=lambda task: task[1][:1])
+    ]
+
+    def move(task: tuple[Rule, Index]) -> None:
+        rule, index = task
+        arrays = rule.write(tuple(weights.read(rule.ours, index)), config)
+        for name, array in zip(their_names(rule, index), arrays, strict=True):
+            shards.write(name, array)
+            progress(array.nbytes)
+
+    with writer(groups) as shards:
+        in_threads(move, tasks)

@@ -1,0 +1,157 @@
+"""A model's weights, wherever they lie, one matrix at a time.
+
+A piece is one of our weights of one layer (and one expert): the name "layers/{i}/mlp/up_proj/kernel" and the index
+(3,), or (3, 1) for expert 1 of layer 3, or () for what is there once. Whoever has weights hands them out piece by
+piece, whoever wants some asks piece by piece, so that a conversion never holds a model.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from easylm_plus.errors import UserError
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.tree import path_name
+
+Names = tuple[str, ...]
+Index = tuple[int, ...]
+Item = TypeVar("Item")
+WORKERS = 2  # threads that move pieces: one reads while the other writes
+LAYER = "layers/{i}/"
+
+
+class Weights(Protocol):
+    """Our weights, to be read piece by piece from several threads."""
+
+    config: ModelConfig
+    place: str  # for messages
+    groups: list[Names]  # every weight once; those that are cheapest read together are together
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
+        """The pieces of these weights at this index, perhaps views that must not be written to."""
+        ...
+
+
+def piece_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """name -> shape of one piece, of every weight that a model of this config has."""
+    model = Transformer(ModelConfig(**{**vars(config), "scan_layers": True}))
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)[0]):
+        name = path_name(path)
+        name = LAYER + name.removeprefix("layers/") if name.startswith("layers/") else name
+        shapes[name] = tuple(leaf.shape[len(stack_sizes(name, config)) :])
+    return shapes
+
+
+def stack_sizes(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """How many pieces a weight has: (), (layers,) or (layers, experts)."""
+    if not name.startswith(LAYER):
+        return ()
+    return (config.num_layers, config.num_experts) if "/experts/" in name else (config.num_layers,)
+
+
+def indices(name: str, config: ModelConfig) -> Iterator[Index]:
+    """The indices of a weight's pieces."""
+    return itertools.product(*map(range, stack_sizes(name, config)))
+
+
+def stored(name: str, index: Index, scan: bool) -> tuple[str, Index]:
+    """Where a piece lies in a parameter tree with stacked layers or not: the array's name, and the index into it."""
+    if not name.startswith(LAYER):
+        return name, index
+    if scan:
+        return "layers/" + name.removeprefix(LAYER), index
+    return name.format(i=index[0]), index[1:]
+
+
+def stored_shapes(config: ModelConfig, scan: bool) -> dict[str, tuple[int, ...]]:
+    """name -> shape of every array of the parameter tree."""
+    shapes = {}
+    for name, shape in piece_shapes(config).items():
+        sizes = stack_sizes(name, config)
+        for index in indices(name, config):
+            key, inner = stored(name, index, scan)
+            shapes[key] = (*sizes[len(sizes) - len(inner) :], *shape)
+    return shapes
+
+
+class Stacked:
+    """The weights of a parameter tree, stacked or not.
+
+    Args:
+      arrays: name in the tree -> anything with shape and dtype.
+      fetch: name in the tree -> that array on the host. What was last fetched is kept, so each is fetched once where
+        all pieces of a weight are read before those of the next.
+
+    Raises UserError where the arrays are not those of the config.
+    """
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], np.ndarray], place: str):
+        self.config, self.place, self._arrays, self._fetch = config, place, arrays, fetch
+        self._scan = not any(name.startswith("layers/0/") for name in arrays)
+        self._kept: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.groups: list[Names] = [(name,) for name in piece_shapes(config)]
+        expected = stored_shapes(config, self._scan)
+        for key in sorted({*expected, *arrays}):
+            found = tuple(arrays[key].shape) if key in arrays else None
+            if found != expected.get(key):
+                raise UserError(f"{place}: {key}: found {_show(found)}, its config expects {_show(expected.get(key))}")
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._arrays[stored(name, (0, 0), self._scan)[0]].dtype)
+
+    def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        places = [stored(name, index, self._scan) for name in names]
+        with self._lock:
+            wanted = {key for key, _ in places}
+            if missing := wanted - self._kept.keys():
+                self._kept = {key: array for key, array in self._kept.items() if key in wanted}
+                self._kept |= {key: self._fetch(key) for key in sorted(missing)}
+            return [self._kept[key][inner] for key, inner in places]
+
+
+def _show(shape: tuple[int, ...] | None) -> object:
+    return "nothing" if shape is None else list(shape)
+
+
+def of_params(config: ModelConfig, params: Any, place: str) -> Stacked:
+    """The weights of a tree of plain floating-point arrays, on any device."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for name, leaf in leaves.items():
+        if not jax.numpy.issubdtype(getattr(leaf, "dtype", np.dtype(object)), np.floating):
+            raise UserError(f"{place}: {name} is {getattr(leaf, 'dtype', type(leaf))}, expected plain floating point")
+    return Stacked(config, leaves, lambda name: np.asarray(leaves[name]), place)
+
+
+class Cast:
+    """The same weights in another floating-point dtype."""
+
+    def __init__(self, weights: Weights, dtype: np.dtype):
+        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
+        self._weights, self._dtype = weights, np.dtype(dtype)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        return [array.astype(self._dtype, copy=False) for array in self._weights.read(names, index)]
+
+
+def in_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
+    """Calls `work` for all items from WORKERS threads; the first error stops the rest and is raised."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting = [pool.submit(work, item) for item in items]
+        try:
+            for future in as_completed(waiting):
+                future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

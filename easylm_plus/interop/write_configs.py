@@ -1,0 +1,132 @@
+"""ModelConfig -> config.json of Hugging Face.
+
+What the architecture cannot express is an error that names the key: `export_config` reads what it wrote and compares.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from easylm_plus.errors import UserError
+from easylm_plus.interop.configs import ACTIVATIONS, GPT2_KEYS, Raw, architecture, parse_config
+from easylm_plus.models.config import ModelConfig
+
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "SkyworkForCausalLM": "skywork",
+    "YuanForCausalLM": "yuan",
+    "MixtralForCausalLM": "mixtral",
+    "GPT2LMHeadModel": "gpt2",
+    "BitNetForCausalLM": "bitnet",
+}
+# Keys of ModelConfig that say how a model is trained or run, and have no place in other people's configs.
+OWN = ("init", "attention", "grouped", "scan_layers", "remat", "lfa_reset", "capacity_factor")
+# Keys of theirs that ours replace as a whole when a model goes back to where it came from.
+REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "head_dim", "quantization_config",
+            "attention_projection_size", "moe_config", "sliding_window", "use_sliding_window", "layer_types",
+            "max_window_layers", "attention_bias", "mlp_bias", "transformers_version")  # fmt: skip
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The architecture that a model of our own is exported as; `export_config` checks that it fits in all keys."""
+    c = config
+    tests = (
+        (c.lfa_variant == "yuan" or c.share_qk, "YuanForCausalLM"),
+        (c.positions == "learned", "GPT2LMHeadModel"),
+        (c.sub_norms, "BitNetForCausalLM"),
+        (c.num_experts > 0, "MixtralForCausalLM"),
+        (c.qkv_bias and not c.o_bias, "Qwen2ForCausalLM"),
+        (c.sliding_window > 0, "MistralForCausalLM"),
+    )
+    return next((name for found, name in tests if found), "LlamaForCausalLM")
+
+
+def write_config(config: ModelConfig, name: str) -> Raw:
+    """ModelConfig -> the keys of a config.json that transformers (4 and 5) and `parse_config` read."""
+    raw = {
+        "architectures": [name],
+        "model_type": MODEL_TYPES[name],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_length,
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    if name == "GPT2LMHeadModel":
+        raw["layer_norm_epsilon"] = config.norm_eps
+        return {GPT2_KEYS.get(key, key): value for key, value in raw.items()}
+    raw["rms_norm_eps"] = config.norm_eps
+    return raw | (_write_yuan(config) if name == "YuanForCausalLM" else _write_llama(config, name))
+
+
+def _write_llama(config: ModelConfig, name: str) -> Raw:
+    raw: Raw = {
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+    }
+    if config.rope_scaling != "none":
+        raw["rope_scaling"] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        raw["rope_scaling"] |= {
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_length,
+        }
+    if name in ("LlamaForCausalLM", "BitNetForCausalLM"):
+        raw["attention_bias"] = config.o_bias
+    if name == "LlamaForCausalLM":
+        raw["mlp_bias"] = config.mlp_bias
+    if name == "Qwen2ForCausalLM":
+        raw |= {"use_sliding_window": config.sliding_window > 0, "max_window_layers": 0}
+    if name in ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM"):
+        raw["sliding_window"] = config.sliding_window or None
+    if name == "MixtralForCausalLM":
+        raw |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
+    return raw
+
+
+def _write_yuan(config: ModelConfig) -> Raw:
+    raw: Raw = {
+        "model_max_length": config.max_length,
+        "causal_mask": config.causal,
+        "use_shareqk": config.share_qk,
+        # the released code asks for these without a default
+        **dict.fromkeys(("use_flash_attention", "use_loss_mask", "reset_attention_mask", "reset_position_ids"), False),
+    }
+    if config.head_dim * config.num_heads != config.hidden_size:
+        raw["attention_projection_size"] = config.head_dim * config.num_heads
+    if config.rope_theta != 10000.0:
+        raw["rotary_base"] = config.rope_theta
+    if config.num_experts:
+        raw["moe_config"] = {
+            "moe_num_experts": config.num_experts,
+            "moe_top_k": config.experts_per_token,
+            "ffn_hidden_size": config.intermediate_size,
+            "norm_topk_prob": config.norm_topk,
+            "gated_linear_unit": True,
+        }
+    return raw
+
+
+def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place: str) -> Raw:
+    """The config.json of a model on its way out; `original`: that of the model it came from, whose other keys stay.
+
+    Raises UserError naming a key that the architecture has no place for.
+    """
+    name = architecture(original, place) if original else architecture_of(config)
+    raw = write_config(config, name)
+    back = parse_config(raw, place)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config, field.name), getattr(back, field.name)
+        if field.name not in OWN and ours != theirs:
+            raise UserError(f"{place}: model.{field.name} = {ours!r}: {name} has no place for it ({theirs!r} there)")
+    kept = {key: value for key, value in (original or {}).items() if key not in REPLACED}
+    if original and "model_type" in original:
+        raw["model_type"] = original["model_type"]
+    return {**kept, **raw}
