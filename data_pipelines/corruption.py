@@ -9,9 +9,9 @@ learned after it.
 
 Both are one sequence here, and the attention stays causal, while T5's encoder sees its text from both sides. Numbers
 and lengths of the spans are those of the released code (`random_spans_noise_mask`): a text of n tokens loses
-round(n · rate) of them in round(that / span_length) spans, a text begins with tokens that stay and ends with a span,
-and every division into such lengths is equally likely. The eos between the parts is where T5's encoder input ends.
-A text that the sentinels would make too long is cut.
+round(n · rate) of them in round(that / span_length) spans, a text begins with tokens that stay and ends with a span
+(one that has a single span loses its end), and every division into such lengths is equally likely. The eos between the
+parts is where T5's encoder input ends. A text that the sentinels would make too long is cut.
 
 `Masked` (Devlin et al. 2019, arXiv:1810.04805, section 3.1): of the tokens of a text that are not special,
 round(n · rate) are learned where they stand. Of these 80 % are replaced by the mask token, 10 % by a token drawn from
