@@ -92,8 +92,10 @@ PRESETS |= {
     "palm-540b": _llama(18432, 73728, 118, 48, 1, logit_scale=18432**-0.5, **_PALM),
 }
 
-_GPT: dict[str, Any] = {"vocab_size": 50257, "norm": "layer", "norm_eps": 1e-5, "activation": "gelu_tanh", "gated": False,
-                        "mlp_bias": True, "qkv_bias": True, "o_bias": True, "tie_embeddings": True}  # fmt: skip
+_GPT: dict[str, Any] = {
+    "vocab_size": 50257, "norm": "layer", "norm_eps": 1e-5, "activation": "gelu_tanh", "gated": False,
+    "mlp_bias": True, "qkv_bias": True, "o_bias": True, "tie_embeddings": True,
+}  # fmt: skip
 _GPT2, _GPT3 = ({**_GPT, "positions": "learned", "init": "gpt2", "max_length": length} for length in (1024, 2048))
 # FP8-LM never says its vocabulary; the bytes on the wire in its table 5 imply about 100,000 (cl100k, rounded up)
 _GPT_FP8 = {**_GPT, "init": "small", "vocab_size": 100352}

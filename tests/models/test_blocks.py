@@ -1,0 +1,230 @@
+"""PaLM's block and Switch's experts against a derivation of their own: NumPy, float64, one token after the other.
+
+Nothing here is shared with the package but the parameters. Gradients are judged by differences of the float64 loss
+along random directions.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from easylm_plus.models.families import preset
+from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.objectives.lm import LanguageModel
+
+VOCAB, D, F, HEADS, K, LAYERS, EXPERTS = 40, 16, 24, 4, 8, 2, 4
+ATOL = 5e-5
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": D, "intermediate_size": F, "num_heads": HEADS, "head_dim": K,
+    "num_layers": LAYERS, "scan_layers": False, "init": "fan_in", "norm_eps": 1e-5,
+}  # fmt: skip
+PALM = {"num_kv_heads": 1, "norm": "layer_no_bias", "parallel_block": True, "tie_embeddings": True, "logit_scale": 0.25}
+SWITCH = {
+    "num_kv_heads": HEADS, "activation": "relu", "gated": False, "num_experts": EXPERTS, "experts_per_token": 1,
+    "norm_topk": False, "capacity_factor": 1.0,
+}  # fmt: skip
+BALANCE, Z = 0.3, 0.05
+ROOM = 3  # tokens an expert takes: 12 / 4 experts
+IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12)).astype(np.int32)
+
+
+@functools.cache
+def built(kind):
+    """(model, parameters moved off their starting values, so that norm weights matter)."""
+    model = Transformer(preset("debug", **COMMON, **{"palm": PALM, "switch": SWITCH}[kind]))
+    params = init_parameters(model, jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    moved = [np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32) for x in leaves]
+    return model, jax.tree.unflatten(treedef, moved)
+
+
+# --- the derivation ---
+
+
+def layer_norm(x, weight):
+    x = x - x.mean()
+    return x / np.sqrt((x * x).mean() + 1e-5) * weight
+
+
+def rms_norm(x, weight):
+    return x / np.sqrt((x * x).mean() + 1e-5) * weight
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def turned(x, position):
+    """Pairs (i, i + K/2) turned by position * 10000^(-2 i / K)."""
+    half = len(x) // 2
+    angle = position * 10000.0 ** (-np.arange(half) / half)
+    return np.concatenate([x[:half] * np.cos(angle) - x[half:] * np.sin(angle),
+                           x[half:] * np.cos(angle) + x[:half] * np.sin(angle)])  # fmt: skip
+
+
+def attention(h, p):
+    """h[T, D] -> [T, D]; the key heads are shared by groups of query heads."""
+    q, k, v = ((h @ p[f"{n}_proj"]["kernel"]).reshape(len(h), -1, K) for n in "qkv")
+    out = np.zeros((len(h), HEADS, K))
+    for head in range(HEADS):
+        group = head * k.shape[1] // HEADS
+        for t in range(len(h)):
+            query = turned(q[t, head], t)
+            scores = softmax(np.array([query @ turned(k[s, group], s) for s in range(t + 1)]) / np.sqrt(K))
+            out[t, head] = sum(w * v[s, group] for s, w in enumerate(scores))
+    return out.reshape(len(h), -1) @ p["o_proj"]["kernel"]
+
+
+def palm_logits(params, ids, parallel=True, norm=layer_norm, scale=0.25):
+    x = params["embed_tokens"]["embedding"][ids]
+    for i in range(LAYERS):
+        p = params["layers"][str(i)]
+        h = np.array([norm(row, p["input_layernorm"]["weight"]) for row in x])
+        y = attention(h, p["self_attn"])
+        if not parallel:
+            h = np.array([norm(row, p["input_layernorm"]["weight"]) for row in x + y])
+        gate, up = h @ p["mlp"]["gate_proj"]["kernel"], h @ p["mlp"]["up_proj"]["kernel"]
+        x = x + y + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down_proj"]["kernel"]
+    x = np.array([norm(row, params["norm"]["weight"]) for row in x])
+    return scale * x @ params["embed_tokens"]["embedding"].T
+
+
+def switch_experts(h, p, order, normed, capacity):
+    """(y[T, D], the layer's terms of balance and z, dropped tokens)."""
+    logits = h @ p["router"]["kernel"]
+    y, load, chances, z, dropped = np.zeros_like(h), np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0
+    taken = np.zeros(EXPERTS)
+    for t in order(range(len(h))):
+        probabilities = softmax(logits[t])
+        expert = probabilities.argmax()
+        load[expert] += 1
+        chances += probabilities
+        z += np.log(np.exp(logits[t]).sum()) ** 2
+        if taken[expert] == capacity:
+            dropped += 1
+            continue
+        taken[expert] += 1
+        hidden = np.maximum(h[t] @ p["experts"]["up_proj"]["kernel"][expert], 0)
+        y[t] = (1.0 if normed else probabilities[expert]) * (hidden @ p["experts"]["down_proj"]["kernel"][expert])
+    return y, (load, chances, z), dropped
+
+
+def switch_logits(params, ids, order=lambda tokens: tokens, normed=False, capacity=ROOM):
+    """(logits, statistics of each layer, dropped tokens)."""
+    x, stats, lost = params["embed_tokens"]["embedding"][ids], [], 0
+    for i in range(LAYERS):
+        p = params["layers"][str(i)]
+        x = x + attention(np.array([rms_norm(row, p["input_layernorm"]["weight"]) for row in x]), p["self_attn"])
+        h = np.array([rms_norm(row, p["post_attention_layernorm"]["weight"]) for row in x])
+        y, terms, dropped = switch_experts(h, p["mlp"], order, normed, capacity)
+        x, stats, lost = x + y, [*stats, terms], lost + dropped
+    x = np.array([rms_norm(row, params["norm"]["weight"]) for row in x])
+    return x @ params["lm_head"]["kernel"], stats, lost
+
+
+def derived_logits(kind, params, **variant):
+    if kind == "palm":
+        return np.stack([palm_logits(params, row, **variant) for row in IDS])
+    return np.stack([switch_logits(params, row, **variant)[0] for row in IDS])
+
+
+def derived_loss(kind, params):
+    """Cross-entropy over all but the last token, and Switch's two losses of the whole batch."""
+    logits = derived_logits(kind, params)[:, :-1]
+    log_z = np.log(np.exp(logits).sum(-1))
+    picked = np.take_along_axis(logits, IDS[:, 1:, None], axis=-1)[..., 0]
+    loss = (log_z - picked).mean()
+    if kind == "switch":
+        rows = [switch_logits(params, row)[1] for row in IDS]
+        for layer in zip(*rows):
+            load, chances, z = (sum(terms) / IDS.size for terms in zip(*layer))
+            loss += (BALANCE * EXPERTS * (load * chances).sum() + Z * z) / LAYERS
+    return loss
+
+
+# --- the comparison ---
+
+
+def wide(params):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+@functools.cache
+def ours(kind):
+    model, params = built(kind)
+    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, IDS))(params))
+
+
+@pytest.mark.parametrize("kind", ("palm", "switch"))
+def test_logits(kind):
+    np.testing.assert_allclose(ours(kind), derived_logits(kind, wide(built(kind)[1])), rtol=0, atol=ATOL)
+
+
+WRONG = {
+    "palm: one after the other": ("palm", {"parallel": False}),
+    "palm: mean not removed": ("palm", {"norm": rms_norm}),
+    "palm: logits not scaled": ("palm", {"scale": 1.0}),
+    "switch: last tokens first": ("switch", {"order": reversed}),
+    "switch: weight made 1": ("switch", {"normed": True}),
+    "switch: room for all": ("switch", {"capacity": 99}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_derivation_is_noticed(name):
+    kind, variant = WRONG[name]
+    assert np.abs(ours(kind) - derived_logits(kind, wide(built(kind)[1]), **variant)).max() > 1000 * ATOL
+
+
+def loss_and_gradients(kind, **coefficients):
+    model, params = built(kind)
+    objective = LanguageModel(model, 1, chunk=8, **coefficients)
+    batch = tiny.next_token_batch(IDS)
+    share = lambda p: objective(p, batch, objective.denominators(batch))
+    return jax.jit(jax.value_and_grad(share, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("kind", ("palm", "switch"))
+def test_loss_and_gradients(kind):
+    """Along four directions; a gradient without the router's losses has another slope."""
+    params = wide(built(kind)[1])
+    (loss, sums), gradients = loss_and_gradients(kind, router_balance=BALANCE, router_z=Z)
+    assert float(loss) == pytest.approx(derived_loss(kind, params), rel=1e-6)
+    bare = loss_and_gradients(kind)[1]
+    rng, step, missed = np.random.default_rng(2), 1e-6, 0.0
+    for _ in range(4):
+        way = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+        at = lambda s, way=way: derived_loss(kind, jax.tree.map(lambda x, d: x + s * d, params, way))
+        slope = (at(step) - at(-step)) / (2 * step)
+        along = lambda tree, way=way: sum(
+            jax.tree.leaves(jax.tree.map(lambda g, d: (np.float64(g) * d).sum(), tree, way))
+        )
+        assert along(gradients) == pytest.approx(slope, rel=2e-4, abs=2e-5)
+        missed = max(missed, abs(along(bare) - slope))
+    assert (missed > 1e-3) == (kind == "switch")
+    if kind == "switch":
+        assert (
+            sums["router"]["dropped"] * LAYERS == pytest.approx(dropped_tokens(params)) and dropped_tokens(params) > 2
+        )
+
+
+def dropped_tokens(params):
+    return sum(switch_logits(params, row)[2] for row in IDS)
+
+
+def test_capacity_does_not_bind_in_decoding():
+    """One token at a time, with a cache: as if all experts had room."""
+    model, params = built("switch")
+    cache, out = model.init_cache(len(IDS), IDS.shape[1]), []
+    decode = jax.jit(lambda ids, cache: model.apply({"params": params}, ids, None, None, cache))
+    for t in range(IDS.shape[1]):
+        logits, cache = decode(IDS[:, t : t + 1], cache)
+        out.append(logits)
+    roomy = derived_logits("switch", wide(params), capacity=99)
+    np.testing.assert_allclose(jnp.concatenate(out, axis=1), roomy, rtol=0, atol=ATOL)
