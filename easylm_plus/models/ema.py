@@ -103,7 +103,7 @@ def moving_average(x_BTD: jax.Array, state_BDN: jax.Array, a: Averages) -> tuple
     C = min(T, CHUNK)
     S, N = T // C, a.enter.shape[1]
     decays = jnp.exp(a.log_decay[..., None] * jnp.arange(C + 1))  # [D, N, C + 1]: the first is 1
-    response = jnp.einsum("dn,dnc->dc", a.enter * a.leave, decays[..., :C], precision=EXACT)
+    response = (decays[..., :C] * (a.enter * a.leave)[..., None]).sum(1)
     age = jnp.arange(C)[:, None] - jnp.arange(C)  # of the chunk's tokens (columns), as each token (rows) sees them
     within = jnp.where(age >= 0, response[:, jnp.maximum(age, 0)], 0)  # [D, C, C]
     left = a.enter[..., None] * decays[..., C - 1 :: -1]  # [D, N, C]: what a token adds to the state after its chunk
