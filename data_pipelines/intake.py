@@ -141,7 +141,7 @@ class Intake:
                 return
 
     def file_rows(self, open_raw: OpenRaw) -> Iterator[list[Placed]]:
-        separator = self.source.options.get("separator") or 1
+        separator: Any = self.source.options.get("separator") or getattr(self.source.module, "SEPARATOR", 1)
         for file in self.source.files:
             raw = open_raw(self.source.folder / file)
             rows = read_rows(file, name=file.as_posix(), raw=raw, on_error=self.unreadable, separator=separator)

@@ -113,7 +113,8 @@ class Tokenizer(abc.ABC):
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ids; special tokens are left out, or written as the vocabulary spells them."""
+        """Text of ids; special tokens are left out, or written as the vocabulary spells them. Ids that the vocabulary
+        does not have (a model's is often larger) are left out."""
         ids = [int(i) for i in ids]
         if skip_special:
             return self._decode([i for i in ids if i not in self._special_text])
@@ -284,7 +285,8 @@ class SentencePieceTokenizer(Tokenizer):
         return int(token_id)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._processor.decode(ids))
+        size = self._processor.vocab_size()
+        return str(self._processor.decode([i for i in ids if i < size]))
 
 
 def _with_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> tuple[Ids, Ids, Ids]:

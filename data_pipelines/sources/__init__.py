@@ -5,9 +5,10 @@ one line), `ORIGIN` (where a person gets the files), `PATTERNS` (globs under the
 
     convert(row: Row, where: Where) -> list[Conversation]    # DataError where the row does not fit
 
-It may have `REPAIRS`: reason -> function(row) -> row, tried when `convert` raises a DataError with that reason; every
-repair is counted. A module that makes its text up has `generate(**options)` instead, which yields conversations or
-pairs (split, conversation). The kind of a source is the name of its module here, or a dotted path to one elsewhere.
+It may have `SEPARATOR`, what ends a document of a .txt file unless the configuration says otherwise, and `REPAIRS`:
+reason -> function(row) -> row, tried when `convert` raises a DataError with that reason; every repair is counted. A
+module that makes its text up has `generate(**options)` instead, which yields conversations or pairs (split,
+conversation). The kind of a source is the name of its module here, or a dotted path to one elsewhere.
 
 The rest of this file is what the modules share.
 """

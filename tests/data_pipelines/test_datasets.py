@@ -3,13 +3,17 @@
 import hashlib
 import json
 import pickle
+import re
 
 import pytest
 from rich.console import Console
+from tiny_tokenizers import tiny
 
 from data_pipelines import datasets, inspect
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.datasets import DatasetError, open_source, read_manifest, write_manifest, write_source
+from data_pipelines.template import load_template
+from data_pipelines.text_objective import text_objective
 
 
 def conversations(count, text="tell é"):
@@ -161,6 +165,21 @@ def test_inspect_shows_text_as_it_is_and_learned_text_green():
     assert "\x1b]" not in shown and "\u202e" not in shown
     assert "\x1b[32myes" in shown
     assert "\x1b[32m[red]" not in shown
+
+
+def test_inspect_shows_examples_with_what_is_learned():
+    tokenizer = tiny("objectives")
+    template = load_template("text", tokenizer, max_length=65)
+    bees = Conversation("docs", "1", (Turn("text", "bees like honey and the moon, too", 1.0),))
+    shown = {}
+    for name, options in {"none": {}, "spans": {"sentinels": "420:430"}, "masked": {}}.items():
+        learned = text_objective(template, corruption=name, **options)
+        (group,) = inspect.examples([bees], "docs", range(1), learned)
+        shown[name] = screen(group)
+    green = "\x1b[32m"
+    assert f"{green}bees like honey and the moon, too<eos>" in shown["none"]
+    assert re.search(rf"<420>.*<eos>.*{re.escape(green)}<420>.*<eos>", shown["spans"])
+    assert re.search(rf"{re.escape(green)}\[<mask>→\w+\]", shown["masked"])
 
 
 def test_inspect_table_has_every_source_and_reason(folder):

@@ -217,6 +217,12 @@ def test_text_and_jsonl():
     assert brief(conversation) == [("S", "s", 0.25), Q, ("B", "x", 1.0)]
 
 
+def test_yuan():
+    line = lambda text: brief(convert("yuan", {"text": text})[0])
+    assert line("<n>ask<n>more[SEP]tell<eod>") == [("U", "ask\nmore", 0.0), A]
+    assert line("ask<sep>tell▃") == [Q, A] and line("a<n>b") == [("X", "a\nb", 1.0)]
+
+
 BROKEN = [  # kind, row, reason, turn, part of the message
     ("sharegpt", {"text": "x"}, "wrong_keys", None, 'keys "text"; expected {"conversations"'),
     (
@@ -255,6 +261,8 @@ BROKEN = [  # kind, row, reason, turn, part of the message
     ("hh_rlhf", {**HH, "chosen": HH["chosen"].replace("tell", "tell.  Human: ok")}, "marker_in_turn", 2, '"Human:"'),
     ("hh_rlhf", {**HH, "chosen": HH["chosen"].replace("tell", "Human: ok")}, "marker_in_turn", 2, '"Human:"'),
     ("hh_rlhf", {**HH, "chosen": "Hello"}, "no_marker", None, "'Hello'"),
+    ("yuan", {"text": "ask<sep>tell<sep>more"}, "several_sep", None, "2 times <sep>"),
+    ("yuan", {"text": "ask<sep><n>"}, "empty_text", None, "the answer is empty"),
     ("webgpt", {**WEBGPT, "question": "ask"}, "wrong_keys", None, "'ask'"),
     ("webgpt", {**WEBGPT, "score_0": "high"}, "wrong_type", None, '"score_0"'),
     (
@@ -350,6 +358,7 @@ def mutated(value, rng):
         ("webgpt", WEBGPT),
         ("summarize", SUMMARIZE),
         ("text", {"text": "a"}),
+        ("yuan", {"text": "a<sep>b"}),
         ("jsonl", {"turns": [["user", "a", 0.0, True], ["assistant", "b", 1.0, False]]}),
     ],
 )

@@ -69,6 +69,15 @@ def test_a_stream_gives_up_on_broken_text_and_shows_special_tokens_if_asked():
     assert one_by_one != "the 湖"  # what the decoder is for
 
 
+@pytest.mark.parametrize("kind", BACK_ENDS)
+def test_ids_beyond_the_vocabulary_are_no_text(kind):
+    tokenizer = tiny(kind)
+    ids = [*tokenizer.encode("bees"), tokenizer.vocab_size, *tokenizer.encode("bees"), tokenizer.vocab_size + 900]
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("bees") * 2)
+    decoder = StreamDecoder(tokenizer)
+    assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
 def test_sentencepiece_puts_its_space_before_every_segment():
     tokenizer = tiny("sentencepiece")
     space = lambda text: tokenizer.decode([tokenizer.encode("a")[0], *tokenizer.encode(text)])
