@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     model, params = tiny.model(vocab=300)
     c, place = model.config, tmp_path_factory.mktemp("hub") / "llama"
     shutil.copytree(tiny.data() / "tokenizer", place)
-    save_file({name: np.ascontiguousarray(x) for name, x in tiny.under_their_names(params).items()},
+    save_file({name: np.ascontiguousarray(x) for name, x in tiny.under_their_names(params, c).items()},
               place / "model.safetensors")  # fmt: skip
     described = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,

@@ -21,9 +21,12 @@ from data_pipelines.packing import pack_pool
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Example
 from data_pipelines.train_tokenizer import CHAT_TOKENS
-from easylm_plus.interop.tables import LLAMA
+from easylm_plus.interop.tables import ARCHITECTURES
+from easylm_plus.interop.translate import rules_for, their_names
+from easylm_plus.interop.weights import indices, of_params, piece_shapes
+from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.families import preset
-from easylm_plus.models.transformer import Transformer, init_parameters, unstack_layers
+from easylm_plus.models.transformer import Transformer, init_parameters
 from easylm_plus.numerics.precision import precision
 
 ROOT = Path(__file__).parents[1]  # where commands run
@@ -183,15 +186,13 @@ def next_token_batch(ids: np.ndarray, targets: np.ndarray | None = None) -> dict
     }
 
 
-def under_their_names(tree: dict) -> dict[str, np.ndarray]:
-    """A tree of a LLaMA as {Hugging Face's name: array in its layout}."""
-    theirs_of = {rule.ours[0]: rule.theirs[0] for rule in LLAMA}
-    tree, names = (tree if "0" in tree["layers"] else unstack_layers(tree)), {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        keys = [entry.key for entry in path]
-        layer = keys[1] if keys[0] == "layers" else ""
-        theirs = theirs_of["/".join([keys[0], "{i}", *keys[2:]] if layer else keys)].format(i=layer)
-        names[theirs] = np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
+def under_their_names(tree: dict, config: ModelConfig, family: str = "LlamaForCausalLM") -> dict[str, np.ndarray]:
+    """A tree of weights, or of their gradients, as {Hugging Face's name: array in its layout}."""
+    weights, names = of_params(config, tree, "the tree"), {}
+    for rule in rules_for(ARCHITECTURES[family], piece_shapes(config), "the tree"):
+        for index in indices(rule.ours[0], config):
+            arrays = rule.write(tuple(map(np.asarray, weights.read(rule.ours, index))), config)
+            names |= dict(zip(their_names(rule, index), arrays, strict=True))
     return names
 
 

@@ -7,6 +7,7 @@ Legend: B batch, T length, N heads, K head_dim, R features of a head that turn.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,15 @@ def _llama3(freqs: np.ndarray, config: ModelConfig) -> np.ndarray:
 def rotations(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, float32[B, T, 1, R/2], for all layers at once.
 
-    With `rope_dtype` bfloat16, frequencies, positions and angles are rounded to it, as in Yuan 2.0's released code: its
-    weights were made with these angles. Positions beyond 256 are then not told apart one by one.
+    With `rope_dtype` bfloat16 all of frequencies, positions, angles, cosines and sines are rounded to it, as Yuan 2.0's
+    released code does: its weights were made with them. Positions beyond 256 are then not told apart one by one.
     """
-    dtype = jnp.dtype(config.rope_dtype)
-    angles = positions_BT[..., None, None].astype(dtype) * jnp.asarray(frequencies(config), dtype)
-    return jnp.cos(angles.astype(jnp.float32)), jnp.sin(angles.astype(jnp.float32))
+    # a cast to bfloat16 and back would be "simplified" away by the compiler
+    rounded = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+    as_named = rounded if config.rope_dtype == "bfloat16" else lambda x: x
+    positions = as_named(positions_BT[..., None, None].astype(jnp.float32))
+    angles = as_named(positions * as_named(jnp.asarray(frequencies(config))))
+    return as_named(jnp.cos(angles)), as_named(jnp.sin(angles))
 
 
 def rotate(x_BTNK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

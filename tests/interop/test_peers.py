@@ -76,7 +76,7 @@ def test_gradients(case):
     objective = LanguageModel(model, num_sources=1)
     tree = jax.jit(jax.grad(lambda p: objective(p, batch, objective.denominators(batch))[0]))(params)
     theirs = {name.removeprefix("grad::"): x for name, x in expected.items() if name.startswith("grad::")}
-    ours = tiny.under_their_names(tree)
+    ours = tiny.under_their_names(tree, model.config)
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
