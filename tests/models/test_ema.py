@@ -1,5 +1,6 @@
 """The moving average beside the localized filters, against the recurrence of its paper in float64, token by token."""
 
+import dataclasses
 import functools
 import re
 
@@ -18,7 +19,7 @@ from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
 
 B, D, N = 2, 12, 16
-LENGTHS = (1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 7)
+LENGTHS = (1, 5, CHUNK, 3 * CHUNK + 7)
 
 
 def config(**overrides):
@@ -53,10 +54,10 @@ def recurrence(x, w, undamped=False, unscaled=False, doubled=False):
     return np.stack(rows, axis=1)
 
 
+@functools.partial(jax.jit, static_argnames="policy")
 def apply(x, w, segments=None, state=None, policy="float32"):
     module = DampedEMA(config(), precision(policy))
-    cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), w)
-    return module.apply({"params": cast}, jnp.asarray(x, precision(policy).compute), segments, state)
+    return module.apply({"params": w}, x.astype(precision(policy).compute), segments, state)
 
 
 def close(actual, expected):
@@ -80,7 +81,7 @@ def test_the_roles_of_delta_and_alpha_are_noticed():
         close(apply(inputs(5), swapped)[0], recurrence(inputs(5), weights()))
 
 
-@pytest.mark.parametrize("pieces", [(1, 1, 3), (CHUNK, 1, CHUNK + 3), (7, 2 * CHUNK)], ids=str)
+@pytest.mark.parametrize("pieces", [(1, 1, 3), (CHUNK, 1, CHUNK + 1)], ids=str)
 def test_pieces_with_the_state_equal_the_whole(pieces):
     x, state, parts = inputs(sum(pieces)), None, []
     for piece in np.split(x, np.cumsum(pieces)[:-1], axis=1):
@@ -111,41 +112,43 @@ def test_padding_before_a_row_changes_nothing_even_if_it_is_not_finite():
         close(seen, recurrence(x, weights()))
 
 
+@functools.cache
+def gradients(length):
+    """Of a sum over all outputs with random weights, which come second, by x and by each weight."""
+    upon = np.random.default_rng(8).normal(size=(B, length, D))
+    total = lambda x, w: (apply(x, w)[0] * upon).sum()
+    of_x, of_weights = jax.jit(jax.grad(total, argnums=(0, 1)))(inputs(length), weights())
+    return {**of_weights, "x": of_x}, upon
+
+
 @pytest.mark.parametrize("length", (5, CHUNK + 3))
 @pytest.mark.parametrize("name", ("delta", "alpha", "beta", "gamma", "omega", "x"))
 def test_gradients_are_the_slopes_of_the_recurrence(name, length):
-    rng = np.random.default_rng(7)
-    point = {**weights(), "x": inputs(length)}
-    towards, upon = rng.normal(size=point[name].shape), rng.normal(size=(B, length, D))
+    point, (found, upon) = {**weights(), "x": inputs(length)}, gradients(length)
+    towards = np.random.default_rng(7).normal(size=point[name].shape)
     value = lambda p: (recurrence(p["x"], p) * upon).sum()
     moved = lambda by: value({**point, name: point[name] + by * towards})
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
-    ours = lambda v: (apply(**split({**point, name: v}))[0] * upon).sum()
-    gradient = jax.grad(ours)(jnp.asarray(point[name], jnp.float32))
-    actual = float((gradient * towards).sum())
+    actual = float((found[name] * towards).sum())
     assert actual == pytest.approx(slope, rel=1e-3)
     assert 1.01 * actual != pytest.approx(slope, rel=1e-3)
-
-
-def split(point):
-    return {"x": point["x"], "w": {name: value for name, value in point.items() if name != "x"}}
 
 
 def test_weights_at_their_ends_stay_finite():
     """Where both sigmoids are 1 the decay is 0, whose logarithm is not finite."""
     ends = {**weights(), "delta": np.full((D, N), 40.0), "alpha": np.full((D, N), 40.0)}
     ends["delta"][0] = ends["alpha"][1] = -200.0
-    value, gradient = jax.value_and_grad(lambda w: apply(inputs(CHUNK + 1), w)[0].sum())(ends)
-    assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
-    close(apply(inputs(CHUNK + 1), ends)[0], recurrence(inputs(CHUNK + 1), ends))
+    gradient = jax.jit(jax.grad(lambda w: apply(inputs(CHUNK), w)[0].sum()))(ends)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    close(apply(inputs(CHUNK), ends)[0], recurrence(inputs(CHUNK), ends))
 
 
 def test_a_long_memory_is_kept_over_thousands_of_tokens():
     """A decay of 1 - 4.5e-5: what the first token left is still there after 4,000 others."""
     w = {name: np.full((D, N), -10.0 if name == "delta" else 12.0) for name in ("delta", "alpha")}
     a = averages(*(jnp.asarray(v, jnp.float32) for v in (w["delta"], w["alpha"], np.ones((D, N)), np.ones((D, N)))))
-    x = jnp.zeros((1, 4001, D)).at[:, 0].set(1.0)
-    y, state = moving_average(x, jnp.zeros((1, D, N)), a)
+    x = np.eye(1, 4001)[..., None].repeat(D, axis=-1)
+    y, state = jax.jit(moving_average)(x, np.zeros((1, D, N)), a)
     share = 1 / (1 + np.exp(10.0))
     left = share * (1 - share / (1 + np.exp(-12.0))) ** 4000
     np.testing.assert_allclose(y[0, -1], np.sqrt(N) * left, rtol=1e-4)
@@ -178,15 +181,16 @@ def model_and_params(**overrides):
     return model, init_parameters(model, jax.random.key(3))
 
 
-def logits(*args, **overrides):
-    model, params = model_and_params(**overrides)
-    return model.apply({"params": params}, *args)
+def logits(*args):
+    model, params = model_and_params()
+    return jax.jit(model.apply)({"params": params}, *args)
 
 
 def test_queries_and_keys_are_filtered_and_values_are_not():
     model, params = model_and_params(num_layers=1)
     ids = np.random.default_rng(1).integers(0, 64, (2, 9))
-    _, seen = model.apply({"params": params}, ids, capture_intermediates=True, mutable="intermediates")
+    capture = {"capture_intermediates": True, "mutable": "intermediates"}
+    _, seen = jax.jit(lambda ids: model.apply({"params": params}, ids, **capture))(ids)
     layer = seen["intermediates"]["layers"]["0"]
     attention, kernels = layer["self_attn"], params["layers"]["0"]["self_attn"]
     (plain,), ((filtered, _),) = layer["input_layernorm"]["__call__"], attention["lf_gate"]["__call__"]
@@ -204,22 +208,19 @@ def test_a_left_padded_row_computes_what_it_does_without():
     assert np.abs(logits(padded, positions)[:, 4:] - logits(ids)).max() > 1e-3
 
 
-@pytest.mark.parametrize("scan", (True, False))
-def test_prompts_of_different_lengths_decode_like_each_alone(scan):
-    generate = Generator(*model_and_params(scan_layers=scan), stop_ids=())
+def test_prompts_of_different_lengths_decode_like_each_alone():
+    generate = Generator(*model_and_params(scan_layers=True), stop_ids=())
     rng = np.random.default_rng(5)
-    prompts = [rng.integers(1, 64, n).tolist() for n in (1, 2, 9, CHUNK + 2)]
+    prompts = [rng.integers(1, 64, n).tolist() for n in (1, CHUNK + 2)]
     assert generate(prompts, 6) == [generate([prompt], 6)[0] for prompt in prompts]
 
 
 def test_the_same_on_a_mesh():
     """`sequence` cuts the row that the average runs through."""
-    overrides = {"hidden_size": 16, "head_dim": 8}
-    model = Transformer(preset("debug", lfa_variant="ema", intermediate_size=32, vocab_size=64, num_heads=2,
-                               num_kv_heads=2, init="fan_in", **overrides))  # fmt: skip
+    model = Transformer(dataclasses.replace(config(), hidden_size=16, head_dim=8, num_layers=1))
     ids = np.random.default_rng(6).integers(0, 64, (4, 2 * CHUNK))
     params = init_parameters(model, jax.random.key(3))
-    alone = model.apply({"params": params}, ids)
+    alone = jax.jit(lambda ids: model.apply({"params": params}, ids))(ids)
     mesh = make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with sharding.use(mesh, sharding.rules_for(mesh, 2, 2)):
         shapes, axes = unboxed(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
