@@ -7,9 +7,9 @@ Hardware: a pod; 300B tokens of 2B are about 4e21 FLOPs. Not measured here.
 
 Published, in the released training scripts (examples/pretrain_yuan2.0_*.sh of IEIT-Yuan/Yuan-2.0): peak and end of the
 cosine, warm-up, batch, length and steps of each size (RECIPES below), Adam 0.9/0.95, weight decay 0.1, clipping at
-1.0, bfloat16; documents of a row see each other, and the filter looks across (`lfa_reset` is off). Positions restart.
-Ours is what is masked: here documents of a row do not see each other. Fill-in-the-middle, which the scripts apply to
-half of the documents, is left out. Yuan's pre-training data was never published.
+1.0, bfloat16; half of the documents are cut to fill in the middle, half of these in suffix-prefix-middle order;
+documents of a row see each other, and the filter looks across (`lfa_reset` is off). Positions restart. Ours is what is
+masked: here documents of a row do not see each other. Yuan's pre-training data was never published.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.prepare = "configs/data/text.py"
     config.data.prepare_input = "data/raw"
     config.data.template = "text"
+    config.data.fim_rate = 0.5
     config.data.length = length
     config.data.batch_size = rows
     config.data.tokenizer = "weights/yuan2/tokenizer.model"
