@@ -105,7 +105,7 @@ class FillInTheMiddle:
         """The beginning of a text that leaves room for the special tokens, and how many ids were cut off."""
         if self._max_length is None:
             return text, 0
-        room = self._max_length - len(self._bos) - 4
+        room = max(0, self._max_length - len(self._bos) - 4)
         if len(text.encode()) < room:  # no tokenizer makes more ids than bytes, and a space in front
             return text, 0
         ((ids, starts, _),) = self._tokenizer.encode_offsets([text])

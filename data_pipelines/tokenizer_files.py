@@ -73,7 +73,9 @@ class Declared:
         if not known.issuperset(_YUAN_PIECES):
             return self
         added = (piece for piece in _YUAN_ADDED if piece not in known)
-        special = dict.fromkeys(("<eod>", *_YUAN_ADDED)) | {p: i for i, p in enumerate(added, start=len(pieces))}
+        special: dict[str, int | None] = dict.fromkeys((*self.special, "<eod>", *_YUAN_ADDED))
+        special |= {piece: i for i, piece in enumerate(added, start=len(pieces))}
+        special |= {piece: i for piece, i in self.special.items() if i is not None}  # of a later release
         return Declared({"bos": "", "eos": "<eod>", "pad": "<pad>"}, special, self.chat_template)
 
 

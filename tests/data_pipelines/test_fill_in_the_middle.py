@@ -1,5 +1,6 @@
 """Fill in the middle: nothing of a document is lost, the shares are right, and a draw decides everything."""
 
+import gzip
 import itertools
 import json
 
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import tiny
+from tiny_tokenizers import REAL, real_data, tiny
 
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.fill_in_the_middle import FAMILIES
 from data_pipelines.loader import Loader, evaluation_batches, merge_states
 from data_pipelines.template import load_template
 from data_pipelines.text_objective import text_objective
+from data_pipelines.tokenization import load_tokenizer
 
 KINDS = {"yuan": FAMILIES[0], "code_llama": FAMILIES[1], "objectives": FAMILIES[3]}
 TEXTS = st.text(st.sampled_from("ab  \n<>|_é湖🐟"), min_size=1, max_size=40)
@@ -236,3 +238,24 @@ def test_wrong_settings_are_errors_that_name_the_key():
     for key, value in [("fim_rate", 1.5), ("fim_rate", float("nan")), ("fim_spm_rate", -0.1)]:
         with pytest.raises(ValueError, match=rf"data\.{key} = {value}: expected a share, from 0 to 1"):
             objective("objectives", **{key: value})
+
+
+class TestRealFiles:
+    pytestmark = real_data
+
+    @pytest.mark.parametrize("name", ["yuan2_sp"])
+    def test_stories_come_back_whole(self, name):
+        tokenizer = load_tokenizer(REAL / "tokenizers" / name)
+        with gzip.open(REAL / "pretrain" / "tinystories" / "tinystories_sample_2MiB.txt.gz", "rt") as file:
+            stories = [story.strip() for story in file.read().split("<|endoftext|>")[:300]]
+        made = text_objective(load_template("text", tokenizer), fim_rate=1.0, fim_spm_rate=0.0)
+        rngs = [np.random.default_rng(i) for i in range(len(stories))]
+        prefix, suffix, middle, eod = (
+            tokenizer.special_tokens[f"<{n}>"] for n in ("FIM_PREFIX", "FIM_SUFFIX", "FIM_MIDDLE", "eod")
+        )
+        for story, example in zip(stories, made.encode_drawn(list(map(document, stories)), rngs)):
+            ids = example.ids.tolist()
+            at, then = ids.index(suffix), ids.index(middle)
+            assert ids[0] == prefix and ids[-1] == eod
+            found = [ids[1:at], ids[then + 1 : -1], ids[at + 1 : then]]
+            assert "".join(map(tokenizer.decode, found)) == story

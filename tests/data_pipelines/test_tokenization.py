@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BACK_ENDS, CHAT, REAL, hugging_face, llama2c_file, real_data, sentencepiece_model, tiny
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from data_pipelines.tokenization import StreamDecoder, load_tokenizer
 
@@ -67,6 +67,26 @@ def test_a_stream_gives_up_on_broken_text_and_shows_special_tokens_if_asked():
     assert tokenizer.decode(np.array(ids)) == "bees like"
     one_by_one = "".join(tokenizer.decode([i]) for i in tokenizer.encode("the 湖"))
     assert one_by_one != "the 湖"  # what the decoder is for
+
+
+@pytest.mark.parametrize("kind", BACK_ENDS)
+@pytest.mark.parametrize("text", ["oon", " is far", "  two", "湖<|end|>", ""])
+def test_text_inside_a_word_gets_no_space(kind, text):
+    tokenizer = tiny(kind)
+    front, (inside,) = tokenizer.encode("m"), tokenizer.encode_inside([text])
+    assert tokenizer.decode([*front, *inside]) == "m" + text
+    with_space = tokenizer.decode([*front, *tokenizer.encode("oon")])
+    assert with_space == ("moon" if kind == "bytes" else "m oon")  # what it is for
+
+
+def test_a_normalizer_that_prepends_a_space_is_left_out_inside(tmp_path):
+    raw = hugging_face("first")  # then made what LLaMA's first tokenizer.json was
+    raw.pre_tokenizer = pre_tokenizers.Sequence([])
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode([*tokenizer.encode("m"), *tokenizer.encode_inside(["oon is"])[0]]) == "moon is"
+    assert tokenizer.decode([*tokenizer.encode("m"), *tokenizer.encode("oon is")]) == "m oon is"
 
 
 @pytest.mark.parametrize("kind", BACK_ENDS)

@@ -1,5 +1,6 @@
 """Yuan 2.0's tokens and chat format: the ids of its release, its loss mask, and nothing to inject."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,16 @@ def test_added_tokens_follow_the_vocabulary_in_their_order():
     raw = sentencepiece.SentencePieceProcessor(model_proto=with_pieces(YUAN))
     assert 402 not in raw.encode("a<sep>b") and raw.eos_id() == 2
     assert "<sep>" not in tiny("sentencepiece").special_tokens
+
+
+def test_the_released_config_names_another_bos(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(with_pieces(YUAN))
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<mask>"]}
+    config["added_tokens_decoder"] = {"500": {"content": "<repo_name>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 400, 403)
+    assert [tokenizer.special_tokens[piece] for piece in ("<mask>", "<repo_name>", "<sep>")] == [407, 500, 402]
 
 
 def test_typed_tokens_stay_text():
