@@ -44,23 +44,50 @@ def uninterrupted(tmp_path_factory):
     return whole(tmp_path_factory.mktemp("a"))
 
 
-def at_step(step):
-    """When the log has reached a step."""
-    return lambda folder: (seen := training(folder)) and seen[-1]["step"] >= step
+# appended to a config file: however slow this machine, the signal finds the run at its step
+WAIT = """
+
+import pathlib
+import time
+
+from easylm_plus.training.meter import Meter
+
+
+def waiting(push):
+    def until_told(self, step, *rest):
+        push(self, step, *rest)  # writes the row of the step before
+        while step == {step} + 1 and not pathlib.Path({told!r}).exists():
+            time.sleep(0.01)
+
+    return until_told
+
+
+Meter.push = waiting(Meter.push)
+"""
+
+
+def reached(folder, step):
+    """Whether the log has come to a step."""
+    return (seen := training(folder)) and seen[-1]["step"] >= step
 
 
 def saving(folder):
-    """When a checkpoint is being written."""
+    """Whether a checkpoint is being written."""
     return any("tmp" in path.name for path in (folder / "checkpoints").glob("[0-9]*"))
 
 
-def interrupt(folder, when, number):
-    """Starts the run, sends it a signal at that moment, returns its exit status."""
-    process = tiny.start(f"--config={folder / 'tiny_config.py'}")
-    while process.poll() is None and not when(folder):
+def interrupt(folder, number, step, or_when=lambda folder: False):
+    """Starts the run, sends it a signal when its log has come to a step, or before; returns its exit status."""
+    told = folder / "told"
+    told.unlink(missing_ok=True)
+    config = folder / "tiny_config.py"
+    (folder / "waiting.py").write_text(config.read_text() + WAIT.format(step=step, told=str(told)))
+    process = tiny.start(f"--config={folder / 'waiting.py'}")
+    while process.poll() is None and not reached(folder, step) and not or_when(folder):
         time.sleep(0.003)
     process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
+    told.touch()
+    output = tiny.output_of(process)
     assert "Traceback" not in output, output[-2000:]
     return process.returncode
 
@@ -71,17 +98,17 @@ def finish(folder):
     return output
 
 
-def killed_and_continued(folder, moments):
-    """Kills the run at each of these moments and lets it end; the log must show nothing of it."""
+def killed_and_continued(folder, saved_before, *steps):
+    """Kills the run while it writes a checkpoint, then at each of these steps, and lets it end."""
     tiny.write_config(folder, **RUN)
-    for when in moments:
-        assert interrupt(folder, when, signal.SIGKILL) == -signal.SIGKILL, "the run was over before it was killed"
+    assert interrupt(folder, signal.SIGKILL, saved_before, or_when=saving) == -signal.SIGKILL
+    for step in steps:
+        assert interrupt(folder, signal.SIGKILL, step) == -signal.SIGKILL
     finish(folder)
 
 
 def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
-    late = random.Random(0).randint(14, 30)
-    killed_and_continued(tmp_path, [saving, at_step(late)])  # the first kill leaves no checkpoint, or one
+    killed_and_continued(tmp_path, 11, random.Random(0).randint(14, 30))  # the first leaves no checkpoint, or one
     assert [row["step"] for row in training(tmp_path)] == list(range(1, STEPS + 1))
     assert {"loss", "examples", "params_hash", "grad_norm"} <= set(training(tmp_path)[-1])
     assert rows(tmp_path) == rows(uninterrupted)
@@ -89,17 +116,15 @@ def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_five_times_continues_exactly(uninterrupted, tmp_path):
-    early, *later = sorted(random.Random(1).sample(range(2, 34), 4))
-    killed_and_continued(tmp_path, [at_step(early), saving, *map(at_step, later)])
+    killed_and_continued(tmp_path, 11, *sorted(random.Random(1).sample(range(12, 38), 4)))
     assert rows(tmp_path) == rows(uninterrupted)
 
 
 def test_a_signal_ends_a_run_after_a_checkpoint(uninterrupted, tmp_path):
     tiny.write_config(tmp_path, **RUN)
-    assert interrupt(tmp_path, at_step(8), signal.SIGTERM) == 143
-    stopped = training(tmp_path)[-1]["step"]
-    assert 8 <= stopped < STEPS and checkpoint_steps(tmp_path / "checkpoints")[-1] == stopped
-    assert f"starts from step {stopped} of" in finish(tmp_path)
+    assert interrupt(tmp_path, signal.SIGTERM, 8) == 143
+    assert training(tmp_path)[-1]["step"] == checkpoint_steps(tmp_path / "checkpoints")[-1] == 9
+    assert "starts from step 9 of" in finish(tmp_path)
     assert rows(tmp_path) == rows(uninterrupted)
 
 
@@ -113,7 +138,7 @@ def test_an_evaluation_that_a_signal_put_off_is_made_up_for(tmp_path):
 
 def test_the_comparison_sees_another_seed(uninterrupted, tmp_path):
     tiny.write_config(tmp_path, **{**RUN, "train__seed": 1})
-    interrupt(tmp_path, at_step(4), signal.SIGKILL)
+    interrupt(tmp_path, signal.SIGKILL, 4)
     other = training(tmp_path)
     assert len(other) >= 4
     for key in ("loss", "examples", "params_hash"):
@@ -126,18 +151,19 @@ def test_the_comparison_sees_another_seed(uninterrupted, tmp_path):
 @contextlib.contextmanager
 def two_processes(folder, **values):
     """The run as two processes of one device each, that find one another at a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = tiny.write_config(folder, **{**RUN, **values})
-    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    both = [tiny.start(f"--config={config}", JAX_PROCESS_ID=str(i), **job) for i in range(2)]
-    try:
-        yield both
-    finally:
-        for process in both:
-            process.kill()
-            process.communicate()
+    with socket.socket() as held:
+        # held until the end, so that nothing else gets the port; gRPC, which shares ports, may have it all the same
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("0.0.0.0", 0))
+        config = tiny.write_config(folder, **{**RUN, **values})
+        job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{held.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+        both = [tiny.start(f"--config={config}", JAX_PROCESS_ID=str(i), **job) for i in range(2)]
+        try:
+            yield both
+        finally:
+            for process in both:
+                process.kill()
+                process.communicate()
 
 
 def close_to(found, wanted):
@@ -149,12 +175,22 @@ def close_to(found, wanted):
 CALM = {"optimizer__learning_rate": 1e-3, "optimizer__schedule": "constant", "train__steps": 12, "eval__every": 12}
 
 
+def loopback():
+    """Whether two processes of this machine can talk to each other."""
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        client.settimeout(5)
+        return client.connect_ex(server.getsockname()) == 0
+
+
+@pytest.mark.skipif(not loopback(), reason="no loopback interface")
 def test_two_processes_and_then_one(tmp_path):
     """Twelve steps: six by two processes, six by one."""
     alone, shared = whole(tmp_path / "alone", **CALM), tmp_path / "both"
     shared.mkdir()
     with two_processes(shared, **CALM) as both:
-        outputs = [process.communicate(timeout=200)[0] for process in both]
+        outputs = [tiny.output_of(process) for process in both]
         assert [p.returncode for p in both] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert "2 x cpu" in outputs[0]
     close_to(training(shared), training(alone))
@@ -175,13 +211,14 @@ def test_a_job_leaves_signals_to_jax(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not loopback(), reason="no loopback interface")
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
     endless = {**CALM, "train__steps": 100_000, "eval__every": 0, "checkpoint__every": 100_000, "log__every": 5}
     with two_processes(tmp_path, **endless) as both:
-        while both[0].poll() is None and not at_step(5)(tmp_path):
+        while both[0].poll() is None and not reached(tmp_path, 5):
             time.sleep(0.05)
         both[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=60)[0] for process in both]
+        outputs = [tiny.output_of(process) for process in both]
         assert [p.returncode for p in both] == [143, 143], outputs[0][-2000:]
     stopped = checkpoint_steps(tmp_path / "checkpoints")
     assert len(stopped) == 1 and 0 <= stopped[0] - training(tmp_path)[-1]["step"] < 5

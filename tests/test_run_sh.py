@@ -42,7 +42,7 @@ def call(tmp_path):
             python.chmod(0o755)
         (tmp_path / "calls").unlink(missing_ok=True)
         env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | ({"HOME": str(tmp_path)} if home else {})
-        done = subprocess.run(["./run.sh", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["./run.sh", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
         called = (tmp_path / "calls").read_text().split() if (tmp_path / "calls").exists() else []
         return done.returncode, called, done.stdout + done.stderr
 

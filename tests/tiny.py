@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from easylm_plus.models.transformer import Transformer, init_parameters
 from easylm_plus.numerics.precision import precision
 
 ROOT = Path(__file__).parents[1]  # where commands run
+PATIENCE = 400  # seconds for one process: ten times what the longest takes on two busy cores
 CONFIG = '''
 """A model of fourteen thousand weights on sums and reversed letters, packed, in two micro-batches."""
 
@@ -96,11 +98,16 @@ def write_config(folder: Path, **values: object) -> Path:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many CPU devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "NO_COLOR": "1", "COLUMNS": "200", **more}
-    # machine code that is not optimised is compiled in half the time
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return env
+    """Of a process with so many CPU devices.
+
+    It depends on nothing outside of the tests: its compiled programs are those of this session (a folder that cannot
+    be written, or a file that another run is just writing, would be warned of), and no proxy stands between two
+    processes of this machine (gRPC would ask it, and wait).
+    """
+    env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    env |= {"JAX_PLATFORMS": "cpu", "NO_COLOR": "1", "COLUMNS": "200", "EASYLM_PLUS_CACHE": f"{_FOLDER.name}/cache"}
+    env["XLA_FLAGS"] = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return env | more
 
 
 def start(*args: object, door: str = "easylm_plus.train", devices: int = 1, **more: str) -> subprocess.Popen:
@@ -113,8 +120,17 @@ def start(*args: object, door: str = "easylm_plus.train", devices: int = 1, **mo
 def run(*args: object, **options: object) -> tuple[int, str]:
     """(exit status, output) of a door."""
     process = start(*args, **options)
-    output = process.communicate(timeout=240)[0]
+    output = output_of(process)
     return process.returncode, output
+
+
+def output_of(process: subprocess.Popen) -> str:
+    """What a process writes until it ends; one that does not end is killed."""
+    try:
+        return process.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"no end after {PATIENCE} s: {process.communicate()[0][-2000:]}") from None
 
 
 def inside(*args: object) -> tuple[int, str]:
