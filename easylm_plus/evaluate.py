@@ -40,7 +40,7 @@ def main() -> int:
     """Prints the figures of one checkpoint."""
     cluster.use_compilation_cache()
     opened = open_model(CHECKPOINT.value, step=STEP.value)
-    if not (DATA.value or opened.config):
+    if not (DATA.value or opened.config.get("data", {}).get("path")):
         raise UserError(f"--data is not set, and {CHECKPOINT.value} does not name any: expected a prepared folder")
     folder = DATA.value or opened.config["data"]["path"]
     entries = datasets.read_manifest(folder)["sources"]

@@ -43,8 +43,10 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def turned(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous copy of the transposed matrix."""
-    out = np.empty(matrix.shape[::-1], matrix.dtype)
-    copy_into(out, matrix.T)
+def compact(array: np.ndarray) -> np.ndarray:
+    """The array, or a contiguous copy of its own."""
+    if array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    copy_into(out, array)
     return out

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from easylm_plus.interop.weights import (
     Index,
     Names,
     Weights,
-    in_threads,
     indices,
     of_params,
+    put,
     stored,
     stored_shapes,
+    workers,
 )
 from easylm_plus.interop.write_configs import export_config
 from easylm_plus.models.config import ModelConfig
@@ -149,22 +151,17 @@ def assemble(weights: Weights, place: Place) -> dict[str, Any]:
     config = weights.config
     tree: dict[str, Any] = {}
     shapes = stored_shapes(config, config.scan_layers)
-    for names in weights.groups:
-        arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            for key in {stored(name, index, config.scan_layers)[0] for index in indices(name, config)}:
-                arrays[key] = np.empty(shapes[key], weights.dtype(name))
-
-        def fill(index: Index, names: Names = names, arrays: Mapping[str, np.ndarray] = arrays) -> None:
-            for name, piece in zip(names, weights.read(names, index), strict=True):
-                key, inner = stored(name, index, config.scan_layers)
-                copy_into(arrays[key][inner] if inner else arrays[key], piece)
-
-        in_threads(fill, indices(names[0], config))
-        for key in sorted(arrays):
-            *parents, last = key.split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = place(key, arrays[key])
+    with workers() as each:
+        for names in weights.groups:
+            keys = {stored(n, index, config.scan_layers)[0]: n for n in names for index in indices(n, config)}
+            arrays = {key: np.empty(shapes[key], weights.dtype(name)) for key, name in keys.items()}
+            each(partial(_fill, arrays, weights, names), indices(names[0], config))
+            for key in sorted(arrays):
+                put(tree, key, place(key, arrays[key]))
     return tree
+
+
+def _fill(arrays: Mapping[str, np.ndarray], weights: Weights, names: Names, index: Index) -> None:
+    for name, piece in zip(names, weights.read(names, index), strict=True):
+        key, inner = stored(name, index, weights.config.scan_layers)
+        copy_into(arrays[key][inner] if inner else arrays[key], piece)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from easylm_plus.interop.copying import turned
+from easylm_plus.interop.copying import compact
 from easylm_plus.models.config import ModelConfig
 
 Arrays = tuple[np.ndarray, ...]
@@ -46,7 +46,7 @@ def kernel(ours: str, theirs: str) -> Rule:
 def split_rows(ours: tuple[str, ...], theirs: str) -> Rule:
     """Kernels of ours [in, out] whose [out, in] lie one below the other in one tensor of theirs."""
     read: Change = lambda arrays, _: tuple(part.T for part in np.split(arrays[0], len(ours)))
-    write: Change = lambda arrays, _: (np.concatenate([turned(x) for x in arrays]),)
+    write: Change = lambda arrays, _: (np.concatenate([compact(x.T) for x in arrays]),)
     return Rule(ours, (theirs,), read, write)
 
 
@@ -65,7 +65,7 @@ def _yuan_read(arrays: Arrays, config: ModelConfig) -> Arrays:
 
 
 def _yuan_write(arrays: Arrays, config: ModelConfig) -> Arrays:
-    by_head = [turned(x).reshape(config.num_heads, config.head_dim, -1) for x in arrays]
+    by_head = [compact(x.T).reshape(config.num_heads, config.head_dim, -1) for x in arrays]
     fused = np.stack(by_head, axis=1).reshape(-1, by_head[0].shape[-1])
     return tuple(np.split(fused, 2))
 

@@ -157,7 +157,7 @@ class ShardWriter:
         self._places: dict[str, tuple[int, int, Layout]] = {}
         self._files: list[int] = []
         for path, shard in zip(self.paths, shards, strict=True):
-            self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+            self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
             self._lay_out(self._files[-1], shard)
         if len(shards) > 1:
             weight_map = {x.name: path.name for path, shard in zip(self.paths, shards, strict=True) for x in shard}

@@ -7,7 +7,7 @@ import numpy as np
 from easylm_plus.errors import UserError
 from easylm_plus.interop.tables import Rule, Table
 from easylm_plus.interop.tensor_files import Layout, ShardWriter, Tensors
-from easylm_plus.interop.weights import Index, Names, Weights, in_threads, indices, piece_shapes, stored
+from easylm_plus.interop.weights import Index, Names, Weights, indices, piece_shapes, stored, workers
 from easylm_plus.models.config import ModelConfig
 
 Progress = Callable[[int], None]  # told the bytes of what was written
@@ -106,5 +106,6 @@ def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Seq
             shards.write(name, array)
             progress(array.nbytes)
 
-    with writer(groups) as shards:
-        in_threads(move, tasks)
+    with writer(groups) as shards, workers() as each:
+        for rule in rules:
+            each(move, [(rule, index) for index in indices(rule.ours[0], config)])

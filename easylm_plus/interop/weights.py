@@ -9,7 +9,8 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +22,6 @@ from easylm_plus.tree import path_name
 
 Names = tuple[str, ...]
 Index = tuple[int, ...]
-Item = TypeVar("Item")
 WORKERS = 2  # threads that move pieces: one reads while the other writes
 LAYER = "layers/{i}/"
 
@@ -81,6 +81,14 @@ def stored_shapes(config: ModelConfig, scan: bool) -> dict[str, tuple[int, ...]]
             key, inner = stored(name, index, scan)
             shapes[key] = (*sizes[len(sizes) - len(inner) :], *shape)
     return shapes
+
+
+def put(tree: dict[str, Any], name: str, leaf: Any) -> None:
+    """Puts a leaf into a nested dict, under a name like "layers/mlp/up_proj/kernel"."""
+    *parents, last = name.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
 
 
 class Stacked:
@@ -146,12 +154,22 @@ class Cast:
         return [array.astype(self._dtype, copy=False) for array in self._weights.read(names, index)]
 
 
-def in_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
-    """Calls `work` for all items from WORKERS threads; the first error stops the rest and is raised."""
+@contextmanager
+def workers() -> Iterator[Callable[[Callable[[Any], None], Iterable[Any]], None]]:
+    """A function each(work, items) that calls `work` for all items from WORKERS threads and returns when all are done.
+
+    The first error stops the rest and is raised. The threads, and with them their scratch memory, live as long as the
+    context, which is meant to be a whole conversion.
+    """
     with ThreadPoolExecutor(WORKERS) as pool:
-        waiting = [pool.submit(work, item) for item in items]
-        try:
-            for future in as_completed(waiting):
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+
+        def each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+            waiting = [pool.submit(work, item) for item in items]
+            try:
+                for future in as_completed(waiting):
+                    future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        yield each

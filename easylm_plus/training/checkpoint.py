@@ -161,16 +161,16 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def read_parameters(directory: Path, step: int, shardings: Any = None) -> Any:
+def read_parameters(directory: Path, step: int, shardings: Any = None, only: str = "") -> Any:
     """Only the parameters of a checkpoint, in the dtypes and shapes that its meta names; the EMA's if it has one.
 
-    NumPy arrays where no sharding is given.
+    NumPy arrays where no sharding is given. `only`: the name of a single one, to which the tree leads.
     """
     arrays = read_meta(directory, step)["arrays"]
-    part = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
+    part = parameters_part(arrays)
     target: dict[str, Any] = {}
     for name, info in arrays.items():
-        if name.startswith(part + "/"):
+        if name == f"{part}/{only}" if only else name.startswith(part + "/"):
             node = target
             *parents, last = name.split("/")
             for parent in parents:
@@ -182,6 +182,11 @@ def read_parameters(directory: Path, step: int, shardings: Any = None) -> Any:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
         return reader.restore(directory / str(step) / "state", args=args)[part]
+
+
+def parameters_part(arrays: Mapping[str, Any]) -> str:
+    """Which part of a checkpoint's arrays is the model to use: the average of the parameters if there is one."""
+    return "ema" if any(name.startswith("ema/") for name in arrays) else "params"
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,227 @@
+"""Convert weights between formats, one matrix at a time: host memory stays far below the size of the model.
+
+    python -m easylm_plus.convert --from=hf --input=Llama-2-7b-hf --output=checkpoints/llama2-7b
+    python -m easylm_plus.convert --to=hf --input=runs/koala13b --output=koala13b-hf
+    python -m easylm_plus.convert --from=easylm --model=koala-13b --input=streaming_params --output=koala-13b
+
+A difference that only owners of the base can use, and the model again:
+
+    python -m easylm_plus.convert --input=runs/koala13b --diff_base=llama-13b-hf --output=koala13b-diff
+    python -m easylm_plus.convert --recover --input=koala13b-diff --diff_base=llama-13b-hf --output=koala-13b
+
+The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder. The
+tokenizer, its chat template and generation_config.json come along.
+"""
+
+import dataclasses
+import errno
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from absl import flags
+
+from easylm_plus.door import run
+from easylm_plus.errors import UserError
+from easylm_plus.interop import difference
+from easylm_plus.interop.configs import read_raw
+from easylm_plus.interop.easylm import EASYLM, EasyLMStream
+from easylm_plus.interop.huggingface import copy_companions, export_keys, open_weights, write_folder
+from easylm_plus.interop.llama2c import load_llama2c
+from easylm_plus.interop.tensor_files import read_json
+from easylm_plus.interop.translate import Translated
+from easylm_plus.interop.weights import Cast, Weights, of_params
+from easylm_plus.models.families import preset
+from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
+
+KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
+TO = flags.DEFINE_enum("to", "easylm_plus", ("hf", "easylm_plus"), "format of --output")
+INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
+DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of the output; by default each weight keeps its own")
+MODEL = flags.DEFINE_string("model", "", "preset that --from=easylm holds, such as koala-13b")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "file or folder that takes the place of the input's tokenizer")
+DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this model, or with --recover add to it")
+RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
+ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
+MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of a Hugging Face folder, in 10^9 bytes")
+FORCE = flags.DEFINE_boolean("force", False, "replace what is at --output")
+
+
+class Source(NamedTuple):
+    """What is converted."""
+
+    weights: Weights
+    original: Mapping[str, Any] | None  # its config.json, if it has or once had one
+    companions: Path | None  # the folder of its tokenizer
+    data: Mapping[str, Any] | None = None  # the `data` section of the run that made it
+
+
+def main() -> int:
+    """Opens the input, writes the output beside its place, and moves it there when it is whole."""
+    source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value)
+    if DTYPE.value:
+        source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
+    output, inputs = Path(OUTPUT.value).absolute(), [Path(INPUT.value), Path(DIFF_BASE.value or INPUT.value)]
+    if any(output == path.absolute() or output in path.absolute().parents for path in inputs):
+        raise UserError(f"--output={output}: found the input there; expected another place")
+    base = open_source(Path(DIFF_BASE.value), None).weights if DIFF_BASE.value and not RECOVER.value else None
+    show = Progress(total_bytes(source.weights))
+    with replaced(output, FORCE.value, show.total) as folder:
+        if base is not None:
+            shards = int(MAX_SHARD_GB.value * 1e9)
+            difference.write_difference(base, source.weights, folder, source.original, shards, show)
+            _companions(source, folder)
+        elif TO.value == "hf":
+            _companions(source, folder)
+            keys = export_keys(source.weights, source.original)
+            write_folder(source.weights, keys, folder, int(MAX_SHARD_GB.value * 1e9), show)
+        else:
+            (folder / "tokenizer").mkdir()
+            _companions(source, folder / "tokenizer")
+            write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
+    show.done()
+    return 0
+
+
+def open_source(path: Path, kind: str | None) -> Source:
+    """Opens weights of any format; `kind` None: what it looks like."""
+    if not path.exists():
+        raise UserError(f"{path}: not found; expected weights")
+    kind = kind or _kind(path)
+    if kind == "hf":
+        return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
+    if kind == "easylm_plus":
+        weights, meta, directory = open_checkpoint(path, STEP.value)
+        return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"].get("data"))
+    if kind == "llama2c":
+        model, params = load_llama2c(path)
+        return Source(of_params(model.config, params, str(path)), None, None)
+    if not MODEL.value:
+        raise UserError(f"--model is not set; expected the preset that {path} holds, which the file does not say")
+    stream = EasyLMStream(path)
+    return Source(Translated(stream, EASYLM, preset(MODEL.value), lambda _: False), None, None)
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "hf" if (path / "config.json").is_file() else "easylm_plus"
+    return "llama2c" if path.suffix == ".bin" else "easylm"
+
+
+def _recovered() -> Source:
+    """What a difference and its base make."""
+    if not DIFF_BASE.value:
+        raise UserError("--recover needs --diff_base: expected the model that the difference was made with")
+    path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value), None)
+    if (path / difference.FILE).is_file():
+        weights, original = difference.open_difference(path, base.weights)
+        return Source(weights, original, path)
+    if FROM.value != "easylm":
+        raise UserError(f"{path}: found no {difference.FILE}; expected one, or --from=easylm")
+    print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
+    return base._replace(weights=difference.Sum(base.weights, open_source(path, "easylm").weights))
+
+
+def _companions(source: Source, folder: Path) -> None:
+    """Copies the tokenizer and what belongs to it."""
+    chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
+    if chosen is not None and chosen.is_file():
+        shutil.copyfile(chosen, folder / f"tokenizer{chosen.suffix}")
+    elif chosen is not None:
+        copy_companions(chosen, folder)
+
+
+def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
+    """What stands beside the arrays of a checkpoint: how to run the model, and where it came from."""
+    config = source.weights.config
+    data = source.data or {
+        "path": "",
+        "length": config.max_length,
+        "date": "",
+        "template": "tokenizer" if _has_chat_template(tokenizer) else "text",
+    }
+    exact = source.weights.dtype("embed_tokens/embedding") == np.float32
+    run = {
+        "model": dataclasses.asdict(config),
+        "numerics": {"precision": "float32" if exact else "bf16_pure"},
+        "data": dict(data),
+    }
+    return {"config": run, "config.json": source.original}
+
+
+def _has_chat_template(tokenizer: Path) -> bool:
+    settings = tokenizer / "tokenizer_config.json"
+    return (tokenizer / "chat_template.jinja").is_file() or (
+        settings.is_file() and bool(read_json(settings).get("chat_template"))
+    )
+
+
+@contextmanager
+def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
+    """A folder beside `output` that takes its place if all goes well, and is gone if not."""
+    if output.exists() and not force:
+        raise UserError(f"{output}: found something there already; --force replaces it")
+    if output.exists() and not _ours(output):
+        raise UserError(f"{output}: found no model there, which is all that --force replaces")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(output.parent).free) < needed:
+        place = f"{output} (takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free)"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _ours(output: Path) -> bool:
+    names = ("config.json", difference.FILE, "0/meta")
+    return output.is_dir() and any((output / name).exists() for name in names)
+
+
+class Progress:
+    """A line on stderr: renewed on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self._done, self._told = total, 0, 0.0
+        self._start, self._lock, self._terminal = time.monotonic(), threading.Lock(), sys.stderr.isatty()
+
+    def __call__(self, count: int) -> None:
+        """Counts bytes that were written."""
+        with self._lock:
+            self._done += count
+            if time.monotonic() - self._told > (0.2 if self._terminal else 10.0):
+                self._told = time.monotonic()
+                self._tell("\r" if self._terminal else "\n")
+
+    def done(self) -> None:
+        """The last line."""
+        self._tell("\n")
+
+    def _tell(self, end: str) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        speed = self._done / seconds / 1e6
+        line = f"{self._done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed:.0f} MB/s, {seconds:.0f} s"
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

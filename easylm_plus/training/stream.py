@@ -1,0 +1,132 @@
+"""Checkpoints written and read one weight at a time, for conversions on hosts that cannot hold the model.
+
+Orbax saves whole trees. Here it is given a tree of declarations, for which it writes its metadata while a handler of
+ours creates each array empty, through tensorstore; the arrays are then filled piece by piece. The result is an orbax
+checkpoint like any other. Arrays are uncompressed (zstd takes ten times as long as the disk) and cut into one chunk a
+layer and expert, so a piece is one file that is written once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from absl import logging
+from orbax.checkpoint import type_handlers
+
+from easylm_plus.interop.copying import contiguous
+from easylm_plus.interop.translate import Progress
+from easylm_plus.interop.weights import Index, Names, Stacked, Weights, indices, put, stored, stored_shapes, workers
+from easylm_plus.models.config import ModelConfig
+from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
+
+
+class Declared:
+    """An array that will be there: its shape, dtype and chunks."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]):
+        self.shape, self.dtype, self.chunks = shape, dtype, chunks
+
+
+class Declare(type_handlers.NumpyHandler):
+    """Creates declared arrays empty, under the name of an ordinary array."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            metadata = {"shape": value.shape, "chunks": value.chunks, "compressor": None}
+            spec = _spec(Path(info.parent_dir) / info.name) | {"dtype": value.dtype.name, "metadata": metadata}
+            await tensorstore.open(spec, create=True)
+        return []
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+
+
+def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any], progress: Progress) -> None:
+    """Writes `directory`/0 with the weights as the parameters of a checkpoint, stacked or not as their config says.
+
+    `meta` is what stands beside the arrays' description; it is written last, so an interrupted write does not open.
+    """
+    config = weights.config
+    scan, shapes = config.scan_layers, stored_shapes(config, config.scan_layers)
+    arrays: dict[str, dict[str, Any]] = {}
+    tree: dict[str, Any] = {}
+    for name in (name for names in weights.groups for name in names):
+        for key, inner in (stored(name, index, scan) for index in indices(name, config)):
+            shape = shapes[key]
+            chunks = (*(1 for _ in inner), *shape[len(inner) :])
+            arrays[f"params/{key}"] = {"shape": list(shape), "dtype": weights.dtype(name).name}
+            put(tree, f"params/{key}", Declared(shape, weights.dtype(name), chunks))
+    _declare(tree, directory / "0" / "state")
+    state = directory / "0" / "state"
+    with workers() as each:
+        for names in weights.groups:
+            each(partial(_write_piece, state, weights, names, progress), indices(names[0], config))
+    meta = {"schema": SCHEMA, "arrays": arrays, "data_hash": "", **meta}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(directory / "0" / "meta", args=ocp.args.JsonSave(meta))
+
+
+def _declare(tree: dict[str, Any], state: Path) -> None:
+    """Writes the metadata of a tree of Declared, and every array without its contents."""
+    registry = type_handlers.create_type_handler_registry((Declared, Declare()))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # orbax warns of what this way leaves out
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)) as writer:
+            writer.save(state, args=ocp.args.PyTreeSave(tree))
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _write_piece(state: Path, weights: Weights, names: Names, progress: Progress, index: Index) -> None:
+    """Writes the pieces of some weights at an index.
+
+    An uncompressed chunk of a zarr array is the file of its bytes, named by where it lies. Written through tensorstore
+    it would be copied twice more, each time into memory that is new to the process: twice the time.
+    """
+    for name, piece in zip(names, weights.read(names, index), strict=True):
+        key, inner = stored(name, index, weights.config.scan_layers)
+        chunk = ".".join(map(str, (*inner, *(0 for _ in piece.shape))))
+        with (state / ("params/" + key).replace("/", ".") / chunk).open("wb", buffering=0) as file:
+            rest = memoryview(contiguous(piece).reshape(-1).view(np.uint8))
+            while rest:
+                rest = rest[file.write(rest) :]
+        progress(piece.nbytes)
+
+
+def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked, dict[str, Any], Path]:
+    """(the parameters of a checkpoint, the EMA's if it has one; its meta; its folder)."""
+    directory, step = locate(path, step)
+    meta = read_meta(directory, step)
+    part = parameters_part(meta["arrays"]) + "/"
+    arrays = {
+        name.removeprefix(part): jax.ShapeDtypeStruct(tuple(info["shape"]), np.dtype(info["dtype"]))
+        for name, info in meta["arrays"].items()
+        if name.startswith(part)
+    }
+
+    def fetch(name: str) -> np.ndarray:
+        tree = read_parameters(directory, step, only=name)
+        for key in name.split("/"):
+            tree = tree[key]
+        return tree
+
+    return Stacked(ModelConfig(**meta["config"]["model"]), arrays, fetch, f"{directory}/{step}"), meta, directory
+
+
+def total_bytes(weights: Weights) -> int:
+    """What all weights take."""
+    shapes = stored_shapes(weights.config, True)
+    names = (name for group in weights.groups for name in group)
+    return sum(math.prod(shapes[stored(name, (0, 0), True)[0]]) * weights.dtype(name).itemsize for name in names)

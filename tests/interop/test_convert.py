@@ -1,0 +1,240 @@
+"""The conversion door: to our checkpoints and back, byte for byte; what it refuses, and what it leaves behind."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+from jax.sharding import NamedSharding, PartitionSpec
+
+from easylm_plus import convert
+from easylm_plus.errors import UserError
+from easylm_plus.inference.load import open_model
+from easylm_plus.interop import translate
+from easylm_plus.interop.configs import read_config
+from easylm_plus.interop.huggingface import load_hf, save_hf
+from easylm_plus.interop.tensor_files import INDEX
+from easylm_plus.models.transformer import Transformer
+from easylm_plus.training.checkpoint import Checkpoints, locate, read_meta, read_parameters
+from easylm_plus.training.restore import read_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = ("llama_tiny", "qwen2_tiny", "yuan2_tiny", "yuan2_m32_moe_tiny", "mixtral_tiny", "bitnet_tiny")
+
+
+def run(**values):
+    """The door with these flags, in this process."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
+        return convert.main()
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hugging Face folder of a model of our own with a tokenizer, in several files."""
+    folder = tmp_path_factory.mktemp("hub") / "llama"
+    model, params = tiny.model(vocab=300, scan_layers=True)
+    (folder.parent / "words").mkdir()
+    shutil.copytree(tiny.data() / "tokenizer", folder.parent / "words", dirs_exist_ok=True)
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    template += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    (folder.parent / "words" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder.parent / "words" / "generation_config.json").write_text('{"temperature": 0.6}')
+    save_hf(model, params, folder, max_shard_bytes=20_000, tokenizer_from=folder.parent / "words")
+    assert (folder / INDEX).is_file()
+    return folder
+
+
+# --- there and back ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back(name, tmp_path):
+    """hf -> ours -> hf -> ours -> hf: parameters as load_hf reads them, and both exports the same bytes."""
+    run(input=GOLDEN / name, output=tmp_path / "ours")
+    _, expected = load_hf(GOLDEN / name)
+    found = read_parameters(*locate(tmp_path / "ours"))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
+    run(input=tmp_path / "hf", output=tmp_path / "again")
+    run(input=tmp_path / "again", output=tmp_path / "hf2", to="hf")
+    assert hashes(tmp_path / "hf") == hashes(tmp_path / "hf2")
+    assert read_config(tmp_path / "hf") == read_config(GOLDEN / name)
+    raw, was = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", GOLDEN / name))
+    assert raw["eos_token_id"] == was["eos_token_id"], "other keys of the original stay"
+
+
+def test_one_changed_number_is_seen(tmp_path):
+    """The comparison above would notice: a single bit of a single chunk."""
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "ours")
+    chunk = tmp_path / "ours/0/state/params.layers.mlp.up_proj.kernel/1.0.0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    _, expected = load_hf(GOLDEN / "llama_tiny")
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, read_parameters(*locate(tmp_path / "ours")), expected)
+
+
+def test_the_checkpoint_is_one_like_any_other(hub, tmp_path):
+    """It opens with its tokenizer and template, starts a run, and restores onto a mesh."""
+    run(input=hub, output=tmp_path / "ours")
+    opened, theirs = open_model(tmp_path / "ours"), open_model(hub)
+    assert (
+        type(opened.template) is type(theirs.template) and opened.tokenizer.fingerprint == theirs.tokenizer.fingerprint
+    )
+    tokens = np.arange(12)[None]
+    logits = [jax.jit(o.model.apply)({"params": o.params}, tokens) for o in (opened, theirs)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-6)
+    assert opened.model.precision.name == "float32"
+    for scan in (True, False):
+        found = {}
+        config = read_config(hub, scan_layers=scan)
+        read_weights(tmp_path / "ours", Transformer(config, opened.model.precision), found.__setitem__)
+        expected = {}
+        read_weights(hub, Transformer(config, opened.model.precision), expected.__setitem__)
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    sharding = NamedSharding(jax.make_mesh((8,), ("fsdp",)), PartitionSpec())
+    sharded = read_parameters(*locate(tmp_path / "ours"), sharding)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(sharded))
+
+
+def test_companions_travel_both_ways(hub, tmp_path):
+    run(input=hub, output=tmp_path / "ours")
+    run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (hub / name).read_bytes()
+
+
+def test_a_run_of_ours_is_exported_from_its_average(tmp_path):
+    """A checkpoint of training, in unrolled layers and written by orbax as it likes; the EMA goes out, not the rest."""
+    model, params = tiny.model(vocab=300)
+    average = jax.tree.map(lambda x: x + 1, params)
+    run_config = {"model": vars(model.config), "numerics": {"precision": "float32"},
+                  "data": {"template": "chat", "length": 64, "date": ""}}  # fmt: skip
+    checkpoints = Checkpoints(tmp_path / "run", {"every": 1, "keep": 0, "keep_best": ""})
+    state = {"params": params, "ema": average, "step": jnp.zeros((), jnp.int32)}
+    checkpoints.save(3, state, {}, {"config": run_config}, {})
+    checkpoints.close()
+    (tmp_path / "run/tokenizer").mkdir()
+    (tmp_path / "run/tokenizer/tokenizer.json").write_text("words")  # not looked into
+    run(input=tmp_path / "run", output=tmp_path / "hf", to="hf", dtype="bfloat16")
+    again = load_hf(tmp_path / "hf", jnp.bfloat16, scan_layers=False)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), again, average)
+    assert (tmp_path / "hf/tokenizer.json").read_text() == "words"
+    run(input=tmp_path / "run", output=tmp_path / "copy")
+    assert read_meta(tmp_path / "copy", 0)["config"]["data"]["template"] == "chat"
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_dtype(tmp_path, dtype):
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "ours", dtype=dtype)
+    meta = read_meta(tmp_path / "ours", 0)
+    assert {info["dtype"] for info in meta["arrays"].values()} == {dtype}
+    assert meta["config"]["numerics"]["precision"] == "bf16_pure"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
+        read_parameters(*locate(tmp_path / "ours")), load_hf(GOLDEN / "llama_tiny")[1],
+    )  # fmt: skip
+
+
+# --- what it refuses, and what it leaves ---
+
+
+def test_what_is_there_stays_unless_forced(hub, tmp_path):
+    output = tmp_path / "ours"
+    run(input=hub, output=output)
+    before = hashes(output / "0/state/params.norm.weight")
+    with pytest.raises(UserError, match="ours: found something there already; --force replaces it"):
+        run(input=GOLDEN / "llama_tiny", output=output)
+    assert hashes(output / "0/state/params.norm.weight") == before
+    run(input=GOLDEN / "llama_tiny", output=output, force=True)
+    assert hashes(output / "0/state/params.norm.weight") != before
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="found no model there, which is all that --force replaces"):
+        run(input=hub, output=tmp_path / "home", force=True)
+    assert (tmp_path / "home/letter.txt").is_file()
+
+
+@pytest.mark.parametrize("place", ("", "inside", ".."))
+def test_the_input_is_not_overwritten(hub, tmp_path, place):
+    shutil.copytree(hub, tmp_path / "a/hub")
+    with pytest.raises(UserError, match=r"--output=.*: found the input there|found no model there"):
+        run(input=tmp_path / "a/hub", output=(tmp_path / "a/hub" / place).resolve() if place != "inside"
+            else tmp_path / "a", force=True)  # fmt: skip
+    assert hashes(tmp_path / "a/hub") == hashes(hub)
+
+
+@pytest.mark.parametrize("to", ("hf", "easylm_plus"))
+@pytest.mark.parametrize("forced", (False, True))
+def test_a_broken_run_leaves_nothing(hub, tmp_path, monkeypatch, to, forced):
+    """The fifth tensor cannot be read: no new folder, and with --force the old one as it was."""
+    output = tmp_path / "out"
+    if forced:
+        run(input=hub, output=output, to=to)
+    before = sorted(tmp_path.rglob("*"))
+    read, count = translate.Translated.read, iter(range(100))
+
+    def broken(self, names, index):
+        if next(count) == 5:
+            raise OSError(5, "the disk is broken")
+        return read(self, names, index)
+
+    monkeypatch.setattr(translate.Translated, "read", broken)
+    with pytest.raises(OSError, match="the disk is broken"):
+        run(input=hub, output=output, to=to, force=forced)
+    assert sorted(tmp_path.rglob("*")) == before and next(count) > 5
+
+
+def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
+    shutil.copytree(GOLDEN / "llama_tiny", tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, "intermediate_size": 8}))
+    with pytest.raises(UserError, match=r"mlp\.gate_proj\.weight has shape \[\d+, 64\], expected \[8, 64\]"):
+        run(input=tmp_path / "hf", output=tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_is_told_before(hub, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="No space left"):
+        run(input=hub, output=tmp_path / "ours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_hugging_face_cannot_express_is_named(tmp_path):
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "ours")
+    path = tmp_path / "ours/0/meta/metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"]["logit_scale"] = 0.5
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"model\.logit_scale = 0\.5: LlamaForCausalLM has no place for it"):
+        run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_command(hub, tmp_path):
+    """As a person runs it: progress on stderr, an error in one line."""
+    status, output = tiny.run(f"--input={hub}", f"--output={tmp_path / 'ours'}", door="easylm_plus.convert")
+    assert status == 0 and "0.00 of 0.00 GB" in output, output
+    status, output = tiny.run(f"--input={hub}", f"--output={tmp_path / 'ours'}", door="easylm_plus.convert")
+    assert status == 1 and output.count("\n") == 1 and "convert.py: error: " in output
+    status, output = tiny.run(f"--input={tmp_path / 'none'}", "--output=x", door="easylm_plus.convert")
+    assert status == 1 and "none: not found; expected weights" in output
