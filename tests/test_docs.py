@@ -26,9 +26,12 @@ def commands(text):
 
 def all_commands():
     for page in PAGES:
-        yield from ((page.name, command) for command in commands(page.read_text()))
+        yield from ((page.name, command) for command in commands(page.read_text(encoding="utf-8")))
     for path in sorted((tiny.ROOT / "configs").rglob("*.py")):
-        yield from ((path.stem, command) for command in commands(ast.get_docstring(ast.parse(path.read_text())) or ""))
+        yield from (
+            (path.stem, command)
+            for command in commands(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        )
 
 
 def source(command):
@@ -43,7 +46,9 @@ def wrong(command):
         return None if command[1:] in ([], ["test"], ["setup"]) else "no such argument of run.sh"
     if not source(command).is_file():
         return f"no file {source(command)}"
-    known = set(re.findall(r'(?:DEFINE_\w+\(\s*|add_argument\(\s*"--)"?(\w+)"', source(command).read_text()))
+    known = set(
+        re.findall(r'(?:DEFINE_\w+\(\s*|add_argument\(\s*"--)"?(\w+)"', source(command).read_text(encoding="utf-8"))
+    )
     arguments = command[3 if command[1] == "-m" else 2 :]
     flags = dict(re.match(r"--([\w.]+)=?(.*)", word).groups() for word in arguments if word.startswith("--"))
     if unknown := [name for name in flags if name.split(".")[0] not in known]:
@@ -85,13 +90,13 @@ def test_there_are_commands_and_wrong_ones_are_seen():
 
 def test_your_own_dataset_in_10_lines(tmp_path):
     """The JSONL line and the config of docs/data.md, as they are written there."""
-    section = (tiny.ROOT / "docs/data.md").read_text().partition("## Your own dataset")[2]
+    section = (tiny.ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## Your own dataset")[2]
     row = re.search(r'^    (\{"messages".*\})$', section, re.MULTILINE)[1]
     code = re.search(r"^    from ml_collections.*?return config$", section, re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "mine.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/chats.jsonl").write_text(20 * (row + "\n"))
-    assert len((tmp_path / "mine.py").read_text().splitlines()) <= 10
+    assert len((tmp_path / "mine.py").read_text(encoding="utf-8").splitlines()) <= 10
     prepare(load_config_file(str(tmp_path / "mine.py")), tmp_path / "raw", tmp_path / "data")
     turns = open_source(tmp_path / "data", "mine", "train")[0].turns
     assert [turn.text for turn in turns] == [m["content"] for m in json.loads(row)["messages"]]
