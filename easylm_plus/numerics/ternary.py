@@ -1,0 +1,73 @@
+"""BitNet b1.58: weights in {-1, 0, 1} times one scale, activations in 8 bits (Ma et al. 2024, arXiv:2402.17764,
+section 2, and its "Training Tips, Code and FAQ").
+
+    gamma = max(mean |W|, 1e-5)                    one number for a matrix
+    W~    = clip(round(W / gamma), -1, 1) gamma    half to even
+    s     = 127 / max(max_k |x_k|, 1e-5)           one number for a token
+    x~    = clip(round(x s), -128, 127) / s
+    y     = x~ W~
+
+Training keeps the latent W and passes gradients straight through both roundings (straight-through estimator): dW is
+that of W~ and dx that of x~, with no mask where something was clipped and no gradient through gamma or s. Both are
+computed in float32 whatever the compute dtype.
+
+A latent of experts or of stacked layers has a scale a matrix; over a mesh, mean |W| is that of the whole matrix.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from easylm_plus.numerics import verbs
+from easylm_plus.numerics.grouped import Groups, grouped_matmul
+
+EPS = 1e-5
+
+
+@struct.dataclass
+class Ternary:
+    """A matrix [..., in, out] that multiplies as its ternary rounding; trained."""
+
+    latent: jax.Array
+
+
+def ternary_weight(latent: jax.Array) -> jax.Array:
+    """W~ in float32, with the gradient of W~ as that of W."""
+    w = latent.astype(jnp.float32)
+    gamma = jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), EPS)
+    return _straight_through(w, jnp.clip(jnp.round(w / gamma), -1, 1) * gamma)
+
+
+def int8_activation(x: jax.Array) -> jax.Array:
+    """x~ in float32, by the last axis, with the gradient of x~ as that of x."""
+    x = x.astype(jnp.float32)
+    scale = 127 / jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
+    return _straight_through(x, jnp.clip(jnp.round(x * scale), -128, 127) / scale)
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """`rounded` with the derivative of x. The usual x + stop_gradient(rounded - x) is off by a last bit here and there,
+    and then there are seven values instead of three."""
+    return rounded
+
+
+@_straight_through.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
+
+
+@verbs._project.register
+def _(w: Ternary, x: jax.Array) -> jax.Array:
+    return verbs.project(int8_activation(x).astype(x.dtype), ternary_weight(w.latent).astype(x.dtype))
+
+
+@verbs._project_grouped.register
+def _(w: Ternary, x_MD: jax.Array, groups: Groups) -> jax.Array:
+    x_MD, w_EDF = int8_activation(x_MD).astype(x_MD.dtype), ternary_weight(w.latent).astype(x_MD.dtype)
+    return grouped_matmul(x_MD, w_EDF, groups)
+
+
+@verbs._dense.register
+def _(w: Ternary) -> jax.Array:
+    return ternary_weight(w.latent)
