@@ -36,13 +36,15 @@ def guarded(main: Callable[[], int | None]) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax tells every save in twenty lines
     try:
         return main() or 0
-    except (InputError, FileNotFoundError) as error:
+    except (InputError, FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError) as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             place = error.filename or error
             told = f"the disk is full: {place}. Nothing already saved was lost; free some space and run again"
             return _fail(told, status=errno.ENOSPC)
+        if error.errno == errno.EROFS:
+            return _fail(str(error))
         raise
 
 

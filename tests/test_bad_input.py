@@ -1,5 +1,6 @@
 """Whatever is wrong, the command ends with one message that names it, without a traceback, and harms no checkpoint."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -291,17 +292,26 @@ def test_damaged_checkpoint(trained, tmp_path, part):
 # --- the machine ---
 
 
+@contextlib.contextmanager
+def mounted(place, options):
+    """A disk in memory with these options at a folder; skips the test where that is not allowed."""
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted here: {getattr(error, 'stderr', error)}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with four megabytes."""
     place = tmp_path / "disk"
     place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk cannot be mounted here: {getattr(error, 'stderr', error)}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with mounted(place, "size=4m"):
+        yield place
 
 
 @pytest.fixture
@@ -349,10 +359,27 @@ def test_a_disk_that_fills_up_during_a_save(nearly_full, small_disk, tmp_path, r
     assert status == 0 and "starts from step 2" in output, output[-800:]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(refuses, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    refuses("locked", log__dir=str(tmp_path / "locked" / "run"))
+@pytest.fixture(params=["a file", "below a file", "locked", "read only"])
+def place(request, tmp_path):
+    """A path at which no folder can be made."""
+    where = tmp_path / request.param.replace(" ", "_")
+    if request.param.endswith("a file"):
+        where.write_text("")
+        yield where if request.param == "a file" else where / "run"
+    elif request.param == "locked":
+        if os.geteuid() == 0:
+            pytest.skip("root may write anywhere")
+        where.mkdir(mode=0o500)
+        yield where / "run"
+    else:
+        where.mkdir()
+        with mounted(where, "ro"):
+            yield where / "run"
+
+
+@pytest.mark.parametrize("key", ["log__dir", "checkpoint__dir"])
+def test_a_place_that_cannot_be_written(refuses, place, key):
+    refuses(str(place), **{key: str(place)})
 
 
 # --- as a process ---
