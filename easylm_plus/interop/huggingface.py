@@ -10,7 +10,7 @@ Weights in PyTorch's own format are refused unless asked for, and then read with
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from easylm_plus.interop.write_configs import export_config
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import POLICIES
+from easylm_plus.numerics.rules import attach
 
 Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
 
@@ -49,15 +50,19 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
               "chat_template.*", "generation_config.json")  # fmt: skip
 
 
-def load_hf(folder: str | Path, dtype: Any = jnp.float32, **overrides: Any) -> tuple[Transformer, Any]:
+def load_hf(
+    folder: str | Path, dtype: Any = jnp.float32, numerics: Sequence[str] = (), **overrides: Any
+) -> tuple[Transformer, Any]:
     """A Hugging Face folder -> (model, params). `overrides` replace keys of the ModelConfig.
 
+    `numerics` are rules of numerics/rules.py for what weights become, as its BITNET: a config.json does not say.
     `model.apply({"params": params}, tokens)` gives float32 logits [B, T, V].
     """
     config = read_config(folder, **overrides)
     policy = POLICIES["float32" if jnp.dtype(dtype) == jnp.float32 else "bf16_pure"]
     model = Transformer(config, policy)
-    return model, load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
+    params = load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
+    return model, attach(params, numerics)
 
 
 def save_hf(

@@ -153,6 +153,10 @@ class Machine:
         items, self.stack = self.stack, self.marks.pop()
         return items
 
+    def tuple_since_mark(self, _: Any) -> None:
+        items = tuple(self.since_mark())
+        self.stack.append(items)
+
     def tuple_of(self, count: int) -> None:
         self.stack[len(self.stack) - count :] = [tuple(self.stack[len(self.stack) - count :])]
 
@@ -211,7 +215,7 @@ STEPS: dict[str, Callable[[Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "FRAME": lambda machine, _: None,
     "MARK": Machine.mark,
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.since_mark())),
+    "TUPLE": Machine.tuple_since_mark,
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),

@@ -1,9 +1,11 @@
 """Runs in an interpreter with torch and transformers: makes tiny models of random weights, and what they compute.
 
     python peer_models.py FOLDER < cases.json     {name: {"class": "Llama", "config": {...}}, ...}
+    python peer_models.py FOLDER open             computes logits of the models that are in FOLDER's folders
 
 Each FOLDER/<name> gets config.json, model.safetensors and expected.npz: input_ids, logits, a greedy continuation of the
-first 7 tokens, and gradients of the mean cross-entropy.
+first 7 tokens, and gradients of the mean cross-entropy. `open` reads <name>/input_ids.npy and writes <name>/logits.npy;
+a tensor that is missing or has no place ends it.
 """
 
 import json
@@ -18,11 +20,15 @@ import transformers
 def make(folder: Path, spec: dict) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, spec["class"] + "Config")(**spec["config"])
-    model = getattr(transformers, spec["class"] + "ForCausalLM")._from_config(config, attn_implementation="eager")
+    kind = getattr(transformers, spec.get("model", spec["class"] + "ForCausalLM"))
+    model = kind._from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape)
-            weight.copy_(1 + 0.15 * noise if "norm" in name else noise * 1.1 / weight.shape[-1] ** 0.5)
+            noise, is_norm = torch.randn(weight.shape), "norm" in name or ".ln_" in name
+            if name.endswith("bias"):
+                weight.copy_(0.3 * noise)
+            else:
+                weight.copy_(1 + 0.15 * noise if is_norm else noise * 1.1 / weight.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     ids = torch.randint(0, config.vocab_size, (2, 24))
     logits = model(ids).logits
@@ -30,11 +36,25 @@ def make(folder: Path, spec: dict) -> None:
     loss.backward()
     gradients = {f"grad::{name}": p.grad.numpy() for name, p in model.named_parameters()}
     with torch.no_grad():
-        tokens = model.generate(ids[:, :7], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        whole = {"attention_mask": torch.ones_like(ids[:, :7]), "pad_token_id": 0}  # a 0 in the prompt is no padding
+        tokens = model.generate(ids[:, :7], max_new_tokens=12, min_new_tokens=12, do_sample=False, **whole)
     arrays = {"input_ids": ids.numpy(), "logits": logits.detach().numpy(), "tokens": tokens.numpy()}
     np.savez(folder / "expected.npz", **arrays, **gradients)
 
 
+def compute(folder: Path) -> None:
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, told = load(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    if wrong := {key: found for key, found in told.items() if found}:
+        raise SystemExit(f"{folder}: {wrong}")
+    with torch.no_grad():
+        np.save(folder / "logits.npy", model(torch.from_numpy(np.load(folder / "input_ids.npy"))).logits.numpy())
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == ["open"]:
+        for place in sorted(Path(sys.argv[1]).iterdir()):
+            compute(place)
+        sys.exit()
     for name, spec in json.load(sys.stdin).items():
         make(Path(sys.argv[1]) / name, spec)

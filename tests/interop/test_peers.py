@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from easylm_plus.inference.generate import Generator
+from easylm_plus.interop.configs import read_raw
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.objectives.lm import LanguageModel
 
@@ -28,6 +29,13 @@ CASES = {
     "skywork": {"class": "Llama", "config": {**SMALL, "num_key_value_heads": 4, "vocab_size": 131,
                                              "rms_norm_eps": 1e-6}},
     "linear": {"class": "Llama", "config": {**SMALL, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}},
+    "biases": {"class": "Llama", "config": {**SMALL, "attention_bias": True, "mlp_bias": True}},
+    "mixtral": {"class": "Mixtral", "config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                               "sliding_window": 6}},
+    "bitnet": {"class": "BitNet", "config": SMALL},
+    "gpt2": {"class": "GPT2", "model": "GPT2LMHeadModel", "config": {
+        "vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}},
 }  # fmt: skip
 WRONG = {
     "mistral": {"sliding_window": 7},
@@ -35,6 +43,10 @@ WRONG = {
     "llama3.2": {"rope_factor": 8.0},
     "skywork": {"norm_eps": 1e-2},
     "linear": {"rope_scaling": "none"},
+    "biases": {"norm_eps": 1e-2},
+    "mixtral": {"experts_per_token": 1},
+    "bitnet": {"activation": "silu"},
+    "gpt2": {"activation": "relu"},
 }
 pytestmark = pytest.mark.parity
 
@@ -76,7 +88,7 @@ def test_gradients(case):
     objective = LanguageModel(model, num_sources=1)
     tree = jax.jit(jax.grad(lambda p: objective(p, batch, objective.denominators(batch))[0]))(params)
     theirs = {name.removeprefix("grad::"): x for name, x in expected.items() if name.startswith("grad::")}
-    ours = tiny.under_their_names(tree, model.config)
+    ours = tiny.under_their_names(tree, model.config, read_raw(path)["architectures"][0])
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
