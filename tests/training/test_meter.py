@@ -68,30 +68,34 @@ def test_forgetting_the_sums_is_seen(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl")[0]["loss"] != whole[1]["loss"]
 
 
+def with_experts(step):
+    """What a step of a model with experts returns."""
+    return {**result(step), "sums": {**result(step)["sums"], "router": {"tokens": 4.0, "entropy": float(step)}}}
+
+
 def later(log, saved):
-    """What has become of the state of a meter, and of one that took it over, when each has counted two more steps."""
+    """A meter's state as it was saved, after two more steps of that meter, and of another that took it over."""
     first, second = meter(log), meter(log)
-    first.push(1, result(1), {})
+    first.push(1, with_experts(1), {})
     first.drain()
     state = saved(first)
+    seen = [json.dumps(state)]
     second.set_state(state)
-    for step in (2, 3):
-        first.push(step, result(step), {})
-    first.drain()
-    after_its_own = json.dumps(state)
-    for step in (2, 3):
-        second.push(step, result(step), {})
-    second.drain()
-    return after_its_own, json.dumps(state)
+    for one in (first, second):
+        for step in (2, 3):
+            one.push(step, with_experts(step), {})
+        one.drain()
+        seen.append(json.dumps(state))
+    return seen
 
 
 def test_a_checkpoint_holds_the_sums_of_its_moment(tmp_path):
     """It is written in the background, while the steps after it are counted."""
-    of_one_step = json.dumps({"nll": [11.0, 11.0], "tokens": [11.0, 5.5], "loss": 1.0, "count": 1})
     with MetricsLog(tmp_path, 0) as log:
-        assert later(log, Meter.get_state) == (of_one_step, of_one_step)
-        handed_out = later(log, lambda one: one._sums)
-        assert handed_out[0] != of_one_step, "the sums themselves go on"
+        at_once, after_its_own, after_the_others = later(log, Meter.get_state)
+        assert at_once == after_its_own == after_the_others and json.loads(at_once)["count"] == 1
+        at_once, after_its_own, _ = later(log, lambda one: one._sums)
+        assert at_once != after_its_own, "the sums themselves go on"
 
 
 def test_numbers_are_read_one_step_late(tmp_path):
