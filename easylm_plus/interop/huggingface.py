@@ -22,7 +22,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw
 from easylm_plus.interop.copying import copy_into
 from easylm_plus.interop.tables import ARCHITECTURES, DERIVED
-from easylm_plus.interop.tensor_files import SHARD_BYTES, Renamed, ShardWriter, Tensors, safetensors_of
+from easylm_plus.interop.tensor_files import SHARD_BYTES, Renamed, ShardWriter, Tensors, read_json, safetensors_of
 from easylm_plus.interop.torch_files import TorchFiles
 from easylm_plus.interop.translate import Progress, Translated, write_tensors
 from easylm_plus.interop.weights import (
@@ -136,10 +136,20 @@ def open_weights(folder: str | Path, config: ModelConfig | None = None, *, pickl
     return Translated(tensors, ARCHITECTURES[name], config, ignored)
 
 
+def _pickles(folder: Path) -> list[Path]:
+    """Weights in PyTorch's own format: those that the index names, or pytorch_model.bin, or whatever there is."""
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    every = sorted(path for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    named = [path for path in every if path.name.startswith("pytorch_model")]  # a Trainer leaves training_args.bin too
+    return named or every
+
+
 def _open(folder: Path, pickled: bool) -> Tensors:
     if (tensors := safetensors_of(folder)) is not None:
         return tensors
-    pickles = sorted(path for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    pickles = _pickles(folder)
     if pickles and pickled:
         return TorchFiles(pickles, str(folder))
     found = f"only {pickles[0].name}, which can run code when read" if pickles else "no weights"

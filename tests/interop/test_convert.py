@@ -13,6 +13,7 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 from jax.sharding import NamedSharding, PartitionSpec
+from test_llama2c import write
 
 from easylm_plus import convert
 from easylm_plus.errors import UserError
@@ -20,6 +21,7 @@ from easylm_plus.inference.load import open_model
 from easylm_plus.interop import translate
 from easylm_plus.interop.configs import read_config
 from easylm_plus.interop.huggingface import load_hf, save_hf
+from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import INDEX
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.training.checkpoint import Checkpoints, locate, read_meta, read_parameters
@@ -151,6 +153,25 @@ def test_dtype(tmp_path, dtype):
         lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
         read_parameters(*locate(tmp_path / "ours")), load_hf(GOLDEN / "llama_tiny")[1],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_llama2c(tmp_path, tied):
+    """A file of the format that test_llama2c.py writes becomes a Hugging Face folder."""
+    write(tmp_path / "model.bin", tied)
+    run(input=tmp_path / "model.bin", output=tmp_path / "hf", to="hf")
+    expected, found = load_llama2c(tmp_path / "model.bin")[1], load_hf(tmp_path / "hf")[1]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_folder_of_pieces_is_written_anew(hub, tmp_path):
+    """Hugging Face to Hugging Face: other files, another dtype, the same tensors."""
+    run(input=hub, output=tmp_path / "out", to="hf", dtype="float16")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
+        load_hf(tmp_path / "out", jnp.float16)[1], load_hf(hub)[1],
+    )  # fmt: skip
+    assert len(list(hub.glob("*.safetensors"))) > 1 == len(list((tmp_path / "out").glob("*.safetensors")))
 
 
 # --- what it refuses, and what it leaves ---
