@@ -24,6 +24,7 @@ from easylm_plus.evaluation.samples import make_sampler
 from easylm_plus.models.attention import resolve
 from easylm_plus.models.config import train_flops_per_token
 from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
+from easylm_plus.numerics.grouped import resolve_grouped
 from easylm_plus.numerics.precision import precision
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import cluster, sharding
@@ -74,6 +75,7 @@ def main() -> int:
     policy = precision(config.numerics.precision)
     model = Transformer(configs.model_config(config), policy)
     attention = resolve(model.config.attention, jax.default_backend(), policy.compute)
+    grouped = resolve_grouped(model.config.grouped, jax.default_backend())
     objective = LanguageModel(model, len(data.sources), **config.objective)
     optimizer = adamw(config.optimizer, steps)
     rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
@@ -110,7 +112,8 @@ def main() -> int:
         meter_state, owes_evaluation = None, False
         if start is not None:
             if not config.checkpoint.force:
-                checkpoint.compare_runs(saved.meta(start), config.to_dict(), data.hash, f"{saved.directory}/{start}")
+                place, defaults = f"{saved.directory}/{start}", configs.base().to_dict()
+                checkpoint.compare_runs(saved.meta(start), config.to_dict(), defaults, data.hash, place)
             state, position = saved.restore(start, target)
             owes_evaluation = position["owes_evaluation"]
             meter_state, origin = position["meter"], f"step {start} of {saved.directory}"
@@ -144,6 +147,8 @@ def main() -> int:
         compiled = two_columns()
         compiled.add_row("state", f"starts from {origin}")
         compiled.add_row("attention", attention)
+        if model.config.num_experts:
+            compiled.add_row("experts", f"{model.config.num_experts}, products {grouped}")
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)

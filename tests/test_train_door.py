@@ -165,3 +165,23 @@ def test_sources_and_weights():
 def test_the_data_hash_names_data_tokenizer_and_template():
     hashes = {data_module.open_data(config(**values)).hash for values in ({}, {}, {"data__length": 32})}
     assert len(hashes) == 2 and jax.process_count() == 1
+
+
+# --- experts ---
+
+
+def test_experts_through_the_door(tmp_path):
+    """What routing does is logged, over steps and over a restart; an expert has room for half of an even share."""
+    experts = {"model__num_experts": 4, "model__capacity_factor": 0.5, "objective__router_balance": 0.01,
+               "objective__router_z": 0.001, "train__accumulate": 1, "mesh__expert": 4, "checkpoint__every": 5,
+               "log__every": 4, "eval__every": 0}  # fmt: skip
+    for steps_so_far in (5, 8):
+        config = f"--config={tiny.write_config(tmp_path, train__steps=5, **experts)}"
+        more = (f"--config.train.steps={steps_so_far}", "--config.checkpoint.force=True")
+        status, output = tiny.inside(config, *more)
+        assert status == 0 and "4, products tiled" in output, output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8]
+    for row in rows:
+        assert 0.2 < row["router/dropped"] < 0.8, "half, or less where a row ends in padding"
+        assert 1 <= row["router/balance"] < 2 and 1 <= row["router/max_load"] <= 4 and row["router/z"] > 0

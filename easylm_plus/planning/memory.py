@@ -44,7 +44,7 @@ def estimate(
     params = sharded_bytes(state.params, shardings.params)
     optimizer = sharded_bytes(state.opt_state, shardings.opt_state) + sharded_bytes(state.ema, shardings.ema)
     local = math.ceil(tokens / accumulate / math.prod(mesh[axis] for axis in DATA_AXES))
-    whole, cut = kept_per_token(config, precision)
+    whole, cut = kept_per_token(config, precision, mesh["expert"])
     head = config.hidden_size * config.vocab_size * 4 / mesh["tensor"]
     return Memory(
         parameters=params,
@@ -56,17 +56,22 @@ def estimate(
     )
 
 
-def kept_per_token(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+def kept_per_token(config: ModelConfig, precision: Precision, expert_axis: int = 1) -> tuple[int, int]:
     """Bytes that the blocks keep for one token's backward pass: (on every device, cut over `tensor`)."""
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
-    own = config.num_heads * config.head_dim
-    heads = own + 2 * config.num_kv_heads * config.head_dim  # q, k and v
+    c, D, L = config, config.hidden_size, config.num_layers
+    own = c.num_heads * c.head_dim
+    heads = own + 2 * c.num_kv_heads * c.head_dim  # q, k and v
+    wide = (2 if c.gated else 1) * c.intermediate_size  # gate and up
     size = np.dtype(precision.compute).itemsize
+    # experts have rows for all choices of the tokens that their axis brings together; these are never kept as "dots"
+    rows = c.experts_per_token * expert_axis if c.num_experts else 1
+    sorted_rows = (expert_axis + 2 * rows) * D if c.num_experts else 0
     # residual stream and norms | q, k, v, attention, gate, up, product
-    block = (4 * D * size, (heads + own + 3 * F) * size)
-    kept = {"none": block, "dots": (3 * D * size, (heads + 2 * F) * size), "full": (D * size, 0)}[config.remat]
-    one = (0, 0) if config.remat == "none" else block  # while it is being recomputed
-    return L * kept[0] + one[0], L * kept[1] + one[1]
+    block = (4 * D + sorted_rows, heads + own + rows * (wide + c.intermediate_size))
+    dots = (3 * D, heads + (0 if c.num_experts else wide))
+    kept = {"none": block, "dots": dots, "full": (D, 0)}[c.remat]
+    one = (0, 0) if c.remat == "none" else block  # while it is being recomputed
+    return size * (L * kept[0] + one[0]), size * (L * kept[1] + one[1])
 
 
 def sharded_bytes(tree: Any, shardings: Any) -> int:

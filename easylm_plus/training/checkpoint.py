@@ -205,12 +205,14 @@ def compare_arrays(found: Mapping[str, Any], expected: Mapping[str, Any], place:
         raise UserError(f"{place} does not hold this model:\n" + "\n".join(lines) + more)
 
 
-def compare_runs(found: Mapping[str, Any], config: Mapping[str, Any], data_hash: str, place: str) -> None:
+def compare_runs(
+    found: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any], data_hash: str, place: str
+) -> None:
     """Raises UserError if the checkpoint's config or data differ from this run's in anything that is computed.
 
-    A key that an older version did not know counts as empty, which is what new keys are by default.
+    What an older version had no key for, it did as the default of that key does.
     """
-    old, new = flatten(found["config"]), flatten(config)
+    old, new = {**flatten(defaults), **flatten(found["config"])}, flatten(config)
     same = lambda key: (old.get(key) or None) == (new.get(key) or None)
     changed = [key for key in sorted({*old, *new}) if not same(key) and not any(re.match(f, key) for f in FREE)]
     lines = [f"  {key}: found {old.get(key)!r}, now {new.get(key)!r}" for key in changed]

@@ -228,3 +228,26 @@ def test_capacity_does_not_bind_in_decoding():
         out.append(logits)
     roomy = derived_logits("switch", wide(params), capacity=99)
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), roomy, rtol=0, atol=ATOL)
+
+
+# --- queries and keys of one projection ---
+
+
+@pytest.mark.parametrize(("scales", "same"), (((0, 1), True), ((1, 0), False)), ids=("as it is", "exchanged"))
+def test_shared_queries_and_keys_are_two_scaled_copies(scales, same):
+    """A plain model whose q and k are u w[0] + b[0] and u w[1] + b[1], written out, gives the same logits."""
+    keys = {**COMMON, "num_kv_heads": HEADS}
+    shared = Transformer(preset("debug", **keys, share_qk=True))
+    params = jax.tree.map(np.asarray, init_parameters(shared, jax.random.key(0)))
+    rng, written = np.random.default_rng(3), {**params, "layers": {}}
+    for i, layer in params["layers"].items():
+        attention = layer["self_attn"]
+        for name in ("qk_weight", "qk_bias"):
+            attention[name] = rng.normal(size=attention[name].shape).astype(np.float32)
+        u, (w, b) = attention["qk_proj"]["kernel"], (attention["qk_weight"], attention["qk_bias"])
+        plain = {f"{n}_proj": {"kernel": u * w[at], "bias": b[at]} for n, at in zip("qk", scales)}
+        plain["v_proj"] = {**attention["v_proj"], "bias": np.zeros(D * 2, np.float32)}
+        written["layers"][i] = {**layer, "self_attn": {**plain, "o_proj": attention["o_proj"]}}
+    ours = jax.jit(shared.apply)({"params": params}, IDS)
+    theirs = jax.jit(Transformer(preset("debug", **keys, qkv_bias=True)).apply)({"params": written}, IDS)
+    assert (np.abs(ours - theirs).max() < ATOL) == same
