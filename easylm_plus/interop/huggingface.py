@@ -91,9 +91,9 @@ def save_hf(
     if Path(folder).exists():
         raise UserError(f"{folder}: found something there already; expected a new folder")
     Path(folder).mkdir(parents=True)
-    write_folder(weights, raw, Path(folder), max_shard_bytes)
     if tokenizer_from is not None:
         copy_companions(Path(tokenizer_from), Path(folder))
+    write_folder(weights, raw, Path(folder), max_shard_bytes)  # config.json last: without it the folder does not open
 
 
 def export_keys(weights: Weights, original: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def write_folder(
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda _: None,
 ) -> None:
-    """Writes config.json and the safetensors of `raw`'s architecture into a folder that is there."""
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Writes the safetensors of `raw`'s architecture into a folder that is there, and last, config.json."""
     table = ARCHITECTURES[architecture(raw, weights.place)]
     write_tensors(weights, table, lambda groups: ShardWriter(folder, groups, max_shard_bytes), progress)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:

@@ -34,8 +34,8 @@ class Ternary:
 def ternary_weight(latent: jax.Array) -> jax.Array:
     """W~ in float32, with the gradient of W~ as that of W."""
     w = latent.astype(jnp.float32)
-    gamma = jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), EPS)
-    return _straight_through(w, jnp.clip(jnp.round(w / gamma), -1, 1) * gamma)
+    scale = 1 / jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), EPS)  # multiplied by, as in the released code
+    return _straight_through(w, jnp.clip(jnp.round(w * scale), -1, 1) / scale)
 
 
 def int8_activation(x: jax.Array) -> jax.Array:
