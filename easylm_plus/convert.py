@@ -71,13 +71,13 @@ class Source(NamedTuple):
 
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
-    source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value)
+    source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
     output, inputs = Path(OUTPUT.value).absolute(), [Path(INPUT.value), Path(DIFF_BASE.value or INPUT.value)]
     if any(output == path.absolute() or output in path.absolute().parents for path in inputs):
         raise UserError(f"--output={output}: found the input there; expected another place")
-    base = open_source(Path(DIFF_BASE.value), None).weights if DIFF_BASE.value and not RECOVER.value else None
+    base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
     show = Progress(total_bytes(source.weights))
     with replaced(output, FORCE.value, show.total) as folder:
         if base is not None:
@@ -96,15 +96,15 @@ def main() -> int:
     return 0
 
 
-def open_source(path: Path, kind: str | None) -> Source:
-    """Opens weights of any format; `kind` None: what it looks like."""
+def open_source(path: Path, kind: str | None = None, step: int | None = None) -> Source:
+    """Opens weights of any format; `kind` None: what it looks like; `step` None: a run's last."""
     if not path.exists():
         raise UserError(f"{path}: not found; expected weights")
     kind = kind or _kind(path)
     if kind == "hf":
         return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
     if kind == "easylm_plus":
-        weights, meta, directory = open_checkpoint(path, STEP.value)
+        weights, meta, directory = open_checkpoint(path, step)
         return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"].get("data"))
     if kind == "llama2c":
         model, params = load_llama2c(path)
@@ -125,7 +125,7 @@ def _recovered() -> Source:
     """What a difference and its base make."""
     if not DIFF_BASE.value:
         raise UserError("--recover needs --diff_base: expected the model that the difference was made with")
-    path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value), None)
+    path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value))
     if (path / difference.FILE).is_file():
         weights, original = difference.open_difference(path, base.weights)
         return Source(weights, original, path)

@@ -139,7 +139,9 @@ def test_a_run_of_ours_is_exported_from_its_average(tmp_path):
     again = load_hf(tmp_path / "hf", jnp.bfloat16, scan_layers=False)[1]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), again, average)
     assert (tmp_path / "hf/tokenizer.json").read_text() == "words"
-    run(input=tmp_path / "run", output=tmp_path / "copy")
+    with pytest.raises(UserError, match="has no step 2; it has 3"):
+        run(input=tmp_path / "run", output=tmp_path / "copy", step=2)
+    run(input=tmp_path / "run", output=tmp_path / "copy", step=3)
     assert read_meta(tmp_path / "copy", 0)["config"]["data"]["template"] == "chat"
 
 
