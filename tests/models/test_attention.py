@@ -21,7 +21,14 @@ from easylm_plus.parallel.mesh import make_mesh
 
 K = 8
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
-LAYOUTS = {"plain": (False, 0), "window": (False, 3), "packed": (True, 0), "packed window": (True, 4)}
+LAYOUTS = {
+    "plain": (False, 0),
+    "window": (False, 3),
+    "packed": (True, 0),
+    "packed window": (True, 4),
+    "both ways": (False, None),
+    "packed both ways": (True, None),
+}  # no window: later keys are seen too
 
 
 def inputs(B, T, H, G, head_dim=K, seed=0):
@@ -42,7 +49,8 @@ def derive(q, k, v, segments, window, *, grouping=lambda h, H, G: h // (H // G),
     y = np.zeros(q.shape)
     for b, t, h in np.ndindex(B, T, H):
         g, first = grouping(h, H, G), max(0, t - window + 1) if window else 0
-        seen = [s for s in range(first, t + 1) if segments is None or segments[b, s] == segments[b, t]]
+        last = T - 1 if window is None else t
+        seen = [s for s in range(first, last + 1) if segments is None or segments[b, s] == segments[b, t]]
         scores = k[b, seen, g].astype(np.float64) @ q[b, t, h].astype(np.float64) * (scale or K**-0.5)
         weights = np.exp(scores - scores.max())
         y[b, t, h] = weights / weights.sum() @ v[b, seen, g].astype(np.float64)
@@ -55,7 +63,8 @@ def differentiate(q, k, v, segments, window, cotangent):
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
     for b, t, h in np.ndindex(B, T, H):
         g, first = h // R, max(0, t - window + 1) if window else 0
-        seen = [s for s in range(first, t + 1) if segments is None or segments[b, s] == segments[b, t]]
+        last = T - 1 if window is None else t
+        seen = [s for s in range(first, last + 1) if segments is None or segments[b, s] == segments[b, t]]
         scores = k[b, seen, g].astype(np.float64) @ q[b, t, h] * K**-0.5
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
@@ -79,10 +88,9 @@ def check_gradients(actual, expected):
 
 def run(name, q, k, v, segments, window):
     if name == "splash":
-        return jax.jit(lambda *args: attention._splash(*args, attention.Sight(window=window), interpret=True))(
-            q, k, v, segments
-        )
-    config = preset("debug", attention=name, sliding_window=window)
+        sight = attention.Sight(window is not None, window or 0)
+        return jax.jit(lambda *args: attention._splash(*args, sight, interpret=True))(q, k, v, segments)
+    config = preset("debug", attention=name, sliding_window=window or 0, causal=window is not None)
     return jax.jit(lambda *args: attention.attend(*args, config))(q, k, v, segments)
 
 
@@ -120,7 +128,8 @@ def test_blocked_with_blocks_of_the_real_size():
 
 @pytest.mark.parametrize("mesh", (None, {"fsdp": 4, "tensor": 2}), ids=("one device", "mesh"))
 @pytest.mark.parametrize(
-    ("heads", "layout"), (("MHA", "plain"), ("GQA", "packed"), ("GQA", "packed window"), ("MQA", "window"))
+    ("heads", "layout"),
+    (("MHA", "plain"), ("GQA", "packed"), ("GQA", "packed window"), ("MQA", "window"), ("GQA", "packed both ways")),
 )
 def test_gradients_of_blocked_equal_the_definition(heads, layout, mesh, monkeypatch):
     """Their backward pass is our own: on one device a row at a time, on a mesh all rows together."""
@@ -208,6 +217,8 @@ def test_the_derivation_notices_what_is_wrong(layout, wrong):
         (256, "GQA", True, 0, 64),
         (256, "MQA", True, 100, 16),
         (128, "MHA", False, 0, 128),
+        (256, "GQA", True, None, 16),
+        (200, "GQA", False, None, 16),
         (200, "GQA", True, 0, 16),  # the kernel itself takes multiples of 128 only
         (8, "GQA", False, 0, 16),  # parameters are initialised with a row of 8
     ),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from easylm_plus.errors import UserError
 from easylm_plus.models.families import preset
 from easylm_plus.models.transformer import Transformer, init_parameters
 from easylm_plus.objectives.lm import LanguageModel
@@ -251,3 +252,22 @@ def test_shared_queries_and_keys_are_two_scaled_copies(scales, same):
     ours = jax.jit(shared.apply)({"params": params}, IDS)
     theirs = jax.jit(Transformer(preset("debug", **keys, qkv_bias=True)).apply)({"params": written}, IDS)
     assert (np.abs(ours - theirs).max() < ATOL) == same
+
+
+# --- both ways ---
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_a_bidirectional_model_sees_later_tokens_of_its_document_only(causal):
+    model = Transformer(preset("debug", **COMMON, num_kv_heads=2, causal=causal))
+    params = init_parameters(model, jax.random.key(0))
+    apply = jax.jit(lambda ids, segments: model.apply({"params": params}, ids, None, segments))
+    segments = np.repeat([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]], 2, axis=0)
+    other = IDS.copy()
+    other[:, 5] = (IDS[:, 5] + 1) % VOCAB  # the last token of the first document
+    change = np.abs(apply(other, segments) - apply(IDS, segments)).max((0, 2))
+    assert (change[:5] > 1e-3).all() == (not causal) and (change[:5] == 0).all() == causal
+    assert change[5] > 0.1 and change[6:].max() == 0
+    if not causal:
+        with pytest.raises(UserError, match=r"model\.causal = False: a bidirectional model has no next token"):
+            model.init_cache(1, 8)
