@@ -2,7 +2,7 @@
 
     python -m easylm_plus.train --config=configs/koala7b.py
 
-Hardware: about 57 GiB on each of 4 devices, 29 on each of 8, by the estimate that is printed at the start. Not measured
+Hardware: about 56 GiB on each of 4 devices, 29 on each of 8, by the estimate that is printed at the start. Not measured
 here.
 """
 
@@ -15,4 +15,5 @@ from easylm_plus.training.data import load_config_file
 
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments as in koala13b."""
-    return load_config_file(f"{Path(__file__).with_name('koala13b.py')}:" + ",".join(filter(None, ("size=7b", arg))))
+    recipe = Path(__file__).with_name("koala13b.py")
+    return load_config_file(f"{recipe}:size=7b,{arg}")

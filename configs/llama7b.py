@@ -3,7 +3,8 @@
     python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
     python -m easylm_plus.train --config=configs/llama7b.py
 
-Hardware: a pod; 1 T tokens of 7B are about 4.3e22 FLOPs. Not measured here.
+Hardware: a pod; 1 T tokens of 7B are about 4.3e22 FLOPs. By the estimate that is printed at the start, about 49 GiB on
+each of 256 devices. Speed: not measured here.
 
 Published (section 2.3 and table 2): 3.0e-4 with a cosine to 10 %, 2,000 warm-up steps, AdamW 0.9/0.95, weight decay
 0.1, clipping at 1.0, 4M tokens a step, 1T tokens, length 2048. Decay of norms is not mentioned; ours do not decay.

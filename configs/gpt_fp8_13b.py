@@ -1,0 +1,19 @@
+"""GPT 13B of FP8-LM, in bfloat16: configs/gpt_fp8_125m.py at this size.
+
+    python -m easylm_plus.train --config=configs/gpt_fp8_13b.py
+
+Hardware: H100-80GB. By the estimate that is printed at the start, about 21 GiB on each of 32 devices (fsdp 16 x tensor
+2, as in the paper). Speed: not measured here.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from easylm_plus.training.data import load_config_file
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Arguments as in gpt_fp8_125m."""
+    recipe = Path(__file__).with_name("gpt_fp8_125m.py")
+    return load_config_file(f"{recipe}:size=13b,tensor=2,{arg}")
