@@ -1,4 +1,4 @@
-"""Code Llama 34B: Llama 2 trained on code, then on long rows (Roziere et al. 2023, arXiv:2308.12950).
+"""Code Llama 34B: Llama 2 trained on code, then on long rows (Rozière et al. 2023, arXiv:2308.12950).
 
     python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/code
     python -m easylm_plus.train --config=configs/codellama34b.py
@@ -38,9 +38,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.stage not in ("code", "long"):
         raise UserError(f"config argument stage={args.stage}: expected code or long")
     long = args.stage == "long"
-    peak, rows, steps, fim_rate = RECIPES[args.size]
     positions = {} if long else {"rope_theta": 1e4, "max_length": 4096}
     config = base(f"codellama-{args.size}", remat="full", **positions)
+    peak, rows, steps, fim_rate = RECIPES[args.size]
     config.init_from.path = f"runs/codellama{args.size}_code" if long else f"weights/llama2-{args.size}"
     config.init_from.origin = "the run of the same config with stage=code" if long else LLAMA2[args.size]
     config.data.path = "data/code"

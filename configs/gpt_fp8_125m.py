@@ -9,10 +9,10 @@ measured here.
 This is the paper's BF16 baseline, the run that the FP8 levels are compared with; they come with the key
 `numerics.fp8_level`, which is not there yet.
 
-Published (table 1 and section 4.1): sizes, tokens (100B; 175B 40B), peak (6e-4, 3e-4, 3e-4, 3e-5) and batch (1M, 4M,
-4M, 1M tokens) of each model, length 2048, AdamW 0.9/0.95, weight decay 0.1, a cosine to 10 % with 1,000 warm-up steps;
-clipping at 1.0 is in the released example. Ours: the vocabulary (100,352; the paper never says it), the data (theirs is
-a mix that was not released), and 175B without pipeline stages.
+Published: sizes, tokens (100B; 175B 40B), peak (6e-4, 3e-4, 3e-4, 3e-5), batch (1M, 4M, 4M, 1M tokens) and the length
+of 2048 (table 1); AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0 and a cosine to 10 % (the released example of
+6.7B). Ours: 1,000 warm-up steps, the vocabulary (100,352; the paper never says it), the data (theirs is a mix that was
+not released), and 175B without pipeline stages.
 """
 
 from ml_collections import ConfigDict
@@ -36,8 +36,8 @@ DATA = """FP8-LM's mix (CommonCrawl, The Pile, C4, OpenWebText and more) was nev
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: size (125m | 7b | 13b | 175b), fsdp and tensor (mesh axes)."""
     args = parse_arg(arg, size="125m", fsdp=-1, tensor=1)
-    peak, rows, tokens, parts, remat = RECIPES[args.size]
-    config = base(f"gpt-fp8-{args.size}", remat=remat)
+    config = base(f"gpt-fp8-{args.size}")
+    peak, rows, tokens, parts, config.model.remat = RECIPES[args.size]
     config.data.path = "data/text"
     config.data.prepare = "configs/data/text.py"
     config.data.prepare_input = "data/raw"

@@ -14,6 +14,7 @@ Hardware: 2 CPU cores. Expected: README.md shows a run. All values are ours, cho
 from ml_collections import ConfigDict
 
 from easylm_plus.config import base, parse_arg
+from easylm_plus.errors import UserError
 
 SIZES = {
     "1m": {},  # the preset as it is
@@ -25,6 +26,10 @@ SIZES = {
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: size (1m | 10m), data (embedded | koala), steps, shuffle_answers (a control: nothing to learn)."""
     args = parse_arg(arg, size="1m", data="embedded", steps=2000, shuffle_answers=False)
+    if args.size not in SIZES:
+        raise UserError(f"config argument size={args.size}: expected one of {', '.join(SIZES)}")
+    if args.data not in ("embedded", "koala"):
+        raise UserError(f"config argument data={args.data}: expected embedded or koala")
     config = base("tiny", init="fan_in", **SIZES[args.size])
     config.numerics.precision = "float32"
     if args.data == "embedded":

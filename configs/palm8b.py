@@ -14,8 +14,9 @@ tokens (62B: 795B).
 
 Ours, since the optimizer here is AdamW, which scales no step by its weight: the peak is 1e-2 times the root mean square
 that the matrices start with (1/sqrt(hidden_size)), and a cosine takes it down to a fifth, where 1/sqrt(step) is after
-255,000 steps. b2 0.99, decay 0.1, 10,000 warm-up steps and the last batch from the start are ours too. Documents of a
-row do not see each other; in PaLM's rows they do.
+255,000 steps; the embedding, which starts at 1, would take 64 to 136 times as much in PaLM. b2 0.99, decay 0.1, 10,000
+warm-up steps and the last batch from the start are ours too. Documents of a row do not see each other; in PaLM's rows
+they do.
 """
 
 from ml_collections import ConfigDict
@@ -37,8 +38,8 @@ DATA = """PaLM's 780B tokens were never published; documents of your own as text
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: size (8b | 62b | 540b), fsdp and tensor (mesh axes)."""
     args = parse_arg(arg, size="8b", fsdp=-1, tensor=1)
-    rows, tokens, parts = RECIPES[args.size]
     config = base(f"palm-{args.size}", remat="full")
+    rows, tokens, parts = RECIPES[args.size]
     config.data.path = "data/text"
     config.data.prepare = "configs/data/text.py"
     config.data.prepare_input = "data/raw"

@@ -12,7 +12,8 @@ Published (table 3 and section 3.6): session 1, 2T tokens of SkyPile-Main, cosin
 1T of other proportions, constant 6e-5; session 3 ("stage 2"), 130B tokens of which 10 to 40 %, rising, are
 SkyPile-STEM, constant 6e-5; in all AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, bfloat16, length 4096, 16M tokens
 a step. Never published: warm-up, and what is in SkyPile-STEM. Ours: 2,000 warm-up steps in session 1 and none after it,
-Adam's moments start anew with each session, and 20 % of SkyPile-STEM throughout, its mean (`data.sources`).
+Adam's moments start anew with each session, and 20 % of SkyPile-STEM throughout, its mean, counted in documents
+(`data.sources`).
 """
 
 from ml_collections import ConfigDict
@@ -24,11 +25,11 @@ from easylm_plus.errors import UserError
 SESSIONS = {
     1: (2_000_000_000_000, "data/skypile", ()),
     2: (1_000_000_000_000, "data/skypile_2", ()),
-    3: (130_000_000_000, "data/skypile_stem", ("text=4", "jsonl=1")),
+    3: (130_000_000_000, "data/skypile_stem", ("jsonl=4", "text=1")),
 }
 TOKENIZER = "Skywork's tokenizer.model (65,519 pieces): https://huggingface.co/Skywork/Skywork-13B-base"
 DATA = """150B tokens of SkyPile: https://huggingface.co/datasets/Skywork/SkyPile-150B; the other 3T, and SkyPile-STEM,
-      were never published. Session 3 takes the main part as text and STEM as JSON lines. Then:
+      were never published. Session 3 takes the main part as JSON lines and STEM as text. Then:
       python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output={path}"""
 
 

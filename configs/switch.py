@@ -7,13 +7,13 @@
 Hardware: the original's comparisons ran on 32 TPU v3 cores, with 16 GB each. By the estimate that is printed at the
 start, about 4 GiB on each of 32 devices (fsdp 4 x expert 8). Speed: not measured here.
 
-Published: one expert a token, capacity factor 1.25 (table 1), balance loss 0.01 (section 2.2), the router in float32,
-C4, 15 % of the tokens masked and each run of them behind one sentinel (section 2.4), 2^20 tokens a step for 550,000
+Published: one expert a token, capacity factor 1.25 (table 1), balance loss 0.01 (section 2.2), the router in float32
+(2.4), C4, 15 % of the tokens masked and each run of them behind one sentinel (2.3), 2^20 tokens a step for 550,000
 steps, 576B tokens (section 4.1), T5's vocabulary, Adafactor. T5 and Switch have an encoder and a decoder with experts
 in every second layer; the model here is a decoder with experts in all (models/families.py): the routing and the
 objective are Switch's, the architecture is not. Ours: AdamW at 1e-3 with a cosine to 1e-4 and 10,000 warm-up steps
-instead of Adafactor at 1/sqrt(step); rows of 512 tokens with what is read and what is learned, where T5 has 512 and
-114.
+instead of Adafactor at 1/sqrt(step); the usual start instead of one with a tenth of the variance (2.4); spans of 3
+tokens, T5's; rows of 512 tokens with what is read and what is learned, where T5 has 512 and 114.
 """
 
 from ml_collections import ConfigDict

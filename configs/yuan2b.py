@@ -32,8 +32,8 @@ DATA = """Yuan's were never published; documents of your own as text or JSON lin
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: size (2b | 51b | 102b | m32), fsdp, expert and tensor (mesh axes)."""
     args = parse_arg(arg, size="2b", fsdp=-1, expert=1, tensor=1)
-    peak, end, rows, length, steps, warmup, parts = RECIPES[args.size]
     config = base(f"yuan-{args.size}", remat="full")
+    peak, end, rows, length, steps, warmup, parts = RECIPES[args.size]
     config.data.path = "data/text"
     config.data.prepare = "configs/data/text.py"
     config.data.prepare_input = "data/raw"

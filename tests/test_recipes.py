@@ -94,7 +94,9 @@ def differences(found, published):
     return [name for (name, rel), a, b in zip(close.items(), found, published, strict=True) if differ(a, b, rel)]
 
 
-def test_every_config_is_here():
+def test_every_config_is_here_and_in_the_readme():
+    table = (tiny.ROOT / "README.md").read_text().partition("| config |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == {path.stem for path in FILES}
     assert {path.stem for path in FILES} - OURS == {name.partition(":")[0] for name in PUBLISHED}
 
 
@@ -216,9 +218,15 @@ def test_sessions_and_stages_follow_each_other():
     assert loaded("skywork13b:session=3").init_from.path == loaded("skywork13b:session=2").log.dir
     assert loaded("codellama34b:stage=long").init_from.path == loaded("codellama34b").log.dir
     assert loaded("yuan2b_sft").init_from.path == loaded("yuan2b").log.dir
-    for name in ("skywork13b:session=4", "codellama34b:stage=short"):
+    for name in ("skywork13b:session=4", "codellama34b:stage=short", "koala_tiny:data=other"):
         with pytest.raises(UserError, match=f"config argument {name.partition(':')[2]}: expected"):
             loaded(name)
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in FILES if re.search(r"Arguments: .*\bsize\b", path.read_text())])
+def test_a_size_that_is_not_there_is_one_message(stem):
+    with pytest.raises(UserError, match=r"size=3t: expected|unknown model '.*3t': did you mean"):
+        loaded(f"{stem}:size=3t")
 
 
 def test_phind_learns_the_answers_alone():
