@@ -43,7 +43,10 @@ def source(command):
 def wrong(command):
     """What would not work as it is written, or None."""
     if command[0] == "./run.sh":
-        return None if command[1:] in ([], ["test"], ["setup"]) else "no such argument of run.sh"
+        if command[1:2] == ["test"]:  # what follows is for pytest
+            lost = [word for word in command[2:] if word.startswith("tests/") and not (tiny.ROOT / word).exists()]
+            return f"no file {lost[0]}" if lost else None
+        return None if command[1:] in ([], ["setup"]) else "no such argument of run.sh"
     if not source(command).is_file():
         return f"no file {source(command)}"
     known = set(
@@ -80,6 +83,7 @@ def test_there_are_commands_and_wrong_ones_are_seen():
     assert {"README.md", "data.md", "koala13b", "koala", "text"} <= set(places) and len(places) > 15
     for text, message in {
         "    ./run.sh tests": "no such argument",
+        "    ./run.sh test tests/models/test_family.py": "no file tests/models/test_family.py",
         "    python -m easylm_plus.trian --config=configs/debug.py": "no file",
         "    python -m easylm_plus.train --confg=configs/debug.py": "no flag confg",
         "    python -m easylm_plus.train --config=configs/debug.py --config.data.lenght=2": "no key config.data.lenght",

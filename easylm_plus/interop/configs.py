@@ -12,6 +12,7 @@ from easylm_plus.models.config import ModelConfig
 Raw = dict[str, Any]
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+NEEDED = {"GPT2LMHeadModel": (), "StableLmForCausalLM": ("layer_norm_eps", "intermediate_size")}  # beside these
 # GPT-2's names of the keys that all have
 GPT2_KEYS = {
     "hidden_size": "n_embd",
@@ -62,7 +63,7 @@ def parse_config(raw: Raw, place: str, **overrides: Any) -> ModelConfig:
         raise UserError(f"{place}: found quantization_config of method {method!r}, expected plain weights")
     if name == "GPT2LMHeadModel":
         raw = {**raw, **{key: raw[theirs] for key, theirs in GPT2_KEYS.items() if theirs in raw}}
-    needed = REQUIRED if name == "GPT2LMHeadModel" else (*REQUIRED, "rms_norm_eps", "intermediate_size")
+    needed = (*REQUIRED, *NEEDED.get(name, ("rms_norm_eps", "intermediate_size")))
     if absent := [key for key in needed if key not in raw]:
         raise UserError(f"{place}: found no {GPT2_KEYS.get(absent[0], absent[0])}, which {name} needs")
     act = raw.get("hidden_act", "gelu_new" if name == "GPT2LMHeadModel" else "silu")
@@ -145,6 +146,22 @@ def _read_yuan(raw: Raw, place: str) -> Raw:
     return values
 
 
+def _read_stablelm(raw: Raw, place: str) -> Raw:
+    for key in ("qk_layernorm", "use_parallel_residual"):
+        if raw.get(key):
+            raise UserError(f"{place}: found {key}, which is not supported for StableLmForCausalLM")
+    return {
+        "intermediate_size": raw["intermediate_size"],
+        "norm": "layer",
+        "norm_eps": raw["layer_norm_eps"],
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        "num_kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        "qkv_bias": raw.get("use_qkv_bias", False),
+        "rotary_share": raw.get("partial_rotary_factor", 0.25),
+        **_read_rope(raw, place),
+    }
+
+
 def _read_gpt2(raw: Raw, place: str) -> Raw:
     for key, value in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         if raw.get(key, value) != value:
@@ -184,4 +201,5 @@ READERS: dict[str, Callable[[Raw, str], Raw]] = {
     **dict.fromkeys(ARCHITECTURES, _read_llama),
     "YuanForCausalLM": _read_yuan,
     "GPT2LMHeadModel": _read_gpt2,
+    "StableLmForCausalLM": _read_stablelm,
 }

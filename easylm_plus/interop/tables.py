@@ -107,6 +107,11 @@ BITNET: Table = (
     same(f"{_OURS}self_attn/attn_sub_norm/weight", f"{_THEIRS}self_attn.attn_sub_norm.weight"),
     same(f"{_OURS}mlp/ffn_sub_norm/weight", f"{_THEIRS}mlp.ffn_sub_norm.weight"),
 )
+STABLELM: Table = (
+    *LLAMA,
+    same("norm/bias", "model.norm.bias"),
+    *(same(f"{_OURS}{n}/bias", f"{_THEIRS}{n}.bias") for n in ("input_layernorm", "post_attention_layernorm")),
+)
 MIXTRAL: Table = (
     *_ENDS,
     *_NORMS,
@@ -171,6 +176,7 @@ ARCHITECTURES: dict[str, Table] = {
     "Qwen2ForCausalLM": LLAMA,
     "SkyworkForCausalLM": LLAMA,
     "YuanForCausalLM": YUAN,
+    "StableLmForCausalLM": STABLELM,
     "MixtralForCausalLM": MIXTRAL,
     "GPT2LMHeadModel": GPT2,
     "BitNetForCausalLM": BITNET,

@@ -4,7 +4,7 @@ What the architecture cannot express is an error that names the key: `export_con
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from easylm_plus.errors import UserError
@@ -17,6 +17,7 @@ MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "SkyworkForCausalLM": "skywork",
     "YuanForCausalLM": "yuan",
+    "StableLmForCausalLM": "stablelm",
     "MixtralForCausalLM": "mixtral",
     "GPT2LMHeadModel": "gpt2",
     "BitNetForCausalLM": "bitnet",
@@ -35,6 +36,7 @@ def architecture_of(config: ModelConfig) -> str:
     tests = (
         (c.lfa_variant == "yuan" or c.share_qk, "YuanForCausalLM"),
         (c.positions == "learned", "GPT2LMHeadModel"),
+        (c.norm == "layer", "StableLmForCausalLM"),
         (c.sub_norms, "BitNetForCausalLM"),
         (c.num_experts > 0, "MixtralForCausalLM"),
         (c.qkv_bias and not c.o_bias, "Qwen2ForCausalLM"),
@@ -57,19 +59,26 @@ def write_config(config: ModelConfig, name: str) -> Raw:
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
         "tie_word_embeddings": config.tie_embeddings,
     }
-    if name == "GPT2LMHeadModel":
-        raw["layer_norm_epsilon"] = config.norm_eps
-        return {GPT2_KEYS.get(key, key): value for key, value in raw.items()}
-    raw["rms_norm_eps"] = config.norm_eps
-    return raw | (_write_yuan(config) if name == "YuanForCausalLM" else _write_llama(config, name))
+    raw |= WRITERS[name](config, name)
+    return {GPT2_KEYS.get(key, key): value for key, value in raw.items()} if name == "GPT2LMHeadModel" else raw
 
 
-def _write_llama(config: ModelConfig, name: str) -> Raw:
-    raw: Raw = {
+def _write_gpt2(config: ModelConfig, name: str) -> Raw:
+    return {"layer_norm_epsilon": config.norm_eps}
+
+
+def _write_stablelm(config: ModelConfig, name: str) -> Raw:
+    return {
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
+        "layer_norm_eps": config.norm_eps,
+        "use_qkv_bias": config.qkv_bias,
+        "partial_rotary_factor": config.rotary_share,
+        **_write_rope(config),
     }
+
+
+def _write_rope(config: ModelConfig) -> Raw:
+    raw: Raw = {"rope_theta": config.rope_theta}
     if config.rope_scaling != "none":
         raw["rope_scaling"] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
     if config.rope_scaling == "llama3":
@@ -78,6 +87,16 @@ def _write_llama(config: ModelConfig, name: str) -> Raw:
             "high_freq_factor": config.rope_high_freq_factor,
             "original_max_position_embeddings": config.rope_original_length,
         }
+    return raw
+
+
+def _write_llama(config: ModelConfig, name: str) -> Raw:
+    raw = {
+        "rms_norm_eps": config.norm_eps,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        **_write_rope(config),
+    }
     if name in ("LlamaForCausalLM", "BitNetForCausalLM"):
         raw["attention_bias"] = config.o_bias
     if name == "LlamaForCausalLM":
@@ -91,8 +110,9 @@ def _write_llama(config: ModelConfig, name: str) -> Raw:
     return raw
 
 
-def _write_yuan(config: ModelConfig) -> Raw:
+def _write_yuan(config: ModelConfig, name: str) -> Raw:
     raw: Raw = {
+        "rms_norm_eps": config.norm_eps,
         "model_max_length": config.max_length,
         "causal_mask": config.causal,
         "use_shareqk": config.share_qk,
@@ -112,6 +132,14 @@ def _write_yuan(config: ModelConfig) -> Raw:
             "gated_linear_unit": True,
         }
     return raw
+
+
+WRITERS: dict[str, Callable[[ModelConfig, str], Raw]] = {
+    **dict.fromkeys(MODEL_TYPES, _write_llama),
+    "YuanForCausalLM": _write_yuan,
+    "GPT2LMHeadModel": _write_gpt2,
+    "StableLmForCausalLM": _write_stablelm,
+}
 
 
 def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place: str) -> Raw:

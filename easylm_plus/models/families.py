@@ -7,7 +7,7 @@ Llama 3.1 and 3.2 (their model cards), Code Llama (arXiv:2308.12950; Phind's 34B
 (arXiv:2407.10671, table 1), Yuan 2.0 (arXiv:2311.15786, table 4, and the released scripts), Yuan 2.0-M32
 (arXiv:2405.17976 and the released config), PaLM (arXiv:2204.02311, table 1), GPT-3 (arXiv:2005.14165, table 2.1; its
 alternating sparse attention is left out), FP8-LM (arXiv:2310.18313, table 1), Switch (arXiv:2101.03961), BitNet b1.58
-(arXiv:2402.17764, training tips) and 2B4T (arXiv:2504.12285).
+(arXiv:2402.17764, training tips) and 2B4T (arXiv:2504.12285), Stable LM 2 (arXiv:2402.17834, table 2).
 """
 
 import dataclasses
@@ -63,6 +63,8 @@ PRESETS = {
     "skywork-13b": _llama(4608, 12288, 52, 36, vocab_size=65519, max_length=4096),
     "qwen2-7b": _llama(3584, 18944, 28, 28, 4, vocab_size=152064, max_length=32768, rope_theta=1e6, qkv_bias=True),
 }
+PRESETS["stablelm2-1.6b"] = _llama(2048, 5632, 24, 32, vocab_size=100352, max_length=4096, norm="layer", norm_eps=1e-5,
+                                   qkv_bias=True, rotary_share=0.25)  # fmt: skip
 PRESETS |= {"koala-7b": PRESETS["llama-7b"], "koala-13b": PRESETS["llama-13b"], "phind-34b": PRESETS["codellama-34b"]}
 
 _YUAN: dict[str, Any] = {"vocab_size": 135040, "max_length": 4096, "tie_embeddings": True, "lfa_variant": "yuan"}

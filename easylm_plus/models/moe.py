@@ -164,11 +164,11 @@ def _local(
 ) -> jax.Array:  # fmt: skip
     """One device's part [1, B, T, D]; along `axis`, tokens are brought together and experts are cut."""
     B, T, D = x_BTD.shape
-    flat = [a.reshape(B * T, -1) for a in (x_BTD, weights_BTK, ids_BTK)]
+    x_ND, weights_NK, ids_NK = (a.reshape(B * T, -1) for a in (x_BTD, weights_BTK, ids_BTK))
     if axis:
-        flat = [jax.lax.all_gather(a, axis, tiled=True) for a in flat]
-        flat[2] = flat[2] - jax.lax.axis_index(axis) * experts["up"].shape[0]
-    y_ND = _computed(config, *flat, experts)
+        x_ND, weights_NK, ids_NK = (jax.lax.all_gather(a, axis, tiled=True) for a in (x_ND, weights_NK, ids_NK))
+        ids_NK = ids_NK - jax.lax.axis_index(axis) * experts["up"].shape[0]
+    y_ND = _computed(config, x_ND, weights_NK, ids_NK, experts)
     if axis:
         y_ND = jax.lax.psum_scatter(y_ND, axis, tiled=True)
     return y_ND.reshape(1, B, T, D)

@@ -57,6 +57,7 @@ CONFIGS = {
                  "rotary_share": 0.5, "rope_dtype": "bfloat16", "tie_embeddings": True},
     "gpt2": GPT2,
     "bitnet": {"sub_norms": True, "activation": "relu2"},
+    "stablelm": {"norm": "layer", "rotary_share": 0.25, "qkv_bias": True},
 }  # fmt: skip
 
 

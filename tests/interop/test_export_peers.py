@@ -26,6 +26,7 @@ CASES = {
     "gpt2": {"num_kv_heads": 4, "norm": "layer", "positions": "learned", "gated": False, "activation": "gelu_tanh",
              "tie_embeddings": True, **BIASED},
     "bitnet": {"sub_norms": True, "activation": "relu2"},
+    "stablelm": {"norm": "layer", "rotary_share": 0.5, "qkv_bias": True},
 }  # fmt: skip
 pytestmark = pytest.mark.parity
 

@@ -33,6 +33,8 @@ CASES = {
     "mixtral": {"class": "Mixtral", "config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2,
                                                "sliding_window": 6}},
     "bitnet": {"class": "BitNet", "config": SMALL},
+    "stablelm": {"class": "StableLm", "config": {**SMALL, "use_qkv_bias": True, "partial_rotary_factor": 0.25,
+                                                 "layer_norm_eps": 1e-5}},
     "gpt2": {"class": "GPT2", "model": "GPT2LMHeadModel", "config": {
         "vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}},
@@ -46,6 +48,7 @@ WRONG = {
     "biases": {"norm_eps": 1e-2},
     "mixtral": {"experts_per_token": 1},
     "bitnet": {"activation": "silu"},
+    "stablelm": {"rotary_share": 0.5},
     "gpt2": {"activation": "relu"},
 }
 pytestmark = pytest.mark.parity

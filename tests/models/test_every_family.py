@@ -22,7 +22,7 @@ from easylm_plus.parallel.mesh import make_mesh
 
 FAMILIES = (
     "llama-7b", "llama2-70b", "llama3.2-1b", "mistral-7b", "qwen2-7b", "yuan-2b", "yuan-m32", "mixtral-8x7b",
-    "switch-base-8", "palm-8b", "gpt3-125m", "gpt-fp8-125m", "bitnet-3b", "bitnet-2b4t",
+    "switch-base-8", "palm-8b", "gpt3-125m", "gpt-fp8-125m", "bitnet-3b", "bitnet-2b4t", "stablelm2-1.6b",
 )  # fmt: skip
 VARIANTS = {"yuan-2b ema": {"lfa_variant": "ema"}, "yuan-2b share_qk": {"lfa_variant": "none", "share_qk": True}}
 NAMES = (*FAMILIES, *VARIANTS)

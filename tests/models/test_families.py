@@ -30,6 +30,7 @@ PUBLISHED = {  # elements in the released safetensors, tied heads once
     "mixtral-8x7b": 46_702_792_704,
     "gpt2-124m": 124_439_808,
     "bitnet-2b4t": 2_412_820_480,
+    "stablelm2-1.6b": 1_644_515_328,
 }
 
 
