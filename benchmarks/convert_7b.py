@@ -98,6 +98,7 @@ def compare(folder: Path, size: float) -> None:
             run("cp", str(path), "/dev/null")
         for what in ("cp", "to ours", *(["back"] if BACK.value else [])):
             target = folder / what.replace(" ", "_")
+            os.sync()  # or the disk would still be at work on what was written before
             if what == "cp":
                 seconds, peak = run("cp", "-r", str(folder / "hf"), str(target))
             elif what == "back":

@@ -139,7 +139,7 @@ def test_presets_have_an_architecture(name):
         ({"logit_scale": 0.5}, r"model\.logit_scale = 0\.5: LlamaForCausalLM has no place for it \(1\.0 there\)"),
         ({"parallel_block": True}, "model.parallel_block = True: LlamaForCausalLM has no place"),
         ({"causal": False}, "model.causal = False"),
-        ({"norm": "layer"}, "model.norm = 'layer'"),
+        ({"norm": "layer_no_bias"}, "model.norm = 'layer_no_bias'"),
         ({"rope_scaling": "ntk", "rope_factor": 2.0}, "found rope scaling 'ntk'"),
         ({"qkv_bias": True, "mlp_bias": True}, "model.mlp_bias = True: Qwen2ForCausalLM"),
         ({"num_experts": 4, "norm_topk": False}, "model.norm_topk = False: MixtralForCausalLM"),
