@@ -225,6 +225,21 @@ def test_a_broken_run_leaves_nothing(hub, tmp_path, monkeypatch, to, forced):
     assert sorted(tmp_path.rglob("*")) == before and next(count) > 5
 
 
+@pytest.mark.parametrize("to", ("hf", "easylm_plus"))
+def test_what_a_killed_run_leaves_does_not_open(hub, tmp_path, monkeypatch, to):
+    """A process that dies cannot tidy up; the next run does."""
+    monkeypatch.setattr(convert.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(translate.Translated, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(input=hub, output=tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    with pytest.raises(UserError, match=r"found no readable meta|found no checkpoint"):
+        convert.open_source(tmp_path / ".out.partial")
+    monkeypatch.undo()
+    run(input=hub, output=tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
     shutil.copytree(GOLDEN / "llama_tiny", tmp_path / "hf")
     raw = json.loads((tmp_path / "hf/config.json").read_text())
