@@ -26,8 +26,11 @@ MODEL_TYPES = {
 OWN = ("init", "attention", "grouped", "scan_layers", "remat", "lfa_reset", "capacity_factor")
 # Keys of theirs that ours replace as a whole when a model goes back to where it came from.
 REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "head_dim", "quantization_config",
-            "attention_projection_size", "moe_config", "sliding_window", "use_sliding_window", "layer_types",
-            "max_window_layers", "attention_bias", "mlp_bias", "transformers_version")  # fmt: skip
+            "rotary_base", "attention_projection_size", "moe_config", "sliding_window", "use_sliding_window",
+            "layer_types", "max_window_layers", "attention_bias", "mlp_bias", "transformers_version")  # fmt: skip
+# Keys that released code asks for without a default, and that say nothing about the weights.
+_YUAN_FLAGS = ("use_flash_attention", "use_loss_mask", "reset_attention_mask", "reset_position_ids")
+ASKED_FOR: dict[str, Raw] = {"YuanForCausalLM": dict.fromkeys(_YUAN_FLAGS, False)}
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -113,11 +116,8 @@ def _write_llama(config: ModelConfig, name: str) -> Raw:
 def _write_yuan(config: ModelConfig, name: str) -> Raw:
     raw: Raw = {
         "rms_norm_eps": config.norm_eps,
-        "model_max_length": config.max_length,
         "causal_mask": config.causal,
         "use_shareqk": config.share_qk,
-        # the released code asks for these without a default
-        **dict.fromkeys(("use_flash_attention", "use_loss_mask", "reset_attention_mask", "reset_position_ids"), False),
     }
     if config.head_dim * config.num_heads != config.hidden_size:
         raw["attention_projection_size"] = config.head_dim * config.num_heads
@@ -147,14 +147,16 @@ def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place
 
     Raises UserError naming a key that the architecture has no place for.
     """
+    if config.lfa_variant == "yuan":
+        config = dataclasses.replace(config, lfa_norm=False)  # it has the norm either way
     name = architecture(original, place) if original else architecture_of(config)
-    raw = write_config(config, name)
+    kept = {key: value for key, value in (original or {}).items() if key not in REPLACED}
+    raw = {**ASKED_FOR.get(name, {}), **kept, **write_config(config, name)}
+    if original and "model_type" in original:
+        raw["model_type"] = original["model_type"]
     back = parse_config(raw, place)
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name not in OWN and ours != theirs:
             raise UserError(f"{place}: model.{field.name} = {ours!r}: {name} has no place for it ({theirs!r} there)")
-    kept = {key: value for key, value in (original or {}).items() if key not in REPLACED}
-    if original and "model_type" in original:
-        raw["model_type"] = original["model_type"]
-    return {**kept, **raw}
+    return raw

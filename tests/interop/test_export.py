@@ -118,6 +118,9 @@ def test_a_config_that_came_from_somewhere_keeps_its_other_keys(name):
     exported = export_config(config, raw, name)
     assert parse_config(exported, name) == config
     assert exported["eos_token_id"] == raw["eos_token_id"] and exported["model_type"] == raw["model_type"]
+    if name == "yuan2_tiny":
+        assert export_config(config, {**raw, "use_flash_attention": True}, name)["use_flash_attention"]
+        assert export_config(config, None, name)["use_flash_attention"] is False
     changed = dataclasses.replace(config, max_length=7)
     assert export_config(changed, raw, name)["max_position_embeddings"] == 7
 
