@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import easylm_plus
 from easylm_plus.errors import UserError
@@ -241,3 +241,17 @@ def test_precision_of_a_random_model_is_kept(tmp_path):
     logits = [jax.jit(m.apply)({"params": p}, tokens) for m, p in ((model, params), (again, weights))]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     assert isinstance(again, Transformer) and again.precision == precision("float32")
+
+
+def test_gpt2_as_openai_published_it(tmp_path):
+    """Its files have no `transformer.` before the names, and masks among the weights."""
+    model, params = tiny.model(**{**GPT2, "num_kv_heads": 4}, scan_layers=True)
+    save_hf(model, params, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    bare = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    bare |= {f"h.{i}.attn.bias": np.tri(16, dtype=bool)[None, None] for i in range(2)}
+    save_file(bare, tmp_path / "out/model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "out")[1], params)
+    save_file({**bare, "h.0.attn.biases": np.ones(3)}, tmp_path / "out/model.safetensors")
+    with pytest.raises(UserError, match=r"found transformer\.h\.0\.attn\.biases"):
+        load_hf(tmp_path / "out")
