@@ -12,6 +12,7 @@ and carry no checksum; `Sum` adds those.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from easylm_plus.interop.weights import (
     Index,
     Names,
     Weights,
+    batches,
     indices,
     piece_shapes,
     stored,
@@ -51,9 +53,10 @@ def write_difference(
     config = target.config
     _same_shapes(base, target)
     shapes, digests = piece_shapes(config), {}
-    tasks = [(names, index) for names in target.groups for index in indices(names[0], config)]
+    order = batches(target.groups, config)
     layouts = [
-        [Layout(_key(name, index), _bits(target.dtype(name)), shapes[name]) for name in names] for names, index in tasks
+        [Layout(_key(name, index), _bits(target.dtype(name)), shapes[name]) for name in names]
+        for names, index in itertools.chain(*order)
     ]
 
     def move(task: tuple[Names, Index]) -> None:
@@ -67,8 +70,8 @@ def write_difference(
             progress(new.nbytes)
 
     with ShardWriter(folder, layouts, max_shard_bytes) as shards, workers() as each:
-        for names in target.groups:
-            each(move, [(names, index) for index in indices(names[0], config)])
+        for batch in order:
+            each(move, batch)
     told = {
         "schema": SCHEMA,
         "model": dataclasses.asdict(config),

@@ -1,19 +1,20 @@
 """Between other people's tensors and our weights, by the tables of tables.py."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from easylm_plus.errors import UserError
 from easylm_plus.interop.tables import Rule, Table
 from easylm_plus.interop.tensor_files import Layout, ShardWriter, Tensors
-from easylm_plus.interop.weights import Index, Names, Weights, indices, piece_shapes, stored, workers
+from easylm_plus.interop.weights import Index, Names, Weights, batches, indices, piece_shapes, stored, workers
 from easylm_plus.models.config import ModelConfig
 
 Progress = Callable[[int], None]  # told the bytes of what was written
 
 
-def rules_for(table: Table, shapes: dict[str, tuple[int, ...]], place: str) -> list[Rule]:
+def rules_for(table: Table, shapes: Mapping[str, tuple[int, ...]], place: str) -> list[Rule]:
     """The rules about the weights that a model has; an error names one that no rule is about."""
     rules = [rule for rule in table if all(name in shapes for name in rule.ours)]
     if homeless := sorted(set(shapes) - {name for rule in rules for name in rule.ours}):
@@ -26,7 +27,7 @@ def their_names(rule: Rule, index: Index) -> list[str]:
     return [name.format(**dict(zip("ie", index))) for name in rule.theirs]
 
 
-def their_shapes(rule: Rule, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> list[tuple[int, ...]]:
+def their_shapes(rule: Rule, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[tuple[int, ...]]:
     """The shapes of a rule's tensors, which follow from those of our pieces."""
     empty = tuple(np.broadcast_to(np.zeros((), np.uint8), shapes[name]) for name in rule.ours)
     return [array.shape for array in rule.write(empty, config)]
@@ -89,23 +90,25 @@ def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Seq
     """
     config, shapes = weights.config, piece_shapes(weights.config)
     rules = rules_for(table, shapes, weights.place)
-    tasks = [(rule, index) for rule in rules for index in indices(rule.ours[0], config)]
-    made = {id(rule): their_shapes(rule, shapes, config) for rule in rules}
+    rule_of = {rule.ours: rule for rule in rules}
+    made = {rule.ours: their_shapes(rule, shapes, config) for rule in rules}
+    order = batches(rule_of, config)
     groups = [
         [
-            Layout(name, weights.dtype(rule.ours[0]), shape)
-            for name, shape in zip(their_names(rule, index), made[id(rule)], strict=True)
+            Layout(name, weights.dtype(names[0]), shape)
+            for name, shape in zip(their_names(rule_of[names], index), made[names], strict=True)
         ]
-        for rule, index in sorted(tasks, key=lambda task: task[1][:1])
+        for names, index in sorted(itertools.chain(*order), key=lambda piece: piece[1][:1])
     ]
 
-    def move(task: tuple[Rule, Index]) -> None:
-        rule, index = task
-        arrays = rule.write(tuple(weights.read(rule.ours, index)), config)
+    def move(piece: tuple[Names, Index]) -> None:
+        names, index = piece
+        rule = rule_of[names]
+        arrays = rule.write(tuple(weights.read(names, index)), config)
         for name, array in zip(their_names(rule, index), arrays, strict=True):
             shards.write(name, array)
             progress(array.nbytes)
 
     with writer(groups) as shards, workers() as each:
-        for rule in rules:
-            each(move, [(rule, index) for index in indices(rule.ours[0], config)])
+        for batch in order:
+            each(move, batch)

@@ -5,11 +5,13 @@ A piece is one of our weights of one layer (and one expert): the name "layers/{i
 piece, whoever wants some asks piece by piece, so that a conversion never holds a model.
 """
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -40,7 +42,8 @@ class Weights(Protocol):
         ...
 
 
-def piece_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def piece_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """name -> shape of one piece, of every weight that a model of this config has."""
     model = Transformer(ModelConfig(**{**vars(config), "scan_layers": True}))
     shapes = {}
@@ -48,7 +51,7 @@ def piece_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         name = path_name(path)
         name = LAYER + name.removeprefix("layers/") if name.startswith("layers/") else name
         shapes[name] = tuple(leaf.shape[len(stack_sizes(name, config)) :])
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def stack_sizes(name: str, config: ModelConfig) -> tuple[int, ...]:
@@ -61,6 +64,14 @@ def stack_sizes(name: str, config: ModelConfig) -> tuple[int, ...]:
 def indices(name: str, config: ModelConfig) -> Iterator[Index]:
     """The indices of a weight's pieces."""
     return itertools.product(*map(range, stack_sizes(name, config)))
+
+
+def batches(groups: Iterable[Names], config: ModelConfig) -> list[list[tuple[Names, Index]]]:
+    """All pieces, in the order in which they are best moved: what is there once together, since some of it is large,
+    then one group after the other."""
+    pieces = [[(names, index) for index in indices(names[0], config)] for names in groups]
+    single = [batch[0] for batch in pieces if len(batch) == 1]
+    return [single, *(batch for batch in pieces if len(batch) > 1)]
 
 
 def stored(name: str, index: Index, scan: bool) -> tuple[str, Index]:

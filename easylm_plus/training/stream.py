@@ -21,7 +21,18 @@ from orbax.checkpoint import type_handlers
 
 from easylm_plus.interop.copying import contiguous
 from easylm_plus.interop.translate import Progress
-from easylm_plus.interop.weights import Index, Names, Stacked, Weights, indices, put, stored, stored_shapes, workers
+from easylm_plus.interop.weights import (
+    Index,
+    Names,
+    Stacked,
+    Weights,
+    batches,
+    indices,
+    put,
+    stored,
+    stored_shapes,
+    workers,
+)
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 
@@ -70,8 +81,8 @@ def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any],
     _declare(tree, directory / "0" / "state")
     state = directory / "0" / "state"
     with workers() as each:
-        for names in weights.groups:
-            each(partial(_write_piece, state, weights, names, progress), indices(names[0], config))
+        for batch in batches(weights.groups, config):
+            each(partial(_write_piece, state, weights, progress), batch)
     meta = {"schema": SCHEMA, "arrays": arrays, "data_hash": "", **meta}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(directory / "0" / "meta", args=ocp.args.JsonSave(meta))
@@ -89,20 +100,21 @@ def _declare(tree: dict[str, Any], state: Path) -> None:
         logging.set_verbosity(verbosity)
 
 
-def _write_piece(state: Path, weights: Weights, names: Names, progress: Progress, index: Index) -> None:
+def _write_piece(state: Path, weights: Weights, progress: Progress, piece: tuple[Names, Index]) -> None:
     """Writes the pieces of some weights at an index.
 
     An uncompressed chunk of a zarr array is the file of its bytes, named by where it lies. Written through tensorstore
     it would be copied twice more, each time into memory that is new to the process: twice the time.
     """
-    for name, piece in zip(names, weights.read(names, index), strict=True):
+    names, index = piece
+    for name, array in zip(names, weights.read(names, index), strict=True):
         key, inner = stored(name, index, weights.config.scan_layers)
-        chunk = ".".join(map(str, (*inner, *(0 for _ in piece.shape))))
+        chunk = ".".join(map(str, (*inner, *(0 for _ in array.shape))))
         with (state / ("params/" + key).replace("/", ".") / chunk).open("wb", buffering=0) as file:
-            rest = memoryview(contiguous(piece).reshape(-1).view(np.uint8))
+            rest = memoryview(contiguous(array).reshape(-1).view(np.uint8))
             while rest:
                 rest = rest[file.write(rest) :]
-        progress(piece.nbytes)
+        progress(array.nbytes)
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked, dict[str, Any], Path]:
