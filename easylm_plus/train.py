@@ -96,6 +96,8 @@ def main() -> int:
         banner = two_columns()
         banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
         banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
+        if shares := sharding.cut_shares(axes, shapes, mesh):
+            banner.add_row("weights", ", ".join(f"{share:.1%} cut over {axis}" for axis, share in shares.items()))
         banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
         banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
         banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens")

@@ -168,6 +168,7 @@ VALUES = {
     "attention": ({"model__attention": "cudnn"}, "model.attention = 'cudnn' needs a GPU"),
     "remat": ({"model__remat": "some"}, "model.remat = 'some': expected one of none, dots, full"),
     "an axis that cuts nothing": ({"mesh__stage": 2}, "mesh.stage = 2: expected 1"),
+    "experts that are not there": ({"mesh__expert": 2, "mesh__tensor": 1}, "mesh.expert = 2: divides no side of the weights"),
     "a bucket": ({"log__dir": "gs://bucket/run"}, "log.dir = 'gs://bucket/run'", "mount the bucket"),
     "date": ({"data__date": "1 May"}, "data.date = '1 May': expected YYYY-MM-DD"),
     "init": ({"model__init": "zeros"}, "model.init = 'zeros': expected one of llama"),

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from easylm_plus.errors import UserError
+
 MeshAxes = str | tuple[str, ...] | None
 
 RULES: Mapping[str, MeshAxes] = {
@@ -99,3 +101,26 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def cut_shares(axes: Any, shapes: Any, mesh: Mesh) -> dict[str, float]:
+    """For each mesh axis that cuts weights and is larger than 1: the share of the weights' elements it does cut.
+
+    Raises UserError for one that cuts none, since a side that an axis does not divide stays whole.
+    """
+    leaves = jax.tree.leaves(shapes)
+    specs = [s.spec for s in jax.tree.leaves(shardings(axes, shapes, mesh))]
+    used = [
+        {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())} for spec in specs
+    ]
+    shares = {}
+    for axis in ("fsdp", "expert", "tensor"):
+        if mesh.shape[axis] > 1:
+            cut = sum(leaf.size for leaf, over in zip(leaves, used, strict=True) if axis in over)
+            shares[axis] = cut / sum(leaf.size for leaf in leaves)
+            if not cut:
+                raise UserError(
+                    f"mesh.{axis} = {mesh.shape[axis]}: divides no side of the weights that it could cut; expected a "
+                    "divisor of them, or mesh.replica, which copies the weights"
+                )
+    return shares

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from easylm_plus.errors import UserError
 from easylm_plus.numerics.verbs import lookup
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
@@ -88,3 +89,16 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32(sizes):
         half = jax.jit(jax.grad(count(jnp.bfloat16)))(table.astype(jnp.bfloat16))
     np.testing.assert_array_equal(found[0], 8 * 512)
     assert (np.asarray(half[0], np.float32) != 8 * 512).all(), "a table that is itself bfloat16 shows the loss"
+
+
+def test_how_much_of_the_weights_an_axis_cuts():
+    axes = {"a": ("embed", "mlp"), "b": ("embed",), "c": (None,)}
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in {"a": (8, 6), "b": (6,), "c": (2,)}.items()
+    }
+    assert sharding.cut_shares(axes, shapes, mesh()) == {}
+    assert sharding.cut_shares(axes, shapes, mesh(fsdp=4, tensor=2)) == {"fsdp": 48 / 56, "tensor": 48 / 56}
+    with pytest.raises(UserError, match=r"mesh\.fsdp = 5: divides no side of the weights that it could cut"):
+        sharding.cut_shares(axes, shapes, mesh(fsdp=5))
+    with pytest.raises(UserError, match=r"mesh\.expert = 2: divides no side"):
+        sharding.cut_shares(axes, shapes, mesh(expert=2))
