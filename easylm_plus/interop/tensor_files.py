@@ -81,16 +81,19 @@ class Safetensors:
     def read(self, name: str) -> np.ndarray:
         """The tensor, mapped and read-only; its pages are given back when the last array on it is gone."""
         path, _, shape, offset = self.entries[name]
-        dtype = self.dtype(name)
-        count = math.prod(shape)
-        if not count:
-            return np.empty(shape, dtype)
-        start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        with path.open("rb") as file:
-            pages = mmap.mmap(
-                file.fileno(), offset - start + count * dtype.itemsize, offset=start, access=mmap.ACCESS_READ
-            )
-        return np.frombuffer(pages, dtype, count, offset - start).reshape(shape)
+        return mapped(path, self.dtype(name), shape, offset)
+
+
+def mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
+    """An array in a file, without reading it: read-only, and its pages are given back with the last array on it."""
+    count = math.prod(shape)
+    if not count:
+        return np.empty(shape, dtype)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    length = offset - start + count * dtype.itemsize
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+    return np.frombuffer(pages, dtype, count, offset - start).reshape(shape)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:

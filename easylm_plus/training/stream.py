@@ -19,7 +19,9 @@ import tensorstore
 from absl import logging
 from orbax.checkpoint import type_handlers
 
+from easylm_plus.errors import UserError
 from easylm_plus.interop.copying import contiguous
+from easylm_plus.interop.tensor_files import mapped
 from easylm_plus.interop.translate import Progress
 from easylm_plus.interop.weights import (
     Index,
@@ -28,6 +30,7 @@ from easylm_plus.interop.weights import (
     Weights,
     batches,
     indices,
+    piece_shapes,
     put,
     stored,
     stored_shapes,
@@ -83,7 +86,7 @@ def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any],
     with workers() as each:
         for batch in batches(weights.groups, config):
             each(partial(_write_piece, state, weights, progress), batch)
-    meta = {"schema": SCHEMA, "arrays": arrays, "data_hash": "", **meta}
+    meta = {"schema": SCHEMA, "arrays": arrays, "data_hash": "", "pieces": True, **meta}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(directory / "0" / "meta", args=ocp.args.JsonSave(meta))
 
@@ -109,12 +112,36 @@ def _write_piece(state: Path, weights: Weights, progress: Progress, piece: tuple
     names, index = piece
     for name, array in zip(names, weights.read(names, index), strict=True):
         key, inner = stored(name, index, weights.config.scan_layers)
-        chunk = ".".join(map(str, (*inner, *(0 for _ in array.shape))))
-        with (state / ("params/" + key).replace("/", ".") / chunk).open("wb", buffering=0) as file:
+        with _chunk(state, key, inner, array.shape).open("wb", buffering=0) as file:
             rest = memoryview(contiguous(array).reshape(-1).view(np.uint8))
             while rest:
                 rest = rest[file.write(rest) :]
         progress(array.nbytes)
+
+
+def _chunk(state: Path, key: str, inner: Index, shape: tuple[int, ...]) -> Path:
+    """The file of a piece."""
+    return state / ("params/" + key).replace("/", ".") / ".".join(map(str, (*inner, *(0 for _ in shape))))
+
+
+class Chunked(Stacked):
+    """The weights of a checkpoint that `write_checkpoint` has written: each piece is a file, which is mapped."""
+
+    def __init__(self, *stacked: Any, state: Path):
+        super().__init__(*stacked)
+        self._state = state
+
+    def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        return [self._map(name, index) for name in names]
+
+    def _map(self, name: str, index: Index) -> np.ndarray:
+        shape = piece_shapes(self.config)[name]
+        path = _chunk(self._state, *stored(name, index, self._scan), shape)
+        expected = math.prod(shape) * self.dtype(name).itemsize
+        if not path.is_file() or path.stat().st_size != expected:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+            raise UserError(f"{path}: found {found}, expected {expected} bytes of {name}")
+        return mapped(path, self.dtype(name), shape)
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked, dict[str, Any], Path]:
@@ -134,7 +161,10 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
             tree = tree[key]
         return tree
 
-    return Stacked(ModelConfig(**meta["config"]["model"]), arrays, fetch, f"{directory}/{step}"), meta, directory
+    config, place = ModelConfig(**meta["config"]["model"]), f"{directory}/{step}"
+    if meta.get("pieces"):
+        return Chunked(config, arrays, fetch, place, state=directory / str(step) / "state"), meta, directory
+    return Stacked(config, arrays, fetch, place), meta, directory
 
 
 def total_bytes(weights: Weights) -> int:

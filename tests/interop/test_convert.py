@@ -39,6 +39,10 @@ def run(**values):
         return convert.main()
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:8190])
+
+
 def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
@@ -89,6 +93,14 @@ def test_one_changed_number_is_seen(tmp_path):
     _, expected = load_hf(GOLDEN / "llama_tiny")
     with pytest.raises(AssertionError):
         jax.tree.map(np.testing.assert_array_equal, read_parameters(*locate(tmp_path / "ours")), expected)
+
+
+@pytest.mark.parametrize(("change", "message"), ((lambda p: p.unlink(), "no file"), (truncate, "8190 bytes")))
+def test_a_damaged_piece_is_named(tmp_path, change, message):
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "ours")
+    change(tmp_path / "ours/0/state/params.layers.self_attn.v_proj.kernel/1.0.0")
+    with pytest.raises(UserError, match=rf"v_proj\.kernel/1\.0\.0: found {message}, expected 16384 bytes of layers"):
+        run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
 
 
 def test_the_checkpoint_is_one_like_any_other(hub, tmp_path):
