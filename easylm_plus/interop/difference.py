@@ -109,10 +109,13 @@ class Recovered:
         self._base, self._tensors, self._digests = base, tensors, digests
         self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         _same_shapes(base, self)
-        for name in self._dtypes:
+        for name, shape in piece_shapes(config).items():
             for index in indices(name, config):
                 if (key := _key(name, index)) not in tensors.names() or key not in digests:
                     raise UserError(f"{self.place}: found no {key}, expected the whole model's difference")
+                found, expected = (tensors.shape(key), tensors.dtype(key)), (shape, _bits(self.dtype(name)))
+                if found != expected:
+                    raise UserError(f"{self.place}: {key} is {found[1]}{found[0]}, expected {expected[1]}{expected[0]}")
 
     def dtype(self, name: str) -> np.dtype:
         return self._dtypes[name]

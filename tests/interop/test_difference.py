@@ -108,6 +108,20 @@ def test_recovering_without_what_it_needs(tmp_path, options, message):
         run(input=GOLDEN / "llama_tiny", output=tmp_path / "out", recover=True, **options)
 
 
+def test_a_difference_that_was_changed(models, tmp_path):
+    shutil.copytree(models / "difference", tmp_path / "difference")
+    path = tmp_path / "difference/model.safetensors"
+    tensors = load_file(path)
+    for change, message in (
+        ({"norm/weight": tensors["norm/weight"][:3]}, r"norm/weight is uint32\(3,\), expected uint32\(64,\)"),
+        ({"norm/weight": tensors["norm/weight"].view(np.float32)}, r"norm/weight is float32\(64,\), expected uint32"),
+        ({"norm/weight": tensors["norm/weight"] + 1}, "norm/weight of .* has another checksum"),
+    ):
+        save_file(tensors | change, path)
+        with pytest.raises(UserError, match=message):
+            run(input=path.parent, diff_base=models / "base", recover=True, output=tmp_path / "out")
+
+
 def test_a_difference_with_a_file_missing(models, tmp_path):
     shutil.copytree(models / "difference", tmp_path / "difference")
     Path(tmp_path / "difference/model.safetensors").unlink()
