@@ -40,6 +40,7 @@ from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated
 from easylm_plus.interop.weights import Cast, Weights, of_params
 from easylm_plus.models.families import preset
+from easylm_plus.planning.memory import human
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
 KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
@@ -218,8 +219,8 @@ class Progress:
 
     def _tell(self, end: str) -> None:
         seconds = max(time.monotonic() - self._start, 1e-3)
-        speed = self._done / seconds / 1e6
-        line = f"{self._done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed:.0f} MB/s, {seconds:.0f} s"
+        speed = human(int(self._done / seconds))
+        line = f"{human(self._done)} of {human(self.total)}, {speed}/s, {seconds:.0f} s"
         print(line, end=end, file=sys.stderr, flush=True)
 
 
