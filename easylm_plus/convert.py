@@ -67,7 +67,7 @@ class Source(NamedTuple):
     weights: Weights
     original: Mapping[str, Any] | None  # its config.json, if it has or once had one
     companions: Path | None  # the folder of its tokenizer
-    data: Mapping[str, Any] | None = None  # the `data` section of the run that made it
+    run: Mapping[str, Any] | None = None  # the config of the run that made it
 
 
 def main() -> int:
@@ -106,7 +106,7 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
         return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
     if kind == "easylm_plus":
         weights, meta, directory = open_checkpoint(path, step)
-        return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"].get("data"))
+        return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"])
     if kind == "llama2c":
         model, params = load_llama2c(path)
         return Source(of_params(model.config, params, str(path)), None, None)
@@ -141,26 +141,21 @@ def _companions(source: Source, folder: Path) -> None:
     chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
     if chosen is not None and chosen.is_file():
         shutil.copyfile(chosen, folder / f"tokenizer{chosen.suffix}")
-    elif chosen is not None:
-        copy_companions(chosen, folder)
+    elif chosen is not None and not copy_companions(chosen, folder) and TOKENIZER.value:
+        raise UserError(f"--tokenizer={chosen}: found no tokenizer there; expected its file or folder")
 
 
 def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     """What stands beside the arrays of a checkpoint: how to run the model, and where it came from."""
-    config = source.weights.config
-    data = source.data or {
-        "path": "",
-        "length": config.max_length,
-        "date": "",
-        "template": "tokenizer" if _has_chat_template(tokenizer) else "text",
-    }
-    exact = source.weights.dtype("embed_tokens/embedding") == np.float32
-    run = {
-        "model": dataclasses.asdict(config),
-        "numerics": {"precision": "float32" if exact else "bf16_pure"},
-        "data": dict(data),
-    }
-    return {"config": run, "config.json": source.original}
+    config, run = source.weights.config, source.run or {}
+    template = "tokenizer" if _has_chat_template(tokenizer) else "text"
+    data = run.get("data") or {"path": "", "length": config.max_length, "date": "", "template": template}
+    numerics = dict(run.get("numerics", {}))
+    if DTYPE.value or not numerics:
+        exact = source.weights.dtype("embed_tokens/embedding") == np.float32
+        numerics["precision"] = "float32" if exact else "bf16_pure"
+    described = {"model": dataclasses.asdict(config), "numerics": numerics, "data": dict(data)}
+    return {"config": described, "config.json": source.original}
 
 
 def _has_chat_template(tokenizer: Path) -> bool:

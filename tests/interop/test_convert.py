@@ -140,7 +140,7 @@ def test_a_run_of_ours_is_exported_from_its_average(tmp_path):
     """A checkpoint of training, in unrolled layers and written by orbax as it likes; the EMA goes out, not the rest."""
     model, params = tiny.model(vocab=300)
     average = jax.tree.map(lambda x: x + 1, params)
-    run_config = {"model": vars(model.config), "numerics": {"precision": "float32"},
+    run_config = {"model": vars(model.config), "numerics": {"precision": "bf16", "deterministic": True},
                   "data": {"template": "chat", "length": 64, "date": ""}}  # fmt: skip
     checkpoints = Checkpoints(tmp_path / "run", {"every": 1, "keep": 0, "keep_best": ""})
     state = {"params": params, "ema": average, "step": jnp.zeros((), jnp.int32)}
@@ -155,7 +155,18 @@ def test_a_run_of_ours_is_exported_from_its_average(tmp_path):
     with pytest.raises(UserError, match="has no step 2; it has 3"):
         run(input=tmp_path / "run", output=tmp_path / "copy", step=2)
     run(input=tmp_path / "run", output=tmp_path / "copy", step=3)
-    assert read_meta(tmp_path / "copy", 0)["config"]["data"]["template"] == "chat"
+    copied = read_meta(tmp_path / "copy", 0)["config"]
+    assert copied["data"]["template"] == "chat" and copied["numerics"] == run_config["numerics"]
+
+
+def test_a_tokenizer_of_ones_own(hub, tmp_path):
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "file", tokenizer=hub / "tokenizer.json", to="hf")
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "folder", tokenizer=hub, to="hf")
+    assert (tmp_path / "file/tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
+    assert (tmp_path / "folder/tokenizer_config.json").is_file()
+    with pytest.raises(UserError, match="nowhere: found no tokenizer there; expected its file or folder"):
+        run(input=hub, output=tmp_path / "none", tokenizer=tmp_path / "nowhere")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
