@@ -154,7 +154,10 @@ def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place
     raw = {**ASKED_FOR.get(name, {}), **kept, **write_config(config, name)}
     if original and "model_type" in original:
         raw["model_type"] = original["model_type"]
-    back = parse_config(raw, place)
+    try:
+        back = parse_config(raw, place)
+    except UserError as error:
+        raise UserError(f"{place}: {name} has no place for this model: read back, {error}") from error
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name not in OWN and ours != theirs:

@@ -46,7 +46,7 @@ WRONG = {
     "skywork": {"norm_eps": 1e-2},
     "linear": {"rope_scaling": "none"},
     "biases": {"norm_eps": 1e-2},
-    "mixtral": {"experts_per_token": 1},
+    "mixtral": {"experts_per_token": 3},
     "bitnet": {"activation": "silu"},
     "stablelm": {"rotary_share": 0.5},
     "gpt2": {"activation": "relu"},
