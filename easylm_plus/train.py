@@ -74,7 +74,7 @@ def main() -> int:
     ####################################### Model, objective, optimizer ###############################
     policy = precision(config.numerics.precision)
     model = Transformer(configs.model_config(config), policy)
-    attention = resolve(model.config.attention, jax.default_backend(), policy.compute)
+    attention = resolve(model.config.attention, jax.default_backend(), policy.compute, model.config.head_dim)
     grouped = resolve_grouped(model.config.grouped, jax.default_backend())
     objective = LanguageModel(model, len(data.sources), **config.objective)
     optimizer = adamw(config.optimizer, steps)

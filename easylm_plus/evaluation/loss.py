@@ -1,5 +1,6 @@
 """Held-out loss by source, and the entropy that a model has to beat."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +18,12 @@ def make_evaluate(
 ) -> Callable[[Any, Iterable[Arrays]], dict[str, float]]:
     """A function (params, batches) -> {"eval/loss": ..., "eval/loss/<source>": ...}, weighted by loss token.
 
+    Of the model that will decode: its experts drop nothing.
+
     `replicated` is the sharding of the sums on a mesh: every process has to be able to read them.
     """
+
+    objective = dataclasses.replace(objective, model=objective.model.roomy())
 
     @partial(jax.jit, out_shardings=replicated)
     def sums(params: Any, batch: Arrays) -> Any:

@@ -153,7 +153,7 @@ def attend(
     config: ModelConfig,
 ) -> jax.Array:
     """Causal attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
-    name: Any = resolve(config.attention, jax.default_backend(), q_BTHK.dtype)
+    name: Any = resolve(config.attention, jax.default_backend(), q_BTHK.dtype, config.head_dim)
     # every query needs the keys of the whole row, which the `sequence` axis cuts
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
     v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
@@ -161,11 +161,12 @@ def attend(
     return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, sight_of(config))
 
 
-def resolve(name: str, platform: str, dtype: Any) -> str:
-    """`auto` -> the implementation for this platform; a name the platform cannot run is a UserError."""
+def resolve(name: str, platform: str, dtype: Any, head_dim: int) -> str:
+    """`auto` -> the implementation for this platform; a name that cannot be had is a UserError."""
     half = jnp.dtype(dtype).itemsize == 2
+    fits = head_dim % 8 == 0 and head_dim <= (256 if platform == "gpu" and _is_hopper() else 128)
     if name == "auto":
-        return {"tpu": "splash", "gpu": "cudnn" if half else "xla"}.get(platform, "blocked")
+        return {"tpu": "splash", "gpu": "cudnn" if half and fits else "xla"}.get(platform, "blocked")
     needs = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
     if needs != platform:
         raise UserError(f"model.attention = {name!r} needs a {needs.upper()}, this is a {platform.upper()}; "
@@ -174,7 +175,16 @@ def resolve(name: str, platform: str, dtype: Any) -> str:
         raise UserError(
             "model.attention = 'cudnn' computes in 16 bit only; use numerics.precision = bf16 or attention = xla"
         )
+    if name == "cudnn" and not fits:
+        raise UserError(
+            f"model.attention = 'cudnn': model.head_dim = {head_dim}; the kernel takes multiples of 8 up to 128, "
+            "from Hopper on up to 256; expected attention = xla"
+        )
     return name
+
+
+def _is_hopper() -> bool:
+    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9
 
 
 def sight_of(config: ModelConfig) -> Sight:

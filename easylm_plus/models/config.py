@@ -103,7 +103,7 @@ class ModelConfig:
             raise UserError(
                 f"model.num_kv_heads = {self.num_kv_heads}: expected a divisor of num_heads = {self.num_heads}"
             )
-        if self.rotary_dim % 2 or not 0 < self.rotary_share <= 1:
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(
                 f"model.head_dim = {self.head_dim}, rotary_share = {self.rotary_share}: rotary positions turn pairs of "
                 f"features, so their product must be even; found {self.rotary_dim}"
@@ -125,6 +125,25 @@ class ModelConfig:
             )
         if not self.causal and self.sliding_window:
             raise UserError("model.sliding_window: looks back only; expected causal True or sliding_window 0")
+        if not self.causal and self.lfa_variant != "none":
+            raise UserError(
+                f"model.causal = False: expected lfa_variant none, found {self.lfa_variant!r}, which is causal"
+            )
+        for key in ("sliding_window", "capacity_factor", "num_experts"):
+            if getattr(self, key) < 0:
+                raise UserError(f"model.{key} = {getattr(self, key)}: expected 0 or more")
+        if self.rope_factor <= 0 or self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise UserError(
+                f"model.rope_factor = {self.rope_factor}, rope_low_freq_factor = {self.rope_low_freq_factor}, "
+                f"rope_high_freq_factor = {self.rope_high_freq_factor}: expected a positive factor, and low below high"
+            )
+        if self.num_experts and self.experts_per_token == 1 and self.norm_topk:
+            raise UserError(
+                "model.norm_topk = True: expected False with experts_per_token = 1, where every weight would be 1 and "
+                "the router never learn"
+            )
+        if not self.num_experts and (self.capacity_factor or self.router != "softmax"):
+            raise UserError("model.num_experts = 0: expected no capacity_factor and no router without experts")
         if self.num_experts and (self.mlp_bias or self.sub_norms):
             raise UserError("model.num_experts: experts have neither mlp_bias nor sub_norms")
 
@@ -166,10 +185,14 @@ def active_feedforward(config: ModelConfig) -> int:
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """6 N + 6 L T H K: forward and backward FLOPs of one token in a causal sequence of `length` tokens.
+    """6 N + 12 L S H K: forward and backward FLOPs of one token in a sequence of `length` tokens.
 
-    N are the matmul parameters; attention is counted causally (half of the full square). Recomputation under
-    remat does not count: this is the numerator of MFU (PaLM, arXiv:2204.02311, appendix B), not of HFU.
+    N are the matmul parameters, S the keys that a query sees on average: (T + 1) / 2 of a causal row, fewer with a
+    window. Recomputation under remat does not count: this is the numerator of MFU (PaLM, arXiv:2204.02311, appendix
+    B, which counts S = T), not of HFU.
     """
-    attention = 6 * config.num_layers * length * config.num_heads * config.head_dim
+    c = config
+    window = min(c.sliding_window or length, length)
+    seen = (window * (window + 1) / 2 + (length - window) * window) / length if c.causal else length
+    attention = 12 * c.num_layers * seen * c.num_heads * c.head_dim
     return 6 * matmul_parameters(config) + attention

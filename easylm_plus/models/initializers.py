@@ -7,6 +7,8 @@ hidden     every other matrix          head      the output matrix of an untied 
 import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from easylm_plus.errors import UserError
@@ -51,7 +53,9 @@ def _fan_in(config: ModelConfig) -> Table:
 def _palm(config: ModelConfig) -> Table:
     """PaLM (arXiv:2204.02311, section 5): 1/sqrt(in) for matrices, 1 for the shared embedding, whose logits are
     scaled down instead."""
-    matrix = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    matrix: nn.initializers.Initializer = lambda key, shape, dtype=jnp.float32: (
+        jax.random.normal(key, shape, dtype) * shape[-2] ** -0.5  # of [in, out], or of as many as there are experts
+    )
     return {"embedding": nn.initializers.normal(1.0), "hidden": matrix, "residual": matrix, "head": matrix}
 
 

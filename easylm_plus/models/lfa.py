@@ -18,6 +18,8 @@ released code: there pads flow through the filter, and a left-padded row compute
 holds across the start of a document in a packed row; without it, as in Yuan's own pre-training, the filter looks two
 tokens back into the document before.
 
+On a mesh the convolutions are cut over `fsdp` only: `tensor` repeats their 2 D^2 of Yuan's 18 D^2 weights a layer.
+
 Decoding keeps the last inputs h, as many as the filter looks back, beside the keys and values.
 
 Variants (`lfa_variant`) are the rows of the paper's Table 1: conv1, conv2, conv3 and conv7 are a single convolution

@@ -4,15 +4,17 @@
 
 Routers: `softmax` is one matrix (Shazeer et al. 2017, arXiv:1701.06538; Switch, Fedus et al. 2021, arXiv:2101.03961;
 Mixtral, arXiv:2401.04088). `attention` is Yuan 2.0-M32's (Wu et al. 2024, arXiv:2405.17976, section 3.1): three
-projections of the token to a number an expert each, and an attention among the experts. Both in float32. The softmax
-goes over all experts, the best k are taken, and with `norm_topk` their weights are scaled to add up to 1; Switch, with
-k = 1, leaves the weight as it is, or the router would get no gradient.
+projections of the token to a number an expert each, and an attention among the experts. Both in float32: rounded
+logits make training unstable (Switch, section 2.4). The softmax goes over all experts, the best k are taken, and with
+`norm_topk` their weights are scaled to add up to 1; Switch, with k = 1, leaves the weight as it is, or the router would
+get no gradient.
 
 Dispatch. Rows are sorted by expert and multiplied group by group (numerics/grouped.py): no token is dropped and none is
-computed twice. With a `capacity_factor` an expert takes at most that many times its even share of the choices of a
-batch row, in the order of the tokens, and the rest is dropped (Switch, section 2.2): such a token's feed-forward is 0.
-Choices are counted within a row, so what is dropped does not depend on the mesh or on accumulation, and in the order of
-tokens, so that no token's fate depends on a later one. Decoding drops nothing.
+computed twice. With a `capacity_factor`, in training, an expert takes at most that many times its even share of the
+choices of a document, in the order of its tokens, and the rest is dropped (Switch, section 2.2): such a token's
+feed-forward is 0. The paper counts over a device's part of the batch. Counted by document, what is dropped depends
+neither on its neighbours in a row nor on padding, mesh or accumulation; and in the order of tokens, no token's fate
+depends on a later one. Decoding and held-out losses (`Transformer.roomy`) drop nothing.
 
 On a mesh the `expert` axis cuts the batch like a data axis. For the experts its devices bring their tokens together
 (all-gather), each computes what concerns its own experts, and a reduce-scatter hands the sums back: exact for any
@@ -39,7 +41,7 @@ from easylm_plus.models.initializers import initializer
 from easylm_plus.models.weights import Experts, Projection
 from easylm_plus.numerics.grouped import Groups, padded_rows, resolve_grouped, tile_of
 from easylm_plus.numerics.precision import Precision
-from easylm_plus.numerics.verbs import project_grouped
+from easylm_plus.numerics.verbs import project_grouped, settle
 from easylm_plus.parallel.sharding import constrain, spec_of
 
 
@@ -57,11 +59,13 @@ class MixtureOfExperts(nn.Module):
             router: Any = AttentionRouter(c, p, name="router")
         else:
             router = Projection(c.num_experts, ("embed", None), initializer(c, "hidden"), p, name="router")
-        logits_BTE = router(x_BTD.astype(jnp.float32))  # rounded logits make training unstable (Switch, section 2.4)
-        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        with jax.default_matmul_precision("highest"):  # else a float32 product is one of bfloat16 on a TPU
+            logits_BTE = router(x_BTD.astype(jnp.float32))
+        segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32) if segments_BT is None else segments_BT
         weights_BTK, ids_BTK = choose(logits_BTE, c)
-        kept_BTK = kept(ids_BTK, real_BT, c, may_drop)
-        self.sow("router", "stats", statistics(logits_BTE, ids_BTK, kept_BTK, real_BT), reduce_fn=lambda _, new: new)
+        kept_BTK = kept(ids_BTK, segments_BT, c, may_drop)
+        stats = statistics(logits_BTE, ids_BTK, kept_BTK, segments_BT != 0)
+        self.sow("router", "stats", stats, reduce_fn=lambda _, new: new)
         ids_BTK = jnp.where(kept_BTK, ids_BTK, c.num_experts)  # nobody's
         y_BTD = dispatched(x_BTD, weights_BTK, ids_BTK, ExpertWeights(c, p, name="experts")(), c)
         return constrain(y_BTD, "batch", "length", "act_embed")
@@ -109,17 +113,28 @@ def choose(logits_BTE: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.A
     return weights_BTK, ids_BTK
 
 
-def kept(ids_BTK: jax.Array, real_BT: jax.Array, config: ModelConfig, may_drop: bool) -> jax.Array:
+def kept(ids_BTK: jax.Array, segments_BT: jax.Array, config: ModelConfig, may_drop: bool) -> jax.Array:
     """bool[B, T, K]: choices of real tokens that their expert has room for."""
     B, T, K = ids_BTK.shape
-    real_BTK = jnp.broadcast_to(real_BT[..., None], ids_BTK.shape)
+    real_BTK = jnp.broadcast_to((segments_BT != 0)[..., None], ids_BTK.shape)
     if not (config.capacity_factor and may_drop):
         return real_BTK
-    capacity = -(-T * K * config.capacity_factor // config.num_experts)
-    chosen = jax.nn.one_hot(ids_BTK, config.num_experts, dtype=jnp.int32) * real_BTK[..., None]
-    chosen = chosen.reshape(B, T * K, -1)  # in the order of tokens
-    before = ((jnp.cumsum(chosen, axis=1) - chosen) * chosen).sum(-1)
-    return real_BTK & (before.reshape(B, T, K) < capacity)
+    first_BT, end_BT = documents(segments_BT)
+    room_BT = jnp.ceil((end_BT - first_BT) * K * config.capacity_factor / config.num_experts - 1e-4)
+    chosen = jax.nn.one_hot(ids_BTK.reshape(B, T * K), config.num_experts, dtype=jnp.int32)  # in the order of tokens
+    before = jnp.cumsum(chosen, axis=1) - chosen
+    outside = jnp.take_along_axis(before, (K * jnp.repeat(first_BT, K, axis=1))[..., None], axis=1)
+    rank_BTK = ((before - outside) * chosen).sum(-1).reshape(B, T, K)
+    return real_BTK & (rank_BTK < room_BT[..., None])
+
+
+def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(where its document starts, where it ends) of every token, int32[B, T]; a document is a run of one segment."""
+    T = segments_BT.shape[1]
+    at = jnp.arange(T)
+    new = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 1)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(new[:, :-1], at, 0), axis=1)
+    return first, jax.lax.cummin(jnp.where(new[:, 1:], at + 1, T), axis=1, reverse=True)
 
 
 def statistics(logits_BTE: jax.Array, ids_BTK: jax.Array, kept_BTK: jax.Array, real_BT: jax.Array) -> dict[str, Any]:
@@ -142,15 +157,15 @@ def dispatched(
     """The weighted sum of the chosen experts' outputs [B, T, D], on whatever mesh there is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _local(config, None, x_BTD, weights_BTK, ids_BTK, experts)[0]
+        return _local(config, None, None, x_BTD, weights_BTK, ids_BTK, experts)[0]
     tokens = PartitionSpec(*spec_of(("batch", "length"), x_BTD.shape[:2], mesh), None)
-    E, D, F = experts["up"].shape
+    E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+    experts = {name: settle(w) for name, w in experts.items()}
     wide, tall = (spec_of(axes, shape, mesh) for axes, shape in (
         (("experts", None, "mlp"), (E, D, F)), (("experts", "mlp", None), (E, F, D))))  # fmt: skip
-    axis = "expert" if wide[0] else None
     # each device of `tensor` has a part of every sum: they leave the region side by side and are added outside
     region = jax.shard_map(
-        partial(_local, config, axis),
+        partial(_local, config, "expert" if wide[0] else None, "tensor" if wide[2] else None),
         in_specs=(tokens, tokens, tokens, {name: tall if name == "down" else wide for name in experts}),
         out_specs=PartitionSpec(wide[2], *tokens),
         check_vma=False,
@@ -159,27 +174,30 @@ def dispatched(
 
 
 def _local(
-    config: ModelConfig, axis: str | None, x_BTD: jax.Array, weights_BTK: jax.Array, ids_BTK: jax.Array,
-    experts: dict[str, Any],
+    config: ModelConfig, axis: str | None, cut: str | None, x_BTD: jax.Array, weights_BTK: jax.Array,
+    ids_BTK: jax.Array, experts: dict[str, Any],
 ) -> jax.Array:  # fmt: skip
-    """One device's part [1, B, T, D]; along `axis`, tokens are brought together and experts are cut."""
+    """One device's part [1, B, T, D]. Along `axis`, tokens are brought together and experts are cut; `cut` cuts the
+    features of each expert."""
     B, T, D = x_BTD.shape
     x_ND, weights_NK, ids_NK = (a.reshape(B * T, -1) for a in (x_BTD, weights_BTK, ids_BTK))
     if axis:
         x_ND, weights_NK, ids_NK = (jax.lax.all_gather(a, axis, tiled=True) for a in (x_ND, weights_NK, ids_NK))
-        ids_NK = ids_NK - jax.lax.axis_index(axis) * experts["up"].shape[0]
-    y_ND = _computed(config, x_ND, weights_NK, ids_NK, experts)
+    E = config.num_experts // (jax.lax.axis_size(axis) if axis else 1)
+    if axis:
+        ids_NK = ids_NK - jax.lax.axis_index(axis) * E
+    y_ND = _computed(config, E, cut, x_ND, weights_NK, ids_NK, experts)
     if axis:
         y_ND = jax.lax.psum_scatter(y_ND, axis, tiled=True)
     return y_ND.reshape(1, B, T, D)
 
 
 def _computed(
-    config: ModelConfig, x_ND: jax.Array, weights_NK: jax.Array, ids_NK: jax.Array, experts: dict[str, Any]
-) -> jax.Array:
-    """The sum over those choices that are one of these experts: ids in [0, E)."""
+    config: ModelConfig, E: int, cut: str | None, x_ND: jax.Array, weights_NK: jax.Array, ids_NK: jax.Array,
+    experts: dict[str, Any],
+) -> jax.Array:  # fmt: skip
+    """The sum over those choices that are one of these E experts: ids in [0, E)."""
     N, K = ids_NK.shape
-    E = experts["up"].shape[0]
     how = resolve_grouped(config.grouped, jax.default_backend())
     tile = tile_of(N * K, E, how)
     rows_NK, groups = sorted_rows(ids_NK, E, Groups(jnp.zeros(E, jnp.int32), tile, how))
@@ -188,7 +206,7 @@ def _computed(
     x_MD = gather_rows(x_ND, jnp.where(choice_M < N * K, choice_M // K, N), rows_NK)
     gate = project_grouped(x_MD, experts["gate"], groups) if "gate" in experts else None
     h_MF = activated(config.activation, gate, project_grouped(x_MD, experts["up"], groups))
-    y_MD = project_grouped(h_MF, experts["down"], groups)
+    y_MD = project_grouped(h_MF, experts["down"], groups._replace(cut=cut))
     y_NKD = gather_rows(y_MD, rows_NK.ravel(), choice_M[:, None]).reshape(N, K, -1)
     return (y_NKD * weights_NK[..., None].astype(y_NKD.dtype)).sum(1)
 

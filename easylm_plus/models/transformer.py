@@ -66,16 +66,16 @@ class Block(nn.Module):
         h_BTD = norm(c, p, name="input_layernorm")(x_BTD)
         y_BTD, new_cache = Attention(c, p, name="self_attn")(h_BTD, layout, cache)
         if c.parallel_block:
-            return x_BTD + y_BTD + self._feedforward(h_BTD, layout, cache), new_cache
+            return x_BTD + y_BTD + self._feedforward(h_BTD, layout), new_cache
         x_BTD = x_BTD + y_BTD
         h_BTD = norm(c, p, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + self._feedforward(h_BTD, layout, cache), new_cache
+        return x_BTD + self._feedforward(h_BTD, layout), new_cache
 
-    def _feedforward(self, h_BTD: jax.Array, layout: Layout, cache: LayerCache | None) -> jax.Array:
+    def _feedforward(self, h_BTD: jax.Array, layout: Layout) -> jax.Array:
         if not self.config.num_experts:
             return FeedForward(self.config, self.precision, name="mlp")(h_BTD)
         experts = MixtureOfExperts(self.config, self.precision, name="mlp")
-        return experts(h_BTD, layout.segments_BT, may_drop=cache is None)
+        return experts(h_BTD, layout.segments_BT, may_drop=layout.key_segments_BS is None)
 
 
 class UnrolledBlocks(nn.Module):
@@ -136,9 +136,11 @@ class Transformer(nn.Module):
         """The final norm's output [B, T, D] in the compute dtype, or (that, cache).
 
         positions count from 0 in each document and default to the row index (after the cache's contents);
-        segments are 0 for padding and default to one document a row.
+        segments are 0 for padding and default to one document a row. A cache has to have room for the T tokens.
         """
         B, T = tokens_BT.shape
+        if self.config.positions == "learned" and self.config.max_length < T:
+            raise UserError(f"a row of {T} tokens: the model has learned {self.config.max_length} positions")
         if positions_BT is None:
             start = 0 if cache is None else cache.length
             positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
@@ -172,6 +174,10 @@ class Transformer(nn.Module):
         filled = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, cache.length, axis=1)
         layout = Layout(cos, sin, segments_BT, filled, cache.length)
         return layout, cache._replace(segments_BS=filled, length=cache.length + positions_BT.shape[1])
+
+    def roomy(self) -> "Transformer":
+        """The same model, whose experts have room for everybody: for evaluation."""
+        return self.clone(config=dataclasses.replace(self.config, capacity_factor=0.0))
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""

@@ -74,7 +74,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int[...] -> [..., D] in the compute dtype."""
-        return lookup(ids, self.embedding, self.precision.compute)
+        return lookup(ids, self.embedding, self.precision.compute, self.axes[0])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> [..., V]."""

@@ -26,6 +26,7 @@ class Groups(NamedTuple):
     sizes_E: jax.Array  # int32: rows of each group, padding included; their sum is at most M
     tile: int = 1  # divides all sizes
     implementation: str = "ragged"
+    cut: str | None = None  # the mesh axis that cuts the in-features, inside a `shard_map`
 
 
 def resolve_grouped(name: str, platform: str) -> str:

@@ -1,8 +1,9 @@
 """Which weights are transformed, and into what: rules like "layers/.*/mlp=ternary".
 
-A rule is "regular expression=transform". It is searched in the names of the weights, "layers/self_attn/q_proj/kernel"
-or "layers/0/...", the layer's number left out; the first rule that matches decides. Embeddings, the head, norms, biases
-and routers are never transformed.
+A rule is "regular expression=transform". It is searched in the names of the weights as the tree has them,
+"layers/mlp/up_proj/kernel" (stacked) or "layers/0/mlp/...", and with a star for the layer, "layers/*/mlp/...", so that
+one rule serves both; the first rule that matches decides. Only matrices behind `project` are transformed: the kernels
+of the blocks but the routers', never embeddings, the head, norms and biases.
 """
 
 import re
@@ -16,8 +17,8 @@ from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
 TRANSFORMS: dict[str, Callable[[jax.Array], Any]] = {"plain": lambda w: w, "ternary": Ternary}
-EXCLUDED = r"^(embed_tokens|embed_positions|lm_head)/|/router/|(weight|bias|qk_weight|qk_bias)$"
-BITNET = ("layers/(self_attn|mlp)/.*_proj/kernel=ternary",)  # all linear layers of the blocks, as in the paper
+MATRIX = r"^layers/(?!.*/router/).*/kernel$"
+BITNET = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)  # all linear layers of the blocks, as in the paper
 
 
 def attach(params: Any, rules: Sequence[str]) -> Any:
@@ -29,9 +30,10 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
     used: set[int] = set()
 
     def transformed(path: Any, leaf: jax.Array) -> Any:
-        name = re.sub(r"^layers/\d+/", "layers/", path_name(path))
+        name = path_name(path)
+        starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
         for number, (pattern, transform) in enumerate(parsed):
-            if not re.search(EXCLUDED, name) and pattern.search(name):
+            if re.search(MATRIX, name) and (pattern.search(name) or pattern.search(starred)):
                 used.add(number)
                 return transform(leaf)
         return leaf

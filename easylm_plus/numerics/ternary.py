@@ -31,6 +31,13 @@ class Ternary:
     latent: jax.Array
 
 
+@struct.dataclass
+class Rounded:
+    """A Ternary whose weights are rounded already; its activations still have to be."""
+
+    weight: jax.Array
+
+
 def ternary_weight(latent: jax.Array) -> jax.Array:
     """W~ in float32, with the gradient of W~ as that of W."""
     w = latent.astype(jnp.float32)
@@ -38,10 +45,11 @@ def ternary_weight(latent: jax.Array) -> jax.Array:
     return _straight_through(w, jnp.clip(jnp.round(w * scale), -1, 1) / scale)
 
 
-def int8_activation(x: jax.Array) -> jax.Array:
-    """x~ in float32, by the last axis, with the gradient of x~ as that of x."""
+def int8_activation(x: jax.Array, cut: str | None = None) -> jax.Array:
+    """x~ in float32, by the last axis (which the mesh axis `cut` may cut), with the gradient of x~ as that of x."""
     x = x.astype(jnp.float32)
-    scale = 127 / jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
+    largest = jnp.abs(jax.lax.stop_gradient(x)).max(-1, keepdims=True)
+    scale = 127 / jnp.maximum(jax.lax.pmax(largest, cut) if cut else largest, EPS)
     return _straight_through(x, jnp.clip(jnp.round(x * scale), -128, 127) / scale)
 
 
@@ -62,10 +70,19 @@ def _(w: Ternary, x: jax.Array) -> jax.Array:
     return verbs.project(int8_activation(x).astype(x.dtype), ternary_weight(w.latent).astype(x.dtype))
 
 
+@verbs._settle.register
+def _(w: Ternary) -> Rounded:
+    return Rounded(ternary_weight(w.latent))
+
+
 @verbs._project_grouped.register
 def _(w: Ternary, x_MD: jax.Array, groups: Groups) -> jax.Array:
-    x_MD, w_EDF = int8_activation(x_MD).astype(x_MD.dtype), ternary_weight(w.latent).astype(x_MD.dtype)
-    return grouped_matmul(x_MD, w_EDF, groups)
+    return verbs.project_grouped(x_MD, verbs.settle(w), groups)
+
+
+@verbs._project_grouped.register
+def _(w: Rounded, x_MD: jax.Array, groups: Groups) -> jax.Array:
+    return grouped_matmul(int8_activation(x_MD, groups.cut).astype(x_MD.dtype), w.weight.astype(x_MD.dtype), groups)
 
 
 @verbs._dense.register

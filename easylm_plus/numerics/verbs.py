@@ -28,9 +28,14 @@ def project_grouped(x_MD: jax.Array, w: Any, groups: Groups) -> jax.Array:
     return _project_grouped(w, x_MD, groups)
 
 
-def lookup(ids: jax.Array, w: Any, dtype: DTypeLike) -> jax.Array:
-    """Rows of w[V, D] at ids[...] -> [..., D] in `dtype`."""
-    return _lookup(w, ids, dtype)
+def lookup(ids: jax.Array, w: Any, dtype: DTypeLike, rows: str | None = "vocab") -> jax.Array:
+    """Rows of w[V, D] at ids[...] -> [..., D] in `dtype`. `rows`: the logical axis of V."""
+    return _lookup(w, ids, dtype, rows)
+
+
+def settle(w: Any) -> Any:
+    """The leaf with all done that takes the whole matrix, for code that will see a part of it (`shard_map`)."""
+    return _settle(w)
 
 
 def unembed(x: jax.Array, w: Any) -> jax.Array:
@@ -54,13 +59,17 @@ def _project_grouped(w: Any, x_MD: jax.Array, groups: Groups) -> jax.Array:
 
 
 @singledispatch
-def _lookup(w: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _lookup(w: Any, ids: jax.Array, dtype: DTypeLike, rows: str | None) -> jax.Array:
     if mesh_axis_size("fsdp") > 1:
         # gather the table's columns before the lookup: the partitioner would otherwise gather the *result* over
-        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way. In w's own dtype:
-        # the gradient of a frequent token is a sum of thousands of terms, which would stick at 256 in bfloat16
-        w = constrain(w, "vocab", None)
-    return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
+        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way
+        w = constrain(w, rows, None)
+    return _rows(w, ids).astype(dtype)
+
+
+@singledispatch
+def _settle(w: Any) -> Any:
+    return w
 
 
 @singledispatch
@@ -71,6 +80,25 @@ def _unembed(w: Any, x: jax.Array) -> jax.Array:
 @singledispatch
 def _dense(w: Any) -> jax.Array:
     return w
+
+
+@jax.custom_vjp
+def _rows(w: jax.Array, ids: jax.Array) -> jax.Array:
+    """w[ids], with a gradient that is summed in float32.
+
+    That of a frequent token is a sum of thousands of terms: in bfloat16 it would stick at 256 of them.
+    """
+    return jnp.take(w, ids, axis=0, mode="clip")
+
+
+def _rows_backward(residuals: Any, dy: jax.Array) -> Any:
+    w, ids = residuals
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    dw = jnp.zeros(w.shape, wide).at[ids].add(dy.astype(wide), mode="clip")
+    return dw.astype(w.dtype), None
+
+
+_rows.defvjp(lambda w, ids: (_rows(w, ids), (w, ids)), _rows_backward)
 
 
 def _matmul(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:

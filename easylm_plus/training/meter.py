@@ -24,6 +24,8 @@ PEAK_TFLOPS = {
     "TPU v6e": 918.0,
     "NVIDIA A100": 312.0,
     "NVIDIA H100": 989.4,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
     "NVIDIA H200": 989.4,
 }
 

@@ -280,33 +280,38 @@ def test_a_fused_kernel_finds_its_rows_and_heads(mesh, layout, heads):
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "dtype", "chosen"),
+    ("name", "platform", "dtype", "head_dim", "hopper", "chosen"),
     (
-        ("auto", "cpu", "float32", "blocked"),
-        ("auto", "tpu", "bfloat16", "splash"),
-        ("auto", "gpu", "bfloat16", "cudnn"),
-        ("auto", "gpu", "float32", "xla"),
-        ("xla", "tpu", "bfloat16", "xla"),
-        ("blocked", "gpu", "bfloat16", "blocked"),
-        ("cudnn", "gpu", "float16", "cudnn"),
+        ("auto", "cpu", "float32", 64, False, "blocked"),
+        ("auto", "tpu", "bfloat16", 256, False, "splash"),
+        ("auto", "gpu", "bfloat16", 128, False, "cudnn"),
+        ("auto", "gpu", "bfloat16", 100, True, "xla"),
+        ("auto", "gpu", "bfloat16", 256, False, "xla"),
+        ("auto", "gpu", "bfloat16", 256, True, "cudnn"),
+        ("auto", "gpu", "float32", 64, True, "xla"),
+        ("xla", "tpu", "bfloat16", 64, False, "xla"),
+        ("blocked", "gpu", "bfloat16", 64, False, "blocked"),
+        ("cudnn", "gpu", "float16", 64, False, "cudnn"),
     ),
 )
-def test_resolve(name, platform, dtype, chosen):
-    assert attention.resolve(name, platform, jnp.dtype(dtype)) == chosen
+def test_resolve(name, platform, dtype, head_dim, hopper, chosen, monkeypatch):
+    monkeypatch.setattr(attention, "_is_hopper", lambda: hopper)
+    assert attention.resolve(name, platform, jnp.dtype(dtype), head_dim) == chosen
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "dtype", "message"),
+    ("name", "platform", "dtype", "head_dim", "message"),
     (
-        ("cudnn", "cpu", "bfloat16", "'cudnn' needs a GPU, this is a CPU"),
-        ("splash", "cpu", "bfloat16", "'splash' needs a TPU, this is a CPU"),
-        ("splash", "gpu", "bfloat16", "'splash' needs a TPU, this is a GPU"),
-        ("cudnn", "gpu", "float32", "16 bit only"),
+        ("cudnn", "cpu", "bfloat16", 64, "'cudnn' needs a GPU, this is a CPU"),
+        ("splash", "cpu", "bfloat16", 64, "'splash' needs a TPU, this is a CPU"),
+        ("splash", "gpu", "bfloat16", 64, "'splash' needs a TPU, this is a GPU"),
+        ("cudnn", "gpu", "float32", 64, "16 bit only"),
+        ("cudnn", "gpu", "bfloat16", 100, "model.head_dim = 100; the kernel takes multiples of 8 up to 128"),
     ),
 )
-def test_what_cannot_be_had_is_an_error(name, platform, dtype, message):
+def test_what_cannot_be_had_is_an_error(name, platform, dtype, head_dim, message):
     with pytest.raises(UserError, match=message):
-        attention.resolve(name, platform, jnp.dtype(dtype))
+        attention.resolve(name, platform, jnp.dtype(dtype), head_dim)
 
 
 def test_an_unknown_name_is_an_error_of_the_config():

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.families import preset
-from easylm_plus.models.transformer import Transformer, init_parameters
-from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.models.moe import kept
+from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
+from easylm_plus.objectives.lm import LanguageModel, stacked_statistics
+from easylm_plus.parallel import sharding
+from easylm_plus.parallel.mesh import make_mesh
 
 VOCAB, D, F, HEADS, K, LAYERS, EXPERTS = 40, 16, 24, 4, 8, 2, 4
 ATOL = 5e-5
@@ -271,3 +275,58 @@ def test_a_bidirectional_model_sees_later_tokens_of_its_document_only(causal):
     if not causal:
         with pytest.raises(UserError, match=r"model\.causal = False: a bidirectional model has no next token"):
             model.init_cache(1, 8)
+
+
+# --- capacity ---
+
+
+def one_choice(**overrides):
+    model = Transformer(preset("debug", **COMMON, **SWITCH, **overrides))
+    return model, init_parameters(model, jax.random.key(0))
+
+
+def test_what_is_dropped_does_not_depend_on_neighbours_or_padding():
+    """Of a document alone, after another one in the same row, and before padding."""
+    model, params = one_choice()
+    run = jax.jit(lambda ids, segments: model.apply({"params": params}, ids, None, segments, mutable=["router"]))
+    rng = np.random.default_rng(0)
+    ids, other = rng.integers(0, VOCAB, (2, 1, 12)).astype(np.int32)
+    alone, state = run(ids, np.ones_like(ids))
+    positions = np.concatenate([np.arange(12), np.arange(12)])[None]
+    packed = jax.jit(lambda ids, segments: model.apply({"params": params}, ids, positions, segments))(
+        np.concatenate([other, ids], axis=1), np.repeat([[1, 2]], 12, axis=1)
+    )
+    padded, padded_state = run(np.pad(ids, ((0, 0), (0, 20))), np.pad(np.ones_like(ids), ((0, 0), (0, 20))))
+    np.testing.assert_allclose(packed[:, 12:], alone, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(padded[:, :12], alone, rtol=0, atol=1e-5)
+    dropped = [float(stacked_statistics(s["router"]["layers"])["dropped"].sum()) for s in (state, padded_state)]
+    assert dropped[0] == dropped[1] > 0
+    roomy = jax.jit(lambda ids: model.roomy().apply({"params": params}, ids))(ids)
+    assert np.abs(roomy - alone).max() > 1e-2, "drops change the logits, so the above says something"
+
+
+def test_rows_with_padding_and_capacity_on_a_mesh():
+    """Logits, loss and what is logged of routing are those of one device."""
+    model, params = one_choice()
+    batch = {name: x[:8] for name, x in tiny.documents_batch("none", VOCAB).items()}
+    assert (batch["segment_ids"] == 0).any()
+    objective = LanguageModel(model, 2, chunk=32, router_balance=0.1, router_z=0.01)
+    share = lambda params, batch: objective(params, batch, objective.denominators(batch))
+    (loss, sums), mesh = jax.jit(share)(params, batch), make_mesh({"fsdp": 2, "expert": 2, "sequence": 2})
+    with sharding.use(mesh, sharding.rules_for(mesh, HEADS, HEADS)):
+        shapes, axes = abstract_parameters(model)
+        placed = jax.device_put(params, sharding.shardings(axes, shapes, mesh))
+        cut = NamedSharding(mesh, sharding.spec_of(("batch", "length"), batch["inputs"].shape, mesh))
+        other, others = jax.jit(share)(placed, jax.device_put(batch, cut))
+    assert float(other) == pytest.approx(float(loss), abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, others)
+    assert 0 < float(sums["router"]["dropped"] / sums["router"]["tokens"]) < 1
+
+
+def test_half_a_token_of_room_is_rounded_up():
+    """100 tokens, 10 experts: 1.1 times an even share are 11, not the 12 that 11.000000000000002 would give."""
+    config = preset("debug", num_experts=10, experts_per_token=1, norm_topk=False, capacity_factor=1.1)
+    same, ones = np.zeros((1, 100, 1), np.int32), np.ones((1, 100), np.int32)
+    assert kept(same, ones, config, may_drop=True).sum() == 11
+    assert kept(same[:, :95], ones[:, :95], config, may_drop=True).sum() == 11  # of 10.45
+    assert kept(same, ones, config, may_drop=False).sum() == 100

@@ -209,7 +209,7 @@ def test_padding_meets_no_expert():
         ("qwen2_tiny", {"rope_theta": 1e4}),
         ("qwen2_tiny", {"norm_eps": 1e-2}),
         ("mixtral_tiny", {"norm_topk": False}),
-        ("mixtral_tiny", {"experts_per_token": 1}),
+        ("mixtral_tiny", {"experts_per_token": 3}),
         ("yuan2_m32_moe_tiny", {"norm_topk": False}),
         ("yuan2_m32_moe_tiny", {"rope_dtype": "float32"}),
         ("yuan2_m32_moe_tiny", {"lfa_reset": True, "rope_theta": 1e5}),

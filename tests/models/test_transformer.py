@@ -191,10 +191,13 @@ def test_matmul_parameters_are_those_of_the_tree(variant):
 
 
 def test_train_flops_count_causal_attention_once():
-    """2 FLOPs a multiply-add, 3 passes; scores and values over the T (T + 1) / 2, here T^2 / 2, causal pairs."""
+    """2 FLOPs a multiply-add, 3 passes; scores and values over the pairs of a query and a key that it sees."""
     T, heads = 64, SMALL.num_layers * SMALL.num_heads * SMALL.head_dim
-    attention = 3 * 2 * 2 * heads * (T * T / 2) / T
-    assert train_flops_per_token(SMALL, T) == 6 * matmul_parameters(SMALL) + attention
+    t, s = np.mgrid[:T, :T]
+    for keys, seen in (({}, s <= t), ({"causal": False}, s < T), ({"sliding_window": 5}, (s <= t) & (s > t - 5))):
+        attention = 3 * 2 * 2 * heads * seen.sum() / T
+        found = train_flops_per_token(dataclasses.replace(SMALL, **keys), T)
+        assert found == pytest.approx(6 * matmul_parameters(SMALL) + attention, rel=1e-12)
 
 
 # --- what a wrong config or tree is told ---
@@ -213,7 +216,9 @@ def test_a_config_that_no_model_has_is_refused(keys, message):
         dataclasses.replace(SMALL, **keys)
 
 
-@pytest.mark.parametrize(("key", "message"), (("remat", "none, dots, full"), ("init", "llama, gpt2, fan_in")))
+@pytest.mark.parametrize(
+    ("key", "message"), (("remat", "none, dots, full"), ("init", "llama, gpt2, small, fan_in, palm"))
+)
 def test_an_unknown_choice_lists_the_known_ones(key, message):
     with pytest.raises(UserError, match=rf"model\.{key} = 'x': expected one of {message}"):
         abstract_parameters(model_of(**{key: "x"}))

@@ -10,10 +10,15 @@ import tiny
 
 from easylm_plus.errors import UserError
 from easylm_plus.interop.huggingface import load_hf
+from easylm_plus.models import moe
+from easylm_plus.models.transformer import abstract_parameters, unstack_layers
 from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.rules import BITNET, attach
 from easylm_plus.numerics.ternary import Ternary, int8_activation, ternary_weight
 from easylm_plus.numerics.verbs import dense, project, project_grouped
+from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.parallel import sharding
+from easylm_plus.parallel.mesh import make_mesh
 
 FOLDER = tiny.ROOT / "tests/golden/bitnet_tiny"
 
@@ -90,6 +95,7 @@ def test_rules_turn_what_they_name():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [("layers/.*/wrong=ternary", "matches no weight"), ("lm_head=ternary", "matches no weight"),
+     ("norm=ternary", "matches no weight"),
      ("layers=fp9", "expected 'regular expression=transform' with one of plain, ternary"),
      ("layers", "found 'layers', expected"), ("(=ternary", "not a regular expression")],
 )  # fmt: skip
@@ -99,6 +105,36 @@ def test_a_rule_that_does_nothing_is_an_error(rule, message):
 
 
 def test_the_first_rule_that_matches_decides():
-    params = attach(loaded()[1], ("q_proj=plain", "layers/self_attn/.*_proj=ternary"))
+    params = attach(loaded()[1], ("q_proj=plain", r"layers/\*/self_attn/.*_proj=ternary"))
     attention = params["layers"]["self_attn"]
     assert isinstance(attention["k_proj"]["kernel"], Ternary) and not isinstance(attention["q_proj"]["kernel"], Ternary)
+
+
+def test_one_rule_serves_stacked_and_unrolled_layers_and_a_number_serves_one():
+    count = lambda params, *rules: sum(
+        isinstance(leaf, Ternary)
+        for leaf in jax.tree.leaves(attach(params, rules), is_leaf=lambda leaf: isinstance(leaf, Ternary))
+    )
+    stacked, unrolled = loaded()[1], unstack_layers(loaded()[1])
+    assert count(stacked, "layers/.*/mlp=ternary") == 3 and count(unrolled, "layers/.*/mlp=ternary") == 6
+    assert count(unrolled, "layers/1/mlp=ternary") == 3
+
+
+def test_ternary_experts_on_a_mesh(monkeypatch):
+    """Scales are those of the whole matrix and of the whole token also where each device has a part of them."""
+    model, params = tiny.model(vocab=50, num_experts=4, scan_layers=True, intermediate_size=16)
+    experts = params["layers"]["mlp"]["experts"]
+    experts |= jax.tree.map(lambda x: x * jnp.arange(1.0, 1 + x.shape[-1]), experts)  # columns of different sizes
+    batch, objective = tiny.random_batch(8, 8, 50), LanguageModel(model, 2, chunk=16)
+    share = lambda params: objective(attach(params, ("experts=ternary",)), batch, objective.denominators(batch))[0]
+    loss, gradients = jax.jit(jax.value_and_grad(share))(params)
+    mesh = make_mesh({"expert": 2, "tensor": 4})
+    with sharding.use(mesh, sharding.rules_for(mesh, 4, 2)):
+        shapes, axes = abstract_parameters(model)
+        placed = jax.device_put(params, sharding.shardings(axes, shapes, mesh))
+        other, others = jax.jit(jax.value_and_grad(share))(placed)
+        monkeypatch.setattr(moe, "settle", lambda w: w)  # each device rounds by its own part
+        apart = jax.jit(lambda params: share(params))(placed)
+    assert float(other) == pytest.approx(float(loss), abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, others)
+    assert abs(float(apart) - float(loss)) > 1e-3
