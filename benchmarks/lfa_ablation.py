@@ -48,9 +48,9 @@ ONE_IN, HELDOUT_ONE_IN, HELDOUT_ROWS = 6, 20, 256
 DO = flags.DEFINE_enum("do", "table", ["train", "time", "table"], "what to do")
 FOLDER = flags.DEFINE_string("folder", "runs/lfa_ablation", "of the tokenizer and the results")
 VARIANTS = flags.DEFINE_list("variants", list(FILTERS), "to train or time")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "to train with")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "to train with, or of the table")
 STEPS = flags.DEFINE_integer("steps", 800, f"of {ROWS} x {LENGTH} tokens")
-RATE = flags.DEFINE_float("learning_rate", 2e-3, "the peak; cosine to a tenth after 100 steps of warm-up")
+RATE = flags.DEFINE_float("learning_rate", 4e-3, "the peak; cosine to a tenth after 100 steps of warm-up")
 SHARE = flags.DEFINE_string("share", "0/1", "i/n: only the runs i, i + n, ... of the list")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "alternations of --do=time")
 
@@ -210,8 +210,9 @@ def time_all(folder: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    """Prints the results of --steps and --learning_rate as a table."""
-    rows = [r for r in read(folder / "results.jsonl") if key(r)[2:] == (RATE.value, STEPS.value)]
+    """Prints the results of --steps, --learning_rate and --seeds as a table."""
+    chosen = lambda row: key(row)[2:] == (RATE.value, STEPS.value) and str(row["seed"]) in SEEDS.value
+    rows = list(filter(chosen, read(folder / "results.jsonl")))
     times = folder / "times.json"
     seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
     losses = {v: {r["seed"]: r["heldout"] for r in rows if r["variant"] == v} for v in FILTERS}
