@@ -21,7 +21,7 @@ from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.evaluation.samples import make_sampler
-from easylm_plus.models.attention import resolve
+from easylm_plus.models.attend import resolve
 from easylm_plus.models.config import train_flops_per_token
 from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
 from easylm_plus.numerics.grouped import resolve_grouped

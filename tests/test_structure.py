@@ -39,7 +39,7 @@ AVERAGE_PRODUCTS = (
     'both = jnp.einsum("dtc,dcx->dtx", jnp.concatenate([within, left], axis=1), x_DCX, precision=EXACT)',
     'carried = jnp.einsum("dnc,dnx->dcx", decays[..., 1:] * a.leave[..., None], before, precision=EXACT)',
 )
-ALLOWED_PRODUCTS = {"attention.py": ATTENTION_PRODUCTS, "ema.py": AVERAGE_PRODUCTS}  # of models/
+ALLOWED_PRODUCTS = {"attend.py": ATTENTION_PRODUCTS, "ema.py": AVERAGE_PRODUCTS}  # of models/
 LONGEST_FILE, LONGEST_STEP = 600, 45
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from easylm_plus.errors import UserError
-from easylm_plus.models import attention
+from easylm_plus.models import attend
 from easylm_plus.models.families import preset
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
@@ -88,10 +88,10 @@ def check_gradients(actual, expected):
 
 def run(name, q, k, v, segments, window):
     if name == "splash":
-        sight = attention.Sight(window is not None, window or 0)
-        return jax.jit(lambda *args: attention._splash(*args, sight, interpret=True))(q, k, v, segments)
+        sight = attend.Sight(window is not None, window or 0)
+        return jax.jit(lambda *args: attend._splash(*args, sight, interpret=True))(q, k, v, segments)
     config = preset("debug", attention=name, sliding_window=window or 0, causal=window is not None)
-    return jax.jit(lambda *args: attention.attend(*args, config))(q, k, v, segments)
+    return jax.jit(lambda *args: attend.attend(*args, config))(q, k, v, segments)
 
 
 def check(actual, expected):
@@ -106,7 +106,7 @@ def case(T, heads, layout, B=2, **more):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocked_and_xla_equal_the_definition(heads, layout, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attend, "BLOCK", 4)
     args = case(13, heads, layout)
     expected = derive(*args)
     check(run("blocked", *args), expected)
@@ -115,13 +115,13 @@ def test_blocked_and_xla_equal_the_definition(heads, layout, monkeypatch):
 
 @pytest.mark.parametrize("T", (1, 4, 5, 8))
 def test_blocked_at_any_length(T, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attend, "BLOCK", 4)
     args = case(T, "GQA", "packed window")
     check(run("blocked", *args), derive(*args))
 
 
 def test_blocked_with_blocks_of_the_real_size():
-    T = attention.BLOCK + 9
+    T = attend.BLOCK + 9
     args = *case(T, "MQA", "packed", B=1)[:4], 50
     check(run("blocked", *args), derive(*args))
 
@@ -133,7 +133,7 @@ def test_blocked_with_blocks_of_the_real_size():
 )
 def test_gradients_of_blocked_equal_the_definition(heads, layout, mesh, monkeypatch):
     """Their backward pass is our own: on one device a row at a time, on a mesh all rows together."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attend, "BLOCK", 4)
     args = case(10, heads, layout, B=4)
     cotangent = inputs(4, 10, 4, 4, seed=1)[0]
     with sharding.use(make_mesh(mesh)) if mesh else contextlib.nullcontext():
@@ -153,7 +153,7 @@ def test_gradients_of_xla_equal_the_definition():
 
 
 def test_gradients_in_bfloat16_are_near_the_definition(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attend, "BLOCK", 4)
     args = case(10, "GQA", "packed")
     cotangent = inputs(2, 10, 4, 4, seed=1)[0]
     half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
@@ -240,12 +240,10 @@ def test_gradients_of_splash_over_a_mesh():
     """Cut over batch and heads; within a loop and under remat, as the model calls it."""
     q, k, v = inputs(4, 128, 4, 2, 16)
     segments, cotangent = documents(4, 128), inputs(4, 128, 4, 2, 16, seed=1)[0]
-    kernel = lambda q, k, v: attention._splash(q, k, v, jnp.asarray(segments), attention.Sight(), interpret=True)
+    kernel = lambda q, k, v: attend._splash(q, k, v, jnp.asarray(segments), attend.Sight(), interpret=True)
     body = jax.checkpoint(lambda q, k, v: kernel(q, k, v))
     twice = lambda f: lambda q, k, v: (jax.lax.scan(lambda x, _: (f(x, k, v), None), q, None, 2)[0] * cotangent).sum()
-    xla = lambda q, k, v: attention._masked(
-        q, k, v, attention.visible_mask(128, jnp.asarray(segments), attention.Sight())
-    )
+    xla = lambda q, k, v: attend.masked(q, k, v, attend.visible_mask(128, jnp.asarray(segments), attend.Sight()))
     expected = jax.jit(jax.grad(twice(xla), argnums=(0, 1, 2)))(q, k, v)
     with sharding.use(make_mesh({"fsdp": 4, "tensor": 2})):
         actual = jax.jit(jax.grad(twice(body), argnums=(0, 1, 2)))(q, k, v)
@@ -270,9 +268,9 @@ def test_a_fused_kernel_finds_its_rows_and_heads(mesh, layout, heads):
     """What runs on each device's share is any function of whole rows; cuDNN's cannot run here, jax.nn's can."""
     q, k, v = inputs(4, 16, *heads)
     segments, window = documents(4, 16) if layout == "packed window" else None, LAYOUTS[layout][1]
-    kernel = lambda *args: attention._whole(*args, attention.Sight(window=window))
+    kernel = lambda *args: attend._whole(*args, attend.Sight(window=window))
     with sharding.use(make_mesh(mesh)):
-        actual = jax.jit(lambda *args: attention._on_shards(kernel, *args))(q, k, v, segments)
+        actual = jax.jit(lambda *args: attend._on_shards(kernel, *args))(q, k, v, segments)
     check(actual, run("xla", q, k, v, segments, window))
 
 
@@ -295,8 +293,8 @@ def test_a_fused_kernel_finds_its_rows_and_heads(mesh, layout, heads):
     ),
 )
 def test_resolve(name, platform, dtype, head_dim, hopper, chosen, monkeypatch):
-    monkeypatch.setattr(attention, "_is_hopper", lambda: hopper)
-    assert attention.resolve(name, platform, jnp.dtype(dtype), head_dim) == chosen
+    monkeypatch.setattr(attend, "_is_hopper", lambda: hopper)
+    assert attend.resolve(name, platform, jnp.dtype(dtype), head_dim) == chosen
 
 
 @pytest.mark.parametrize(
@@ -311,7 +309,7 @@ def test_resolve(name, platform, dtype, head_dim, hopper, chosen, monkeypatch):
 )
 def test_what_cannot_be_had_is_an_error(name, platform, dtype, head_dim, message):
     with pytest.raises(UserError, match=message):
-        attention.resolve(name, platform, jnp.dtype(dtype), head_dim)
+        attend.resolve(name, platform, jnp.dtype(dtype), head_dim)
 
 
 def test_an_unknown_name_is_an_error_of_the_config():
