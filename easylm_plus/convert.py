@@ -14,14 +14,12 @@ tokenizer, its chat template and generation_config.json come along.
 """
 
 import dataclasses
-import errno
-import os
+import math
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +39,17 @@ from easylm_plus.interop.translate import Translated
 from easylm_plus.interop.weights import Cast, Weights, of_params
 from easylm_plus.models.families import preset
 from easylm_plus.planning.memory import human
+from easylm_plus.training.checkpoint import steps
+from easylm_plus.training.output import checked, replaced
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
+DEFAULT_SHARD_GB = 5.0
+OTHERS = ("*.safetensors", "*.bin", "*.pth", "*.pt")  # weights that a folder may hold
 KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
-TO = flags.DEFINE_enum("to", "easylm_plus", ("hf", "easylm_plus"), "format of --output")
+TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus"), "format of --output; by default easylm_plus")
 INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
 STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
@@ -57,8 +59,8 @@ TOKENIZER = flags.DEFINE_string("tokenizer", "", "file or folder that takes the 
 DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this model, or with --recover add to it")
 RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
-MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of a Hugging Face folder, in 10^9 bytes")
-FORCE = flags.DEFINE_boolean("force", False, "replace what is at --output")
+MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
+FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
 class Source(NamedTuple):
@@ -72,23 +74,22 @@ class Source(NamedTuple):
 
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
+    inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
+    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value), _shard_bytes()
+    _all_flags_count()
     source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
-    output, inputs = Path(OUTPUT.value).absolute(), [Path(INPUT.value), Path(DIFF_BASE.value or INPUT.value)]
-    if any(output == path.absolute() or output in path.absolute().parents for path in inputs):
-        raise UserError(f"--output={output}: found the input there; expected another place")
     base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
     show = Progress(total_bytes(source.weights))
     with replaced(output, FORCE.value, show.total) as folder:
         if base is not None:
-            shards = int(MAX_SHARD_GB.value * 1e9)
             difference.write_difference(base, source.weights, folder, source.original, shards, show)
             _companions(source, folder)
         elif TO.value == "hf":
             _companions(source, folder)
-            keys = export_keys(source.weights, source.original)
-            write_folder(source.weights, keys, folder, int(MAX_SHARD_GB.value * 1e9), show)
+            keys = export_keys(source.weights, source.original, folder)
+            write_folder(source.weights, keys, folder, shards, show)
         else:
             (folder / "tokenizer").mkdir()
             _companions(source, folder / "tokenizer")
@@ -97,11 +98,36 @@ def main() -> int:
     return 0
 
 
+def _shard_bytes() -> int:
+    """--max_shard_gb in bytes."""
+    size = DEFAULT_SHARD_GB if MAX_SHARD_GB.value is None else MAX_SHARD_GB.value
+    if not (0 < size < math.inf):
+        raise UserError(f"--max_shard_gb={size}: expected a positive number")
+    return int(size * 1e9)
+
+
+def _all_flags_count() -> None:
+    """An error if a flag is given that would change nothing."""
+    writes_difference = bool(DIFF_BASE.value) and not RECOVER.value
+    kind = FROM.value or _kind(Path(INPUT.value))
+    kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
+    for flag, given, counts, where in (
+        (TO, TO.value, not writes_difference, "where a difference is written: without --diff_base, or with --recover"),
+        (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
+        (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),
+        (STEP, STEP.value, kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
+    ):
+        if given not in (None, "") and not counts:
+            raise UserError(f"--{flag.name}={given} counts only {where}")
+
+
 def open_source(path: Path, kind: str | None = None, step: int | None = None) -> Source:
     """Opens weights of any format; `kind` None: what it looks like; `step` None: a run's last."""
     if not path.exists():
         raise UserError(f"{path}: not found; expected weights")
     kind = kind or _kind(path)
+    if kind == "difference":
+        raise UserError(f"{path}: found a difference; expected --recover --diff_base=BASE with it")
     if kind == "hf":
         return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
     if kind == "easylm_plus":
@@ -117,8 +143,26 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
 
 
 def _kind(path: Path) -> str:
+    """What weights look like: a kind that --from knows, or "difference"."""
+    if not path.exists():
+        raise UserError(f"{path}: not found; expected weights")
     if path.is_dir():
-        return "hf" if (path / "config.json").is_file() else "easylm_plus"
+        if (path / difference.FILE).is_file():
+            return "difference"
+        if (path / "config.json").is_file():
+            return "hf"
+        weights = sorted(file for pattern in OTHERS for file in path.glob(pattern))
+        if weights and not any(steps(place) for place in (path, path / "checkpoints")):
+            raise UserError(
+                f"{path}: found {weights[0].name}, but no config.json; expected that of the model beside it"
+            )
+        return "easylm_plus"
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".safetensors"):
+        pickle = "" if path.suffix == ".safetensors" else " with --allow_pickle"
+        raise UserError(f"{path}: found a single file of tensors; expected --input=FOLDER{pickle}, the folder with it "
+                        "and the config.json of the model")  # fmt: skip
     return "llama2c" if path.suffix == ".bin" else "easylm"
 
 
@@ -127,11 +171,11 @@ def _recovered() -> Source:
     if not DIFF_BASE.value:
         raise UserError("--recover needs --diff_base: expected the model that the difference was made with")
     path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value))
-    if (path / difference.FILE).is_file():
+    if FROM.value is None and (path / difference.FILE).is_file():
         weights, original = difference.open_difference(path, base.weights)
         return Source(weights, original, path)
     if FROM.value != "easylm":
-        raise UserError(f"{path}: found no {difference.FILE}; expected one, or --from=easylm")
+        raise UserError(f"{path}: found no {difference.FILE}; expected one and no --from, or --from=easylm")
     print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
     return base._replace(weights=difference.Sum(base.weights, open_source(path, "easylm").weights))
 
@@ -163,34 +207,6 @@ def _has_chat_template(tokenizer: Path) -> bool:
     return (tokenizer / "chat_template.jinja").is_file() or (
         settings.is_file() and bool(read_json(settings).get("chat_template"))
     )
-
-
-@contextmanager
-def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
-    """A folder beside `output` that takes its place if all goes well, and is gone if not."""
-    if output.exists() and not force:
-        raise UserError(f"{output}: found something there already; --force replaces it")
-    if output.exists() and not _ours(output):
-        raise UserError(f"{output}: found no model there, which is all that --force replaces")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(output.parent).free) < needed:
-        place = f"{output} (takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free)"
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _ours(output: Path) -> bool:
-    names = ("config.json", difference.FILE, "0/meta")
-    return output.is_dir() and any((output / name).exists() for name in names)
 
 
 class Progress:

@@ -82,8 +82,8 @@ def _archive(path: Path) -> tuple[zipfile.ZipFile, str]:
         archive = zipfile.ZipFile(path)
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
-            found = "encrypted" if info.flag_bits & ENCRYPTED else "compressed"
-            raise UserError(f"{path}: found {shown(info.filename)} {found}, expected it stored as torch.save does")
+            how = "encrypted" if info.flag_bits & ENCRYPTED else "compressed"
+            raise UserError(f"{path}: found {shown(info.filename)} {how}, expected it stored as torch.save does")
         if info.file_size > path.stat().st_size:
             raise UserError(f"{path}: damaged archive ({shown(info.filename)} is said to be larger than the archive)")
     found = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]

@@ -25,6 +25,7 @@ from easylm_plus.interop.huggingface import load_hf, save_hf
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import INDEX
 from easylm_plus.models.transformer import Transformer
+from easylm_plus.training import output
 from easylm_plus.training.checkpoint import Checkpoints, locate, read_meta, read_parameters
 from easylm_plus.training.restore import read_weights
 
@@ -146,12 +147,11 @@ def test_a_run_of_ours_is_exported_from_its_average(tmp_path):
     state = {"params": params, "ema": average, "step": jnp.zeros((), jnp.int32)}
     checkpoints.save(3, state, {}, {"config": run_config}, {})
     checkpoints.close()
-    (tmp_path / "run/tokenizer").mkdir()
-    (tmp_path / "run/tokenizer/tokenizer.json").write_text("words")  # not looked into
+    words = shutil.copytree(tiny.data() / "tokenizer", tmp_path / "run/tokenizer") / "tokenizer.json"
     run(input=tmp_path / "run", output=tmp_path / "hf", to="hf", dtype="bfloat16")
     again = load_hf(tmp_path / "hf", jnp.bfloat16, scan_layers=False)[1]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), again, average)
-    assert (tmp_path / "hf/tokenizer.json").read_text() == "words"
+    assert (tmp_path / "hf/tokenizer.json").read_bytes() == words.read_bytes()
     with pytest.raises(UserError, match="has no step 2; it has 3"):
         run(input=tmp_path / "run", output=tmp_path / "copy", step=2)
     run(input=tmp_path / "run", output=tmp_path / "copy", step=3)
@@ -194,8 +194,8 @@ def test_a_folder_of_pieces_is_written_anew(hub, tmp_path):
     """Hugging Face to Hugging Face: other files, another dtype, the same tensors."""
     run(input=hub, output=tmp_path / "out", to="hf", dtype="float16")
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
-        load_hf(tmp_path / "out", jnp.float16)[1], load_hf(hub)[1],
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.float16)),
+        load_hf(tmp_path / "out")[1], load_hf(hub)[1],
     )  # fmt: skip
     assert len(list(hub.glob("*.safetensors"))) > 1 == len(list((tmp_path / "out").glob("*.safetensors")))
 
@@ -210,22 +210,166 @@ def test_what_is_there_stays_unless_forced(hub, tmp_path):
     with pytest.raises(UserError, match="ours: found something there already; --force replaces it"):
         run(input=GOLDEN / "llama_tiny", output=output)
     assert hashes(output / "0/state/params.norm.weight") == before
-    run(input=GOLDEN / "llama_tiny", output=output, force=True)
+    for to in ("easylm_plus", "hf", "hf", "easylm_plus"):
+        run(input=GOLDEN / "llama_tiny", output=output, to=to, force=True)
     assert hashes(output / "0/state/params.norm.weight") != before
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def a_thesis(place):
+    (place / "config.json").write_text("{}")
+    (place / "thesis.tex").write_text("a year")
+
+
+def a_model_with_more(place):
+    shutil.copyfile(GOLDEN / "llama_tiny/model.safetensors", place / "model.safetensors")
+    shutil.copyfile(GOLDEN / "llama_tiny/config.json", place / "config.json")
+    (place / "thesis.tex").write_text("a year")
+
+
+def a_config_alone(place):
+    shutil.copyfile(GOLDEN / "llama_tiny/config.json", place / "config.json")
+
+
+def a_run(place, *steps):
+    model, params = tiny.model(vocab=300)
+    checkpoints = Checkpoints(place, {"every": 1, "keep": 0, "keep_best": ""})
+    for step in steps:
+        checkpoints.save(step, {"params": params}, {}, {"config": {"model": vars(model.config)}}, {})
+    checkpoints.close()
+
+
+def a_conversion_with_more(place):
+    run(input=GOLDEN / "llama_tiny", output=place / "x")
+    (place / "x/0").rename(place / "0")
+    shutil.rmtree(place / "x")
+    (place / "notes.txt").write_text("dear")
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    (
+        (lambda place: (place / "letter.txt").write_text("dear"), "no model"),
+        (a_thesis, "no model"),
+        (a_config_alone, "no model"),
+        (a_model_with_more, "thesis.tex"),
+        (a_conversion_with_more, "notes.txt"),
+        (lambda place: a_run(place, 0), "a checkpoint of a training run"),
+        (lambda place: a_run(place, 0, 5), "5"),
+        (lambda place: a_run(place, 3), "no model"),
+    ),
+)
+def test_force_replaces_conversions_only(hub, tmp_path, make, found):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home/letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="found no model there, which is all that --force replaces"):
+    make(tmp_path / "home")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=f"home: found {found} there; --force replaces only what a conversion has"):
         run(input=hub, output=tmp_path / "home", force=True)
-    assert (tmp_path / "home/letter.txt").is_file()
+    assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ("", "inside", ".."))
-def test_the_input_is_not_overwritten(hub, tmp_path, place):
-    shutil.copytree(hub, tmp_path / "a/hub")
-    with pytest.raises(UserError, match=r"--output=.*: found the input there|found no model there"):
-        run(input=tmp_path / "a/hub", output=(tmp_path / "a/hub" / place).resolve() if place != "inside"
-            else tmp_path / "a", force=True)  # fmt: skip
-    assert hashes(tmp_path / "a/hub") == hashes(hub)
+def test_force_replaces_no_file(hub, tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(UserError, match="letter: found no folder there; --force replaces only"):
+        run(input=hub, output=tmp_path / "letter", force=True)
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+INPUTS = (
+    # where we stand, --input, --output, message
+    ("T/sub", "{top}/T/hub", "../hub", "found the input .*hub there"),
+    ("T/sub", "../hub", "{top}/T/hub", "found the input .*hub there"),
+    ("T", "link", "hub", "found the input link there"),
+    ("T", "hub", "link/../hub", "found the input hub there"),
+    ("T", "hub", "linked_sub/../hub", "found the input hub there"),
+    ("T/sub", "../hub", "..", "found the input ../hub there"),
+    ("T/hub", ".", "..", "found the input . there"),
+    ("T/hub", ".", "{top}/T/hub", "found the input . there"),
+    ("T", "hub", "hub/new", "lies in the input hub"),
+    ("T/hub", ".", "new", "lies in the input ."),
+    ("T", "files_elsewhere", "hub", "found the input files_elsewhere/model.* there"),
+)
+
+
+@pytest.mark.parametrize("flag", ("input", "diff_base", "tokenizer"))
+@pytest.mark.parametrize(("here", "source", "output", "message"), INPUTS)
+def test_no_input_is_overwritten(hub, tmp_path, monkeypatch, flag, here, source, output, message):
+    """However the two are written: relative, through a link, one around the other."""
+    shutil.copytree(hub, tmp_path / "T/hub")
+    for name in ("sub", "files_elsewhere"):
+        (tmp_path / "T" / name).mkdir()
+    (tmp_path / "T/link").symlink_to("hub")
+    (tmp_path / "T/linked_sub").symlink_to("sub")
+    for path in (tmp_path / "T/hub").iterdir():
+        (tmp_path / "T/files_elsewhere" / path.name).symlink_to(path)
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path / here)
+    options = {"input": hub, flag: source.format(top=tmp_path)}
+    with pytest.raises(UserError, match=rf"--output=\S+: {message}"):
+        run(output=output.format(top=tmp_path), to="hf" if flag != "diff_base" else None, force=True, **options)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ("hf", "easylm_plus"))
+def test_relative_paths(hub, tmp_path, monkeypatch, to):
+    """With .. in them, which tensorstore does not take; and back."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    shutil.copytree(hub, tmp_path / "hub")
+    monkeypatch.chdir(tmp_path / "a/b")
+    run(input="../../hub", output="../out", to=to)
+    run(input="../out", output="../../again", to="hf")
+    assert hashes(tmp_path / "again").keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "again")[1], load_hf(hub)[1])
+
+
+@pytest.mark.parametrize("forced", (False, True))
+@pytest.mark.parametrize("target", ("hub", "nowhere"))
+def test_a_link_is_no_output(hub, tmp_path, monkeypatch, target, forced):
+    """Said at once, not when everything is written."""
+    shutil.copytree(hub, tmp_path / "hub")
+    (tmp_path / "out").symlink_to(target)
+    monkeypatch.setattr(translate.Translated, "read", lambda *_: pytest.fail("began to read"))
+    with pytest.raises(UserError, match="out: found a link there; expected a new folder"):
+        run(input=GOLDEN / "llama_tiny", output=tmp_path / "out", force=forced)
+    assert (tmp_path / "out").is_symlink() and hashes(tmp_path / "hub") == hashes(hub)
+
+
+def test_two_conversions_to_one_place(hub, tmp_path, monkeypatch):
+    """One ends while the other still reads: the first stays whole, the second says so and leaves nothing."""
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/letter.txt").write_text("not ours")
+    read, count = translate.Translated.read, iter(range(1000))
+
+    def meanwhile(self, names, index):
+        if next(count) == 3:
+            run(input=GOLDEN / "llama_tiny", output=tmp_path / "out", to="hf")
+        return read(self, names, index)
+
+    monkeypatch.setattr(translate.Translated, "read", meanwhile)
+    with pytest.raises(UserError, match="out: found something there already"):
+        run(input=hub, output=tmp_path / "out", to="hf")
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "out")[1], load_hf(GOLDEN / "llama_tiny")[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+    assert (tmp_path / ".out.partial/letter.txt").read_text() == "not ours"
+
+
+def test_the_old_comes_back_if_the_new_cannot_be_moved(hub, tmp_path, monkeypatch):
+    run(input=GOLDEN / "llama_tiny", output=tmp_path / "out", to="hf")
+    before, rename = tree(tmp_path), Path.rename
+
+    def broken(self, target):
+        if self.name == "new":
+            raise OSError(5, "the disk is broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="the disk is broken"):
+        run(input=hub, output=tmp_path / "out", to="hf", force=True)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("to", ("hf", "easylm_plus"))
@@ -250,18 +394,20 @@ def test_a_broken_run_leaves_nothing(hub, tmp_path, monkeypatch, to, forced):
 
 
 @pytest.mark.parametrize("to", ("hf", "easylm_plus"))
-def test_what_a_killed_run_leaves_does_not_open(hub, tmp_path, monkeypatch, to):
-    """A process that dies cannot tidy up; the next run does."""
-    monkeypatch.setattr(convert.shutil, "rmtree", lambda *_, **__: None)
+def test_what_a_killed_run_leaves_does_not_open(hub, tmp_path, monkeypatch, capsys, to):
+    """A process that dies cannot tidy up; the next one does not know whether it is dead, and says what it found."""
+    monkeypatch.setattr(output.shutil, "rmtree", lambda *_, **__: None)
     monkeypatch.setattr(translate.Translated, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(input=hub, output=tmp_path / "out", to=to)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    with pytest.raises(UserError, match=r"found no readable meta|found no checkpoint"):
-        convert.open_source(tmp_path / ".out.partial")
+    (left,) = tmp_path.iterdir()
+    message = "no config.json; expected that of the model" if to == "hf" else "new/0: found no readable meta"
+    with pytest.raises(UserError, match=message):
+        convert.open_source(left / "new")
     monkeypatch.undo()
     run(input=hub, output=tmp_path / "out", to=to)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert f"{left} is of a conversion that still runs, or was killed" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "out"]
 
 
 def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
