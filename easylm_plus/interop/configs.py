@@ -1,18 +1,18 @@
 """config.json of Hugging Face -> ModelConfig. What we cannot express is an error that names the key, never dropped."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from easylm_plus.errors import UserError
+from easylm_plus.interop.keys import optional, required
 from easylm_plus.interop.tables import ARCHITECTURES
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.models.config import ModelConfig
 
 Raw = dict[str, Any]
 
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-NEEDED = {"GPT2LMHeadModel": (), "StableLmForCausalLM": ("layer_norm_eps", "intermediate_size")}  # beside these
 # GPT-2's names of the keys that all have
 GPT2_KEYS = {
     "hidden_size": "n_embd",
@@ -31,6 +31,15 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+# What transformers takes where the key is absent.
+DEFAULT_ACTIVATIONS = {"GPT2LMHeadModel": "gelu_new", "BitNetForCausalLM": "relu2"}
+DEFAULT_THETAS = {"MixtralForCausalLM": 1e6, "BitNetForCausalLM": 5e5}
+# transformers' classes of the others know no window and ignore the key.
+WINDOWED = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM")
+# The quantization_config of weights that are stored as they are and rounded to ternary as the model runs.
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+# Keys of Yuan's moe_config that would change what its experts compute, and those that only training reads.
+ROUTING, TRAINING = re.compile("rout|gat|shared|capacity|drop|norm|scal"), re.compile("loss|jitter")
 
 
 def read_config(folder: str | Path, **overrides: Any) -> ModelConfig:
@@ -44,73 +53,99 @@ def read_raw(folder: str | Path) -> Raw:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the config.json of a Hugging Face model")
-    return read_json(path)
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: found {type(raw).__name__}, expected an object of keys")
+    return raw
 
 
 def architecture(raw: Mapping[str, Any], place: str) -> str:
     """Which of the architectures that we know a config names; `model_type` is no guide: Yuan's says llama."""
-    found = (raw.get("architectures") or ["none"])[0]
-    if found not in ARCHITECTURES:
+    found = (optional(raw, "architectures", list, place, None) or ["none"])[0]
+    if not isinstance(found, str) or found not in ARCHITECTURES:
         raise UserError(f"{place}: found architecture {found}, expected one of {', '.join(ARCHITECTURES)}")
     return found
+
+
+def rounds_online(raw: Mapping[str, Any], place: str) -> bool:
+    """Whether the weights of a config.json are to be rounded to ternary as the model runs (numerics.rules.BITNET).
+
+    Raises UserError for any other quantisation.
+    """
+    found = optional(raw, "quantization_config", dict, place, None)
+    if not found:
+        return False
+    method = found.get("quant_method", "unnamed")
+    plain = {key: found.get(key) for key in ("modules_to_not_convert", "use_rms_norm") if found.get(key)}
+    if architecture(raw, place) != "BitNetForCausalLM" or plain or {key: found.get(key) for key in ONLINE} != ONLINE:
+        told = ", ".join(f"{key} {value!r}" for key, value in found.items() if key != "quant_method")
+        expected = "plain weights, or BitNetForCausalLM with autobitlinear online on all layers of the blocks"
+        raise UserError(f"{place}: found quantization_config of method {method!r} ({told}), expected {expected}")
+    return True
 
 
 def parse_config(raw: Raw, place: str, **overrides: Any) -> ModelConfig:
     """The keys of a config.json -> ModelConfig. `place` is for messages."""
     name = architecture(raw, place)
-    if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method", "unnamed")
-        raise UserError(f"{place}: found quantization_config of method {method!r}, expected plain weights")
-    if name == "GPT2LMHeadModel":
-        raw = {**raw, **{key: raw[theirs] for key, theirs in GPT2_KEYS.items() if theirs in raw}}
-    needed = (*REQUIRED, *NEEDED.get(name, ("rms_norm_eps", "intermediate_size")))
-    if absent := [key for key in needed if key not in raw]:
-        raise UserError(f"{place}: found no {GPT2_KEYS.get(absent[0], absent[0])}, which {name} needs")
-    act = raw.get("hidden_act", "gelu_new" if name == "GPT2LMHeadModel" else "silu")
+    rounds_online(raw, place)
+
+    def key(common: str) -> str:
+        theirs = GPT2_KEYS.get(common, common)
+        return theirs if name == "GPT2LMHeadModel" and (theirs in raw or common not in raw) else common
+
+    act = optional(raw, key("hidden_act"), str, place, DEFAULT_ACTIVATIONS.get(name, "silu"))
     if act not in ACTIVATIONS:
         raise UserError(f"{place}: found hidden_act {act!r}, expected one of {', '.join(ACTIVATIONS)}")
-    heads = raw["num_attention_heads"]
+    heads = required(raw, key("num_attention_heads"), int, place)
+    hidden = required(raw, key("hidden_size"), int, place)
     values = {
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "num_layers": raw["num_hidden_layers"],
+        "vocab_size": required(raw, "vocab_size", int, place),
+        "hidden_size": hidden,
+        "num_layers": required(raw, key("num_hidden_layers"), int, place),
         "num_heads": heads,
         "num_kv_heads": heads,
-        "head_dim": raw["hidden_size"] // heads,
-        "max_length": raw["max_position_embeddings"],
+        "head_dim": hidden // heads,
+        "max_length": required(raw, key("max_position_embeddings"), int, place),
         "activation": ACTIVATIONS[act],
     }
+    if name == "GPT2LMHeadModel":
+        values["intermediate_size"] = optional(raw, key("intermediate_size"), int, place, 4 * hidden)
+    else:
+        values["intermediate_size"] = required(raw, "intermediate_size", int, place)
     return ModelConfig(**{**values, **READERS[name](raw, place), **overrides})
 
 
 def _read_llama(raw: Raw, place: str) -> Raw:
     """LLaMA and what differs from it by a switch."""
-    name = architecture(raw, place)
+    name, heads = architecture(raw, place), required(raw, "num_attention_heads", int, place)
     values = {
-        "intermediate_size": raw["intermediate_size"],
-        "norm_eps": raw["rms_norm_eps"],
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
-        "num_kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        "sliding_window": raw.get("sliding_window") or 0,
+        "norm_eps": required(raw, "rms_norm_eps", float, place),
+        "tie_embeddings": optional(raw, "tie_word_embeddings", bool, place, False),
+        "num_kv_heads": optional(raw, "num_key_value_heads", int, place, heads),
         **_read_rope(raw, place),
     }
+    if (share := _rotary_share(raw, place, 1.0)) != 1:
+        raise UserError(f"{place}: found partial_rotary_factor {share}, expected 1, as {name} has it")
     if raw.get("head_dim"):
-        values["head_dim"] = raw["head_dim"]
+        values["head_dim"] = required(raw, "head_dim", int, place)
+    if raw.get("sliding_window") and name in WINDOWED:
+        values["sliding_window"] = required(raw, "sliding_window", int, place)
     if name in ("LlamaForCausalLM", "BitNetForCausalLM"):
-        values |= {"qkv_bias": raw.get("attention_bias", False), "o_bias": raw.get("attention_bias", False)}
+        bias = optional(raw, "attention_bias", bool, place, False)
+        values |= {"qkv_bias": bias, "o_bias": bias}
     if name == "LlamaForCausalLM":
-        values["mlp_bias"] = raw.get("mlp_bias", False)
+        values["mlp_bias"] = optional(raw, "mlp_bias", bool, place, False)
     if name == "BitNetForCausalLM":
         values["sub_norms"] = True
     if name == "MixtralForCausalLM":
-        values |= {"num_experts": raw["num_local_experts"], "experts_per_token": raw["num_experts_per_tok"]}
+        values["num_experts"] = required(raw, "num_local_experts", int, place)
+        values["experts_per_token"] = required(raw, "num_experts_per_tok", int, place)
     if name == "Qwen2ForCausalLM":
         values["qkv_bias"] = True
-        # a window is stated also where none is used
-        values["sliding_window"] = values["sliding_window"] if raw.get("use_sliding_window", False) else 0
-        if values["sliding_window"] and raw.get("max_window_layers", 28) > 0:
-            found = f"found max_window_layers {raw.get('max_window_layers', 28)}"
-            raise UserError(f"{place}: {found}, expected a window in all layers (0)")
+        if not optional(raw, "use_sliding_window", bool, place, False):
+            values["sliding_window"] = 0  # a window is stated also where none is used
+        elif (first := optional(raw, "max_window_layers", int, place, 28, least=0)) and values.get("sliding_window"):
+            raise UserError(f"{place}: found max_window_layers {first}, expected a window in all layers (0)")
     return values
 
 
@@ -119,30 +154,40 @@ def _read_yuan(raw: Raw, place: str) -> Raw:
     all of them unless attention_projection_size makes heads wider; M32's has its tables of angles in bfloat16."""
     if raw.get("attention_bias"):
         raise UserError(f"{place}: found attention_bias, which is not supported for YuanForCausalLM")
-    heads, experts = raw["num_attention_heads"], raw.get("moe_config")
-    head_dim = (raw.get("attention_projection_size") or raw["hidden_size"]) // heads
+    heads, hidden = (required(raw, key, int, place) for key in ("num_attention_heads", "hidden_size"))
+    head_dim = optional(raw, "attention_projection_size", int, place, hidden) // heads
+    share_qk = optional(raw, "use_shareqk", bool, place, False)
+    theta = optional(raw, "rope_theta", float, place, 10000.0)
     values = {
-        "intermediate_size": raw["intermediate_size"],
-        "norm_eps": raw["rms_norm_eps"],
-        "tie_embeddings": raw.get("tie_word_embeddings", True),
+        "norm_eps": required(raw, "rms_norm_eps", float, place),
+        "tie_embeddings": optional(raw, "tie_word_embeddings", bool, place, True),
         "head_dim": head_dim,
-        "causal": raw.get("causal_mask", True),
-        "share_qk": raw.get("use_shareqk", False),
-        "lfa_variant": "none" if raw.get("use_shareqk") else "yuan",
-        "rotary_share": raw["hidden_size"] // heads / head_dim,
-        "rope_theta": float(raw.get("rotary_base") or raw.get("rope_theta") or 10000.0),
+        "causal": optional(raw, "causal_mask", bool, place, True),
+        "share_qk": share_qk,
+        "lfa_variant": "none" if share_qk else "yuan",
+        "rotary_share": hidden // heads / max(head_dim, 1),  # ModelConfig names a head_dim of 0
+        "rope_theta": optional(raw, "rotary_base", float, place, theta),
     }
-    if experts:
-        if not experts.get("gated_linear_unit", True):
-            raise UserError(f"{place}: found gated_linear_unit false in moe_config, expected true")
-        values |= {
-            "intermediate_size": experts["ffn_hidden_size"],
-            "num_experts": experts["moe_num_experts"],
-            "experts_per_token": experts["moe_top_k"],
-            "norm_topk": experts.get("norm_topk_prob", True),
-            "router": "attention",
-            "rope_dtype": "bfloat16",
-        }
+    if experts := optional(raw, "moe_config", dict, place, None):
+        values |= _read_yuan_experts(experts, f"{place}: moe_config")
+    return values
+
+
+def _read_yuan_experts(raw: Raw, place: str) -> Raw:
+    values = {
+        "intermediate_size": required(raw, "ffn_hidden_size", int, place),
+        "num_experts": required(raw, "moe_num_experts", int, place),
+        "experts_per_token": required(raw, "moe_top_k", int, place),
+        "norm_topk": optional(raw, "norm_topk_prob", bool, place, True),
+        "router": "attention",
+        "rope_dtype": "bfloat16",
+    }
+    for key, value in (("gated_linear_unit", True), ("router_type", "attn_router")):
+        if optional(raw, key, type(value), place, value) != value:
+            raise UserError(f"{place}: found {key} {raw[key]!r}, expected {value!r}")
+    for key in raw.keys() - {"norm_topk_prob", "gated_linear_unit", "router_type"}:
+        if raw[key] and ROUTING.search(key) and not TRAINING.search(key):
+            raise UserError(f"{place}: found {key} = {raw[key]!r}, which is not supported")
     return values
 
 
@@ -150,14 +195,14 @@ def _read_stablelm(raw: Raw, place: str) -> Raw:
     for key in ("qk_layernorm", "use_parallel_residual"):
         if raw.get(key):
             raise UserError(f"{place}: found {key}, which is not supported for StableLmForCausalLM")
+    heads = required(raw, "num_attention_heads", int, place)
     return {
-        "intermediate_size": raw["intermediate_size"],
         "norm": "layer",
-        "norm_eps": raw["layer_norm_eps"],
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
-        "num_kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        "qkv_bias": raw.get("use_qkv_bias", False),
-        "rotary_share": raw.get("partial_rotary_factor", 0.25),
+        "norm_eps": required(raw, "layer_norm_eps", float, place),
+        "tie_embeddings": optional(raw, "tie_word_embeddings", bool, place, False),
+        "num_kv_heads": optional(raw, "num_key_value_heads", int, place, heads),
+        "qkv_bias": optional(raw, "use_qkv_bias", bool, place, False),
+        "rotary_share": _rotary_share(raw, place, 0.25),
         **_read_rope(raw, place),
     }
 
@@ -167,9 +212,8 @@ def _read_gpt2(raw: Raw, place: str) -> Raw:
         if raw.get(key, value) != value:
             raise UserError(f"{place}: found {key} {raw[key]}, expected {value}")
     return {
-        "intermediate_size": raw.get("intermediate_size") or 4 * raw["hidden_size"],
-        "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": raw.get("tie_word_embeddings", True),
+        "norm_eps": optional(raw, "layer_norm_epsilon", float, place, 1e-5),
+        "tie_embeddings": optional(raw, "tie_word_embeddings", bool, place, True),
         "norm": "layer",
         "positions": "learned",
         "gated": False,
@@ -177,22 +221,30 @@ def _read_gpt2(raw: Raw, place: str) -> Raw:
     }
 
 
+def _rotary_share(raw: Mapping[str, Any], place: str, default: float) -> float:
+    """partial_rotary_factor, beside the other keys (transformers 4) or in rope_parameters (5)."""
+    old = optional(raw, "partial_rotary_factor", float, place, default)
+    return optional(optional(raw, "rope_parameters", dict, place, {}), "partial_rotary_factor", float, place, old)
+
+
 def _read_rope(raw: Mapping[str, Any], place: str) -> Raw:
     """rope_parameters (transformers 5) or rope_theta and rope_scaling (before) -> our keys."""
-    new = raw.get("rope_parameters") or {}
-    scaling = {**(raw.get("rope_scaling") or {}), **new}
-    theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    new = optional(raw, "rope_parameters", dict, place, {})
+    scaling = {**optional(raw, "rope_scaling", dict, place, {}), **new}
+    theta = optional(raw, "rope_theta", float, place, DEFAULT_THETAS.get(architecture(raw, place), 10000.0))
+    theta = optional(new, "rope_theta", float, place, theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
         raise UserError(f"{place}: found rope scaling {kind!r}, expected default, linear or llama3")
-    keys = {"rope_theta": theta, "rope_scaling": kind, "rope_factor": float(scaling["factor"])}
+    place = f"{place}: rope scaling {kind}"
+    keys = {"rope_theta": theta, "rope_scaling": kind, "rope_factor": required(scaling, "factor", float, place)}
     if kind == "llama3":
         keys |= {
-            "rope_low_freq_factor": float(scaling["low_freq_factor"]),
-            "rope_high_freq_factor": float(scaling["high_freq_factor"]),
-            "rope_original_length": int(scaling["original_max_position_embeddings"]),
+            "rope_low_freq_factor": required(scaling, "low_freq_factor", float, place),
+            "rope_high_freq_factor": required(scaling, "high_freq_factor", float, place),
+            "rope_original_length": required(scaling, "original_max_position_embeddings", int, place),
         }
     return keys
 

@@ -10,16 +10,19 @@ Weights in PyTorch's own format are refused unless asked for, and then read with
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.tokenization import FILES, load_tokenizer
 from easylm_plus.errors import UserError
-from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw
+from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw, rounds_online
 from easylm_plus.interop.copying import copy_into
 from easylm_plus.interop.tables import ARCHITECTURES, DERIVED
 from easylm_plus.interop.tensor_files import SHARD_BYTES, Renamed, ShardWriter, Tensors, read_json, safetensors_of
@@ -37,11 +40,12 @@ from easylm_plus.interop.weights import (
     stored_shapes,
     workers,
 )
-from easylm_plus.interop.write_configs import export_config
+from easylm_plus.interop.write_configs import TOKEN_IDS, export_config
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import POLICIES
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import BITNET, attach
+from easylm_plus.numerics.ternary import Ternary
 
 Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
 
@@ -51,16 +55,23 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 
 def load_hf(
-    folder: str | Path, dtype: Any = jnp.float32, numerics: Sequence[str] = (), **overrides: Any
+    folder: str | Path, dtype: Any = jnp.float32, numerics: Sequence[str] | None = None, **overrides: Any
 ) -> tuple[Transformer, Any]:
     """A Hugging Face folder -> (model, params). `overrides` replace keys of the ModelConfig.
 
-    `numerics` are rules of numerics/rules.py for what weights become, as its BITNET: a config.json does not say.
+    Args:
+      dtype: float32 or bfloat16, of the parameters and of what is computed.
+      numerics: rules of numerics/rules.py for what weights become; None is what config.json says: BITNET where it says
+        that the weights are rounded online, nothing elsewhere.
+
     `model.apply({"params": params}, tokens)` gives float32 logits [B, T, V].
     """
-    config = read_config(folder, **overrides)
-    policy = POLICIES["float32" if jnp.dtype(dtype) == jnp.float32 else "bf16_pure"]
-    model = Transformer(config, policy)
+    policies = {"float32": "float32", "bfloat16": "bf16_pure"}
+    if (name := jnp.dtype(dtype).name) not in policies:
+        raise UserError(f"{folder}: found dtype {name}, expected float32 or bfloat16")
+    model = Transformer(read_config(folder, **overrides), POLICIES[policies[name]])
+    if numerics is None:
+        numerics = BITNET if rounds_online(read_raw(folder), f"{folder}/config.json") else ()
     params = load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
     return model, attach(params, numerics)
 
@@ -77,29 +88,80 @@ def save_hf(
     """A model -> a new Hugging Face folder that transformers' AutoModelForCausalLM opens.
 
     Args:
-      params: a tree of plain floating-point arrays; each is fetched to the host once, as a whole.
+      params: a tree of plain floating-point arrays, or as BITNET makes it; each is fetched to the host once.
       dtype: of the files; None keeps each weight's own.
       max_shard_bytes: no file is larger, unless a single tensor is.
       tokenizer_from: a folder whose tokenizer, chat template and generation defaults come along.
 
-    Raises UserError if the folder exists or if no Hugging Face architecture represents the model.
+    Raises UserError if the folder exists, if no Hugging Face architecture represents the model, or if `tokenizer_from`
+    has no tokenizer. The folder stands under its name only when it is whole.
     """
-    weights: Weights = of_params(model.config, params, "params")
+    weights: Weights = of_params(model.config, _masters(model.config, params), "params")
     if dtype is not None:
         weights = Cast(weights, np.dtype(dtype))
-    raw = export_keys(weights, None)
-    if Path(folder).exists():
+    with _new_folder(Path(folder)) as partial_folder:
+        source = None if tokenizer_from is None else Path(tokenizer_from)
+        if source is not None and not copy_companions(source, partial_folder):
+            raise UserError(f"tokenizer_from={source}: found no tokenizer there; expected a folder with one")
+        write_folder(weights, export_keys(weights, None, source), partial_folder, max_shard_bytes)
+
+
+def _masters(config: ModelConfig, params: Any) -> Any:
+    """The plain arrays behind a tree that BITNET was attached to, or the tree as it is."""
+    ternary = lambda leaf: isinstance(leaf, Ternary)
+    if not any(map(ternary, jax.tree.leaves(params, is_leaf=ternary))):
+        return params
+    plain = jax.tree.map(lambda leaf: leaf.latent if ternary(leaf) else leaf, params, is_leaf=ternary)
+    if not config.sub_norms or _structure(attach(plain, BITNET)) != _structure(params):
+        expected = "plain arrays, or those of a model with sub_norms, ternary in all layers of the blocks"
+        raise UserError(f"params: found ternary weights, expected {expected}")
+    return plain
+
+
+def _structure(tree: Any) -> str:
+    return str(jax.tree.structure(tree))
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name if all goes well, and is gone if not."""
+    if folder.exists():
         raise UserError(f"{folder}: found something there already; expected a new folder")
-    Path(folder).mkdir(parents=True)
-    if tokenizer_from is not None:
-        copy_companions(Path(tokenizer_from), Path(folder))
-    write_folder(weights, raw, Path(folder), max_shard_bytes)  # config.json last: without it the folder does not open
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed
+    partial_folder.mkdir(parents=True)
+    try:
+        yield partial_folder
+        partial_folder.rename(folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def export_keys(weights: Weights, original: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config.json of these weights; `original`: that of the model they came from."""
+def export_keys(weights: Weights, original: Mapping[str, Any] | None, companions: Path | None = None) -> dict[str, Any]:
+    """The config.json of these weights.
+
+    Args:
+      original: that of the model they came from, which says what its special tokens are.
+      companions: the folder that says so where there is no original.
+    """
     raw = export_config(weights.config, original, weights.place)
+    if original is None and companions is not None:
+        raw |= token_ids(companions)
     return {**raw, "torch_dtype": weights.dtype("embed_tokens/embedding").name}
+
+
+def token_ids(folder: Path) -> dict[str, int | list[int] | None]:
+    """bos_token_id, eos_token_id and pad_token_id as generation_config.json has them, else as the tokenizer has them;
+    None where neither does."""
+    path = folder / "generation_config.json"
+    told = read_json(path) if path.is_file() else {}
+    if not isinstance(told, dict):
+        raise UserError(f"{path}: found {type(told).__name__}, expected an object of keys")
+    ids: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
+    if any((folder / name).is_file() for name in FILES):
+        words = load_tokenizer(folder)
+        ids = dict(zip(TOKEN_IDS, (words.bos_id, words.eos_id, words.pad_id), strict=True))
+    return ids | {key: told[key] for key in TOKEN_IDS if told.get(key) is not None}
 
 
 def write_folder(
@@ -133,7 +195,18 @@ def open_weights(folder: str | Path, config: ModelConfig | None = None, *, pickl
         tensors = Renamed(tensors, "transformer.")  # as OpenAI's own files were published
     copies = {"lm_head.weight"} if config.tie_embeddings else set()
     ignored = lambda tensor: tensor in copies or re.search(DERIVED, tensor) is not None
-    return Translated(tensors, ARCHITECTURES[name], config, ignored)
+    weights = Translated(tensors, ARCHITECTURES[name], config, ignored)
+    for copy in copies & tensors.names():
+        _same_rows(weights.read(("embed_tokens/embedding",), ())[0], tensors.read(copy), f"{folder}: {copy}")
+    return weights
+
+
+def _same_rows(embedding: np.ndarray, copy: np.ndarray, place: str, rows: int = 4096) -> None:
+    """An error unless a head that is stored beside a tied embedding is the embedding; some rows at a time."""
+    parts = (slice(i, i + rows) for i in range(0, len(embedding), rows))
+    same = lambda part: np.array_equal(embedding[part].astype(np.float32), copy[part].astype(np.float32))
+    if copy.shape != embedding.shape or not all(map(same, parts)):
+        raise UserError(f"{place} is not the embedding; expected the same weights under tie_word_embeddings true")
 
 
 def _pickles(folder: Path) -> list[Path]:

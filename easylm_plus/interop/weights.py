@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from easylm_plus.errors import UserError
@@ -152,7 +153,7 @@ def of_params(config: ModelConfig, params: Any, place: str) -> Stacked:
 
 
 class Cast:
-    """The same weights in another floating-point dtype."""
+    """The same weights in another floating-point dtype; an error names one that is too large for it."""
 
     def __init__(self, weights: Weights, dtype: np.dtype):
         self.config, self.place, self.groups = weights.config, weights.place, weights.groups
@@ -162,7 +163,19 @@ class Cast:
         return self._dtype
 
     def read(self, names: Names, index: Index) -> list[np.ndarray]:
-        return [array.astype(self._dtype, copy=False) for array in self._weights.read(names, index)]
+        arrays = zip(names, self._weights.read(names, index), strict=True)
+        return [self._cast(array, stored(name, index, scan=False)[0]) for name, array in arrays]
+
+    def _cast(self, array: np.ndarray, key: str) -> np.ndarray:
+        limit = float(ml_dtypes.finfo(self._dtype).max)
+        if limit >= float(ml_dtypes.finfo(array.dtype).max):
+            return array.astype(self._dtype, copy=False)
+        with np.errstate(over="ignore"):  # counted instead
+            out = array.astype(self._dtype)
+        if too_large := int((np.isinf(out) & ~np.isinf(array)).sum()):
+            found = f"found {too_large} numbers beyond {limit:g}, the largest of {self._dtype}"
+            raise UserError(f"{self.place}: {key}: {found}; expected another dtype, as bfloat16")
+        return out
 
 
 @contextmanager

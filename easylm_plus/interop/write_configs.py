@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from easylm_plus.errors import UserError
-from easylm_plus.interop.configs import ACTIVATIONS, GPT2_KEYS, Raw, architecture, parse_config
+from easylm_plus.interop.configs import ACTIVATIONS, GPT2_KEYS, ONLINE, Raw, architecture, parse_config
 from easylm_plus.models.config import ModelConfig
 
 MODEL_TYPES = {
@@ -24,13 +24,18 @@ MODEL_TYPES = {
 }
 # Keys of ModelConfig that say how a model is trained or run, and have no place in other people's configs.
 OWN = ("init", "attention", "grouped", "scan_layers", "remat", "lfa_reset", "capacity_factor")
-# Keys of theirs that ours replace as a whole when a model goes back to where it came from.
-REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "head_dim", "quantization_config",
+# Keys of theirs that ours replace as a whole when a model goes back to where it came from; auto_map names Python files
+# beside the original's weights, which are not copied.
+REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "head_dim", "auto_map",
             "rotary_base", "attention_projection_size", "moe_config", "sliding_window", "use_sliding_window",
-            "layer_types", "max_window_layers", "attention_bias", "mlp_bias", "transformers_version")  # fmt: skip
+            "layer_types", "max_window_layers", "attention_bias", "mlp_bias", "partial_rotary_factor",
+            "transformers_version")  # fmt: skip
 # Keys that released code asks for without a default, and that say nothing about the weights.
 _YUAN_FLAGS = ("use_flash_attention", "use_loss_mask", "reset_attention_mask", "reset_position_ids")
 ASKED_FOR: dict[str, Raw] = {"YuanForCausalLM": dict.fromkeys(_YUAN_FLAGS, False)}
+
+# Ids that transformers' classes have defaults for, which are LLaMA's or GPT-2's own: null where nothing tells them.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -150,10 +155,15 @@ def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place
     if config.lfa_variant == "yuan":
         config = dataclasses.replace(config, lfa_norm=False)  # it has the norm either way
     name = architecture(original, place) if original else architecture_of(config)
-    kept = {key: value for key, value in (original or {}).items() if key not in REPLACED}
-    raw = {**ASKED_FOR.get(name, {}), **kept, **write_config(config, name)}
-    if original and "model_type" in original:
-        raw["model_type"] = original["model_type"]
+    written = write_config(config, name)
+    if original:
+        kept = {key: value for key, value in original.items() if key not in REPLACED}
+        written |= {key: original[key] for key in ("model_type",) if key in original}
+        if "moe_config" in written:
+            written["moe_config"] = {**(original.get("moe_config") or {}), **written["moe_config"]}
+    else:
+        kept = {**dict.fromkeys(TOKEN_IDS), **({"quantization_config": ONLINE} if config.sub_norms else {})}
+    raw = {**ASKED_FOR.get(name, {}), **kept, **written}
     try:
         back = parse_config(raw, place)
     except UserError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import easylm_plus
+from data_pipelines.train_tokenizer import CHAT_TOKENS
 from easylm_plus.errors import UserError
 from easylm_plus.interop import tables
-from easylm_plus.interop.configs import parse_config, read_config, read_raw
+from easylm_plus.interop.configs import ONLINE, parse_config, read_config, read_raw
 from easylm_plus.interop.huggingface import load_hf, save_hf
 from easylm_plus.interop.tensor_files import INDEX
 from easylm_plus.interop.weights import piece_shapes
@@ -25,8 +27,10 @@ from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.families import PRESETS
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
+from easylm_plus.numerics.rules import BITNET, attach
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+END = CHAT_TOKENS[-1]
 FAMILIES = (
     "llama_tiny",
     "llama3_tiny",
@@ -125,15 +129,51 @@ def test_a_config_that_came_from_somewhere_keeps_its_other_keys(name):
     assert export_config(changed, raw, name)["max_position_embeddings"] == 7
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("debug", "tiny")])
+REFUSED = {
+    **{f"palm-{size}": "model.norm = 'layer_no_bias'" for size in ("8b", "62b", "540b")},
+    **{f"gpt-fp8-{size}": "model.gated = False: StableLm" for size in ("125m", "7b", "13b", "175b")},
+    **{f"switch-base-{count}": "MixtralForCausalLM has no place for this model: .*norm_topk" for count in (8, 64)},
+}
+
+
+def test_nested_keys_of_the_original_stay():
+    """And its auto_map goes, since the Python files that it names do."""
+    original = read_raw(GOLDEN / "yuan2_m32_moe_tiny")
+    original["moe_config"] |= {"router_type": "attn_router", "aux_loss": 0.01}
+    original["auto_map"] = {"AutoModelForCausalLM": "yuan_moe_hf_model.YuanForCausalLM"}
+    config = dataclasses.replace(parse_config(original, "here"), experts_per_token=3)
+    exported = export_config(config, original, "here")
+    assert exported["moe_config"] == original["moe_config"] | {"moe_top_k": 3}
+    assert "auto_map" not in exported
+
+
+def test_rounding_online_is_stated():
+    """Without it transformers would compute a dense model of the weights."""
+    original, config = read_raw(GOLDEN / "bitnet_tiny"), model_config("bitnet")
+    assert export_config(config, None, "here")["quantization_config"] == ONLINE
+    for keys in ({}, {"quantization_config": {**ONLINE, "modules_to_not_convert": None}}):
+        exported = export_config(parse_config(original, "here"), original | keys, "here")
+        assert exported.get("quantization_config") == keys.get("quantization_config"), "as the original has it"
+    assert "quantization_config" not in export_config(model_config("llama"), None, "here")
+
+
+def test_token_ids_of_a_model_of_our_own_are_never_a_default():
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    assert export_config(PRESETS["llama3-8b"], None, "here").items() >= ids.items()
+    original = {**read_raw(GOLDEN / "llama_tiny"), "eos_token_id": [5, 6]}
+    assert export_config(parse_config(original, "here"), original, "here")["eos_token_id"] == [5, 6]
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(REFUSED)))
 def test_presets_have_an_architecture(name):
-    """Or are refused with the key that has none."""
-    try:
-        raw = export_config(PRESETS[name], None, name)
-    except UserError as error:
-        assert "has no place for" in str(error)
-    else:
-        assert parse_config(raw, name).hidden_size == PRESETS[name].hidden_size
+    raw = export_config(PRESETS[name], None, name)
+    assert parse_config(raw, name).hidden_size == PRESETS[name].hidden_size
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_presets_that_have_none(name):
+    with pytest.raises(UserError, match=REFUSED[name]):
+        export_config(PRESETS[name], None, name)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +256,73 @@ def test_parameters_that_are_not_the_models_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_companions_come_along(tmp_path):
-    (tmp_path / "from").mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "model.safetensors", "notes.txt"):
-        (tmp_path / "from" / name).write_text(name)
-    save_hf(*tiny.model(), tmp_path / "out", tokenizer_from=tmp_path / "from")
+@pytest.fixture
+def words(tmp_path):
+    """A folder with a tokenizer whose end is not token 2, and defaults of generation."""
+    shutil.copytree(tiny.data() / "tokenizer", tmp_path / "words")
+    tokens = json.loads((tmp_path / "words/tokenizer.json").read_text())["added_tokens"]
+    first = next(token["content"] for token in tokens if token["id"] == 1)
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": first}))
+    (tmp_path / "words/generation_config.json").write_text('{"temperature": 0.6}')
+    for name in ("chat_template.jinja", "model.safetensors", "notes.txt"):
+        (tmp_path / "words" / name).write_text(name)
+    return tmp_path / "words"
+
+
+def test_companions_come_along(words, tmp_path):
+    save_hf(*tiny.model(), tmp_path / "out", tokenizer_from=words)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names and "notes.txt" not in names
     assert (tmp_path / "out/model.safetensors").read_bytes() != b"model.safetensors"
+
+
+def test_token_ids_are_the_companions(words, tmp_path):
+    tokens = json.loads((words / "tokenizer.json").read_text())["added_tokens"]
+    end = next(token["id"] for token in tokens if token["content"] == END)
+    assert end not in (0, 1, 2)
+    save_hf(*tiny.model(), tmp_path / "out", tokenizer_from=words)
+    raw = read_raw(tmp_path / "out")
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (1, end)
+    (words / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 5], "pad_token_id": 7}))
+    save_hf(*tiny.model(), tmp_path / "again", tokenizer_from=words)
+    raw = read_raw(tmp_path / "again")
+    assert (raw["bos_token_id"], raw["eos_token_id"], raw["pad_token_id"]) == (1, [end, 5], 7)
+    save_hf(*tiny.model(), tmp_path / "alone")
+    assert read_raw(tmp_path / "alone")["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("there", (False, True))
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path, there):
+    if there:
+        (tmp_path / "nowhere").mkdir()
+    for _ in range(2):  # nothing is left that would be in the way
+        with pytest.raises(UserError, match=r"tokenizer_from=.*nowhere: found no tokenizer there; expected a folder"):
+            save_hf(*tiny.model(), tmp_path / "out", tokenizer_from=tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["nowhere"] * there
+
+
+def test_numbers_too_large_for_the_dtype_are_an_error(tmp_path, recwarn):
+    model, params = tiny.model()
+    params["norm"]["weight"] = params["norm"]["weight"].at[3:5].set(1e5)
+    told = "params: norm/weight: found 2 numbers beyond 65504, the largest of float16; expected another dtype"
+    with pytest.raises(UserError, match=told):
+        save_hf(model, params, tmp_path / "out", dtype=np.float16)
+    assert not list(tmp_path.iterdir()) and not recwarn.list
+    for name, there in (("float16", params["norm"]["weight"].at[3:5].set(jnp.inf)), ("bfloat16", jnp.full(16, 1e5))):
+        save_hf(model, {**params, "norm": {"weight": there}}, tmp_path / name, dtype=name)  # as it was, or fits
+
+
+def test_ternary_weights_are_exported_as_they_are_trained(tmp_path):
+    model, params = load_hf(GOLDEN / "bitnet_tiny")
+    save_hf(model, attach(params, BITNET), tmp_path / "ternary")
+    save_hf(model, params, tmp_path / "plain")
+    assert hashes(tmp_path / "ternary") == hashes(tmp_path / "plain")
+    with pytest.raises(
+        UserError, match="params: found ternary weights, expected plain arrays, or those of a model with"
+    ):
+        save_hf(model, attach(params, ("mlp/.*=ternary",)), tmp_path / "part")
+    with pytest.raises(UserError, match="params: found ternary weights"):
+        save_hf(tiny.model()[0], attach(tiny.model()[1], BITNET), tmp_path / "llama")
 
 
 def test_the_api_is_lazy_and_knows_its_names():

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from easylm_plus.errors import UserError
-from easylm_plus.interop.huggingface import load_hf, load_parameters, read_config
+from easylm_plus.interop.configs import ONLINE, read_config
+from easylm_plus.interop.huggingface import load_hf, load_parameters
+from easylm_plus.numerics.rules import BITNET
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -63,6 +65,29 @@ def test_rotary_parameters_in_the_newer_form(folder):
     assert read_config(folder) == old
 
 
+STABLELM = {"architectures": ["StableLmForCausalLM"], "layer_norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "share"),
+    (
+        ({"partial_rotary_factor": 0.5}, 0.5),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, 0.5),
+        ({"rope_parameters": {"rope_theta": 1e4}}, 0.25),
+        ({}, 0.25),
+    ),
+)
+def test_the_share_that_turns_in_both_forms(folder, keys, share):
+    change_config(folder, **STABLELM, **keys)
+    assert read_config(folder).rotary_share == share
+
+
+def test_defaults_of_bitnet(folder):
+    change_config(folder, architectures=["BitNetForCausalLM"], remove=("hidden_act", "rope_theta"))
+    config = read_config(folder)
+    assert (config.activation, config.rope_theta) == ("relu2", 5e5)
+
+
 @pytest.mark.parametrize(
     ("keys", "window"),
     (
@@ -70,6 +95,7 @@ def test_rotary_parameters_in_the_newer_form(folder):
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 0),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}, 0),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 0),
+        ({"sliding_window": 128}, 0),  # transformers' LLaMA knows no window and ignores the key
     ),
 )
 def test_sliding_window_where_it_is_used(folder, keys, window):
@@ -85,6 +111,9 @@ MIXED_WINDOWS = {
     "max_window_layers": 1,
 }
 
+BITNET_KEYS, M32 = {"architectures": ["BitNetForCausalLM"]}, {"architectures": ["YuanForCausalLM"]}
+EXPERTS = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
+
 
 @pytest.mark.parametrize(
     ("keys", "message"),
@@ -99,11 +128,70 @@ MIXED_WINDOWS = {
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "found rope scaling 'yarn', expected default"),
         ({"num_attention_heads": 6}, "num_kv_heads = 4: expected a divisor of num_heads = 6"),
         (MIXED_WINDOWS, "found max_window_layers 1"),
+        ({"partial_rotary_factor": 0.5}, r"found partial_rotary_factor 0\.5, expected 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"found partial_rotary_factor 0\.5, expected 1"),
+        ({"quantization_config": ONLINE}, r"method 'bitnet' \(linear_class 'autobitlinear'"),  # of LLaMA
+        ({**BITNET_KEYS, "quantization_config": ONLINE | {"quantization_mode": "offline"}}, "mode 'offline'"),
+        ({**BITNET_KEYS, "quantization_config": ONLINE | {"linear_class": "bitlinear"}}, "class 'bitlinear'"),
+        ({**BITNET_KEYS, "quantization_config": ONLINE | {"use_rms_norm": True}}, "use_rms_norm True"),
+        ({**BITNET_KEYS, "quantization_config": {"quant_method": "bitnet"}}, "method 'bitnet'"),
+        (
+            {**M32, "moe_config": EXPERTS | {"router_type": "top_k"}},
+            "found router_type 'top_k', expected 'attn_router'",
+        ),
+        (
+            {**M32, "moe_config": EXPERTS | {"moe_use_mixtral_gating": True}},
+            "moe_use_mixtral_gating = True, which is not",
+        ),
+        ({**M32, "moe_config": EXPERTS | {"num_shared_experts": 1}}, "found num_shared_experts = 1"),
+        ({**M32, "moe_config": EXPERTS | {"gated_linear_unit": False}}, "found gated_linear_unit False, expected True"),
     ),
 )
 def test_what_we_cannot_represent_is_an_error(folder, keys, message):
     change_config(folder, **keys)
     with pytest.raises(UserError, match=message):
+        read_config(folder)
+
+
+def test_keys_of_experts_that_change_nothing(folder):
+    told = {"router_type": "attn_router", "moe_use_mixtral_gating": False, "router_aux_loss_coef": 0.01, "tag": "M32"}
+    change_config(folder, **M32, moe_config=EXPERTS | told)
+    assert read_config(folder).num_experts == 4
+
+
+MIXTRAL = {"architectures": ["MixtralForCausalLM"]}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    (
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling linear: found no factor, expected a number"),
+        ({"rope_scaling": LLAMA3}, "rope scaling llama3: found no original_max_position_embeddings, expected a whole"),
+        ({"rope_scaling": 2.0}, r"found rope_scaling = 2\.0, expected an object"),
+        (MIXTRAL, "found no num_local_experts, expected a whole number of at least 1"),
+        ({**MIXTRAL, "num_local_experts": 4}, "found no num_experts_per_tok"),
+        ({**M32, "moe_config": {"moe_top_k": 2}}, "moe_config: found no ffn_hidden_size"),
+        ({"num_attention_heads": 0}, "found num_attention_heads = 0, expected a whole number of at least 1"),
+        ({"hidden_size": "64"}, "found hidden_size = '64', expected a whole number"),
+        ({"hidden_size": 64.0}, r"found hidden_size = 64\.0, expected a whole number"),
+        ({"num_hidden_layers": True}, "found num_hidden_layers = True, expected a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "found rms_norm_eps = '1e-5', expected a number"),
+        ({"tie_word_embeddings": "no"}, "found tie_word_embeddings = 'no', expected true or false"),
+        ({"architectures": "LlamaForCausalLM"}, "found architectures = 'LlamaForCausalLM', expected a list"),
+        ({"architectures": [{}]}, "found architecture {}, expected one of"),
+        ({"quantization_config": "gptq"}, "found quantization_config = 'gptq', expected an object"),
+    ),
+)
+def test_a_key_of_another_kind_is_named(folder, keys, message):
+    change_config(folder, **keys)
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        read_config(folder)
+
+
+def test_a_config_that_is_a_list(folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: found list, expected an object of keys"):
         read_config(folder)
 
 
@@ -125,6 +213,25 @@ def test_a_damaged_config_is_named(folder):
 
 
 # --- weights ---
+
+
+def test_weights_that_are_rounded_online(tmp_path):
+    """The released BitNet 2B4T's quantization_config: plain weights, which are ternary as the model runs."""
+    shutil.copytree(GOLDEN / "bitnet_tiny", tmp_path / "bitnet")
+    change_config(tmp_path / "bitnet", quantization_config=ONLINE)
+    kinds = lambda **keys: jax.tree.structure(load_hf(tmp_path / "bitnet", **keys)[1])
+    assert kinds() == kinds(numerics=BITNET) != kinds(numerics=())
+    model, params = load_hf(tmp_path / "bitnet")
+    with np.load(GOLDEN / "bitnet_tiny/golden.npz") as golden:
+        ids, expected = golden["input_ids"], golden["logits"]
+    far = lambda params: np.abs(np.asarray(jax.jit(model.apply)({"params": params}, ids)) - expected).max()
+    # one activation lies on a tie (tests/models/test_bitnet.py compares all of it), which moves one token by 0.01
+    assert far(params) < 0.02 < 0.2 < far(load_hf(tmp_path / "bitnet", numerics=())[1])
+
+
+def test_dtypes_that_are_not_computed_in(folder):
+    with pytest.raises(UserError, match="llama: found dtype float16, expected float32 or bfloat16"):
+        load_hf(folder, "float16")
 
 
 def test_every_tensor_is_placed_once_under_its_name():
@@ -202,7 +309,10 @@ def test_a_tensor_that_we_would_drop_is_named(folder, extra):
 def test_a_copy_of_the_head_and_rotary_tables_are_not_needed(folder):
     tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(2)}
     change_tensors(folder, lambda tensors: tensors.update(tables))
-    change_config(folder, tie_word_embeddings=True)  # the file still holds lm_head.weight
+    change_config(folder, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding; expected the same weights under tie_"):
+        load_hf(folder)
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     assert "lm_head" not in load_hf(folder)[1]
 
 
