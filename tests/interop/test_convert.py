@@ -14,6 +14,7 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 from test_llama2c import write
 
 from easylm_plus import convert
@@ -25,7 +26,7 @@ from easylm_plus.interop.huggingface import load_hf, save_hf
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import INDEX
 from easylm_plus.models.transformer import Transformer
-from easylm_plus.training import output
+from easylm_plus.training import output, stream
 from easylm_plus.training.checkpoint import Checkpoints, locate, read_meta, read_parameters
 from easylm_plus.training.restore import read_weights
 
@@ -68,21 +69,60 @@ def hub(tmp_path_factory):
 # --- there and back ---
 
 
+def published(name):
+    """The tensors of a golden folder, without those that follow from others."""
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    tied = json.loads((GOLDEN / name / "config.json").read_text()).get("tie_word_embeddings", False)
+    return {k: x for k, x in tensors.items() if not k.endswith("inv_freq") and not (tied and k == "lm_head.weight")}
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back(name, tmp_path):
-    """hf -> ours -> hf -> ours -> hf: parameters as load_hf reads them, and both exports the same bytes."""
+    """hf -> ours -> hf -> ours -> hf: parameters as load_hf reads them, tensors as the folder had them."""
     run(input=GOLDEN / name, output=tmp_path / "ours")
-    _, expected = load_hf(GOLDEN / name)
+    _, expected = load_hf(GOLDEN / name, numerics=())
     found = read_parameters(*locate(tmp_path / "ours"))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
+    assert_same_tensors(load_file(tmp_path / "hf/model.safetensors"), published(name))
     run(input=tmp_path / "hf", output=tmp_path / "again")
     run(input=tmp_path / "again", output=tmp_path / "hf2", to="hf")
     assert hashes(tmp_path / "hf") == hashes(tmp_path / "hf2")
     assert read_config(tmp_path / "hf") == read_config(GOLDEN / name)
     raw, was = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", GOLDEN / name))
     assert raw["eos_token_id"] == was["eos_token_id"], "other keys of the original stay"
+
+
+FIRST_LAYER = lambda right: lambda self, name, index: right(self, name, (0, *index[1:]) if index else index)
+FIRST_EXPERT = lambda right: lambda self, name, index: right(self, name, (*index[:1], 0) if len(index) > 1 else index)
+ZEROS = lambda right: lambda self, name, index: np.zeros_like(right(self, name, index))
+TURNED = lambda right: lambda self, name, index: right(self, name, index)[::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    (
+        ("llama_tiny", FIRST_LAYER),
+        ("mixtral_tiny", FIRST_EXPERT),
+        ("yuan2_m32_moe_tiny", FIRST_LAYER),
+        ("qwen2_tiny", ZEROS),
+        ("llama_tiny", TURNED),
+    ),
+)
+def test_an_export_of_other_pieces_is_seen(name, wrong, tmp_path, monkeypatch):
+    """The comparison above would notice, whatever is wrong with the reading of our checkpoints."""
+    run(input=GOLDEN / name, output=tmp_path / "ours")
+    monkeypatch.setattr(stream.Chunked, "_map", wrong(stream.Chunked._map))
+    run(input=tmp_path / "ours", output=tmp_path / "hf", to="hf")
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        assert_same_tensors(load_file(tmp_path / "hf/model.safetensors"), published(name))
 
 
 def test_one_changed_number_is_seen(tmp_path):
