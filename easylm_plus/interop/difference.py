@@ -16,13 +16,14 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from easylm_plus.errors import UserError
 from easylm_plus.interop.copying import compact, contiguous
-from easylm_plus.interop.tensor_files import SHARD_BYTES, Layout, ShardWriter, Tensors, read_json, safetensors_of
+from easylm_plus.interop.keys import optional, required
+from easylm_plus.interop.tensor_files import CODES, SHARD_BYTES, Layout, ShardWriter, Tensors, read_json, safetensors_of
 from easylm_plus.interop.translate import Progress
 from easylm_plus.interop.weights import (
     Cast,
@@ -39,6 +40,7 @@ from easylm_plus.interop.weights import (
 from easylm_plus.models.config import ModelConfig
 
 FILE, SCHEMA = "difference.json", 1
+NAMES = [dtype.name for dtype in CODES]
 
 
 def write_difference(
@@ -84,13 +86,30 @@ def write_difference(
 
 def open_difference(folder: Path, base: Weights) -> tuple["Recovered", dict[str, Any] | None]:
     """(the weights that a difference makes of its base, the config.json of the model it was made of)."""
-    told = read_json(folder / FILE)
-    if told.get("schema") != SCHEMA:
-        raise UserError(f"{folder / FILE}: found schema {told.get('schema')}, expected {SCHEMA}")
+    told, place = read_json(folder / FILE), str(folder / FILE)
+    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+        found = f"schema {told.get('schema')!r}" if isinstance(told, dict) else type(told).__name__
+        raise UserError(f"{place}: found {found}, expected schema {SCHEMA}")
+    model, dtypes, digests = (required(told, key, dict, place) for key in ("model", "dtypes", "sha256"))
+    config = _config(model, f"{place}: model")
+    for name in piece_shapes(config):
+        if dtypes.get(name) not in NAMES:
+            raise UserError(f"{place}: found dtype {dtypes.get(name)!r} of {name}, expected one of {', '.join(NAMES)}")
     tensors = safetensors_of(folder)
     if tensors is None:
         raise UserError(f"{folder}: found no *.safetensors beside {FILE}")
-    return Recovered(base, tensors, ModelConfig(**told["model"]), told["dtypes"], told["sha256"]), told["config.json"]
+    return Recovered(base, tensors, config, dtypes, digests), optional(told, "config.json", dict, place, None)
+
+
+def _config(model: Mapping[str, Any], place: str) -> ModelConfig:
+    """A ModelConfig from JSON, whose keys another version may have written."""
+    known = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(model.keys() - known.keys()):
+        raise UserError(f"{place}: found {unknown[0]}, which this version does not know; expected that which wrote it")
+    for name, field in known.items():
+        if name in model or field.default is dataclasses.MISSING:
+            required(model, name, cast(type, field.type), place, least=0)
+    return ModelConfig(**model)
 
 
 class Recovered:

@@ -81,6 +81,8 @@ class EasyLMStream:
                     told = f"damaged after byte {start} of {size} ({type(error).__name__} {error})"
                     raise UserError(f"{self._path}: {told}; expected pairs of a path and a tensor") from error
                 end = stream.tell()
+                if not isinstance(key, list) or not key or not all(isinstance(part, bytes | str) for part in key):
+                    raise UserError(f"{self._path}: found {key!r} after byte {start}, expected a path of strings")
                 if (name := _name(key)) is not None:
                     array = self._array(value)
                     yield name, Record(start, end, array.shape, array.dtype)
@@ -110,9 +112,9 @@ class EasyLMStream:
         return self._array(value)
 
 
-def _name(key: Any) -> str | None:
+def _name(key: list[bytes | str]) -> str | None:
     """The path of a parameter without what leads to the parameters; None for another part of a train state."""
-    parts = [part.decode() if isinstance(part, bytes) else str(part) for part in key]
+    parts = [part.decode(errors="replace") if isinstance(part, bytes) else part for part in key]
     if parts[0] != "params":
         return None
     return "/".join(parts[2:] if parts[1:2] == ["params"] else parts[1:])

@@ -122,6 +122,28 @@ def test_a_difference_that_was_changed(models, tmp_path):
             run(input=path.parent, diff_base=models / "base", recover=True, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda told: told["model"].update(newer=1), "model: found newer, which this version does not know"),
+        (lambda told: told["model"].pop("hidden_size"), "model: found no hidden_size, expected a whole number"),
+        (lambda told: told["model"].update(hidden_size="64"), "model: found hidden_size = '64', expected a whole"),
+        (lambda told: told.pop("sha256"), "found no sha256, expected an object"),
+        (lambda told: told["dtypes"].pop("norm/weight"), "found dtype None of norm/weight, expected one of float64"),
+        (lambda told: told["dtypes"].update({"norm/weight": "float7"}), "found dtype 'float7' of norm/weight"),
+        (lambda told: told.update(schema=2), "found schema 2, expected schema 1"),
+        (lambda told: [], "found list, expected schema 1"),
+    ),
+)
+def test_a_description_of_another_version(models, tmp_path, change, message):
+    shutil.copytree(models / "difference", tmp_path / "difference")
+    path = tmp_path / "difference/difference.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps([] if change(told) == [] else told))
+    with pytest.raises(UserError, match=rf"difference\.json: {message}"):
+        run(input=path.parent, diff_base=models / "base", recover=True, output=tmp_path / "out")
+
+
 def test_a_difference_with_a_file_missing(models, tmp_path):
     shutil.copytree(models / "difference", tmp_path / "difference")
     Path(tmp_path / "difference/model.safetensors").unlink()

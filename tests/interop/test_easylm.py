@@ -146,6 +146,9 @@ def test_large_tensors_that_flax_cuts_in_chunks(tmp_path, monkeypatch):
         (lambda data: b"\x80\x04\x95" + data, "damaged after byte 0"),
         (lambda data: b"", "found no parameters, expected a stream of EasyLM"),
         (lambda data: record(["params", "x"], b"\x01"), "found int, expected a tensor"),
+        (lambda data: b"\x92\x07\x08", "found 7 after byte 0, expected a path of strings"),
+        (lambda data: b"\x92\x92\xa6params\x07\x08", r"found \['params', 7\] after byte 0, expected a path"),
+        (lambda data: b"\x92\x90\x08", r"found \[\] after byte 0, expected a path"),
     ),
 )
 def test_a_damaged_file_is_named(tmp_path, change, message):
