@@ -30,9 +30,10 @@ from absl import flags
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference
+from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import read_raw
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
-from easylm_plus.interop.huggingface import copy_companions, export_keys, open_weights, write_folder
+from easylm_plus.interop.huggingface import export_keys, open_weights, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated

@@ -22,10 +22,19 @@ import numpy as np
 
 from data_pipelines.tokenization import FILES, load_tokenizer
 from easylm_plus.errors import UserError
+from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw, rounds_online
 from easylm_plus.interop.copying import copy_into
 from easylm_plus.interop.tables import ARCHITECTURES, DERIVED
-from easylm_plus.interop.tensor_files import SHARD_BYTES, Renamed, ShardWriter, Tensors, read_json, safetensors_of
+from easylm_plus.interop.tensor_files import (
+    SHARD_BYTES,
+    Renamed,
+    ShardWriter,
+    Tensors,
+    indexed,
+    read_json,
+    safetensors_of,
+)
 from easylm_plus.interop.torch_files import TorchFiles
 from easylm_plus.interop.translate import Progress, Translated, write_tensors
 from easylm_plus.interop.weights import (
@@ -48,10 +57,6 @@ from easylm_plus.numerics.rules import BITNET, attach
 from easylm_plus.numerics.ternary import Ternary
 
 Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
-
-# What belongs to a model beside its weights: the tokenizer in all its forms, chat template, generation defaults.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
-              "chat_template.*", "generation_config.json")  # fmt: skip
 
 
 def load_hf(
@@ -177,14 +182,6 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies the files that travel with weights; returns their names."""
-    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in found]
-
-
 def open_weights(folder: str | Path, config: ModelConfig | None = None, *, pickled: bool = False) -> Translated:
     """The weights of a folder. `pickled`: also those in PyTorch's own format, where there is no other."""
     folder, raw = Path(folder), read_raw(folder)
@@ -213,7 +210,7 @@ def _pickles(folder: Path) -> list[Path]:
     """Weights in PyTorch's own format: those that the index names, or pytorch_model.bin, or whatever there is."""
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return indexed(index)
     every = sorted(path for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
     named = [path for path in every if path.name.startswith("pytorch_model")]  # a Trainer leaves training_args.bin too
     return named or every
@@ -226,7 +223,8 @@ def _open(folder: Path, pickled: bool) -> Tensors:
     if pickles and pickled:
         return TorchFiles(pickles, str(folder))
     found = f"only {pickles[0].name}, which can run code when read" if pickles else "no weights"
-    raise UserError(f"{folder}: found {found}; expected *.safetensors")
+    advice = "; --allow_pickle of easylm_plus.convert reads it without running it" if pickles else ""
+    raise UserError(f"{folder}: found {found}; expected *.safetensors{advice}")
 
 
 def load_parameters(folder: str | Path, model: Transformer, place: Place) -> Any:

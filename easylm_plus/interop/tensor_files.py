@@ -60,11 +60,16 @@ class Entry(NamedTuple):
 
 
 class Safetensors:
-    """The tensors of some safetensors files."""
+    """The tensors of some safetensors files; each tensor is in one of them."""
 
     def __init__(self, paths: Sequence[Path], place: str):
         self.place = place
-        self.entries = {name: entry for path in paths for name, entry in _entries(path)}
+        self.entries: dict[str, Entry] = {}
+        for name, entry in (found for path in paths for found in _entries(path)):
+            if name in self.entries:
+                found = f"{name} in {self.entries[name].path.name} and in {entry.path.name}"
+                raise UserError(f"{place}: found {found}, expected each tensor in one file")
+            self.entries[name] = entry
 
     def names(self) -> Set[str]:
         return self.entries.keys()
@@ -116,10 +121,24 @@ def safetensors_of(folder: Path) -> Safetensors | None:
     """All safetensors of a Hugging Face folder; those that its index names, where it has one; None: there are none."""
     paths, index = sorted(folder.glob("*.safetensors")), folder / INDEX
     if index.is_file():  # beside the parts there may be the same weights in another form
-        paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if lost := [path.name for path in paths if not path.is_file()]:
-            raise UserError(f"{folder}: {lost[0]} is not there; {index.name} names {len(paths)} files")
+        paths = indexed(index)
     return Safetensors(paths, str(folder)) if paths else None
+
+
+def indexed(index: Path) -> list[Path]:
+    """The files that an index names. They lie beside it: a name that leads elsewhere is an error (a file that is itself
+    a link is not, as Hugging Face's cache is made of those)."""
+    told = read_json(index)
+    weight_map = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: found no weight_map, expected the file of every tensor under that key")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name.strip(".") or set(name) & set("/\\\0"):
+            raise UserError(f"{index}: found {name!r} in weight_map, expected the name of a file beside it")
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if lost := [path.name for path in paths if not path.is_file()]:
+        raise UserError(f"{index.parent}: {lost[0]} is not there; {index.name} names {len(paths)} files")
+    return paths
 
 
 def read_json(path: Path) -> dict[str, Any]:

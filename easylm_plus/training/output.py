@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from easylm_plus.errors import UserError
+from easylm_plus.interop.companions import COMPANIONS
 from easylm_plus.interop.difference import FILE
-from easylm_plus.interop.huggingface import COMPANIONS
 from easylm_plus.interop.tensor_files import INDEX, read_json
 from easylm_plus.training.checkpoint import read_meta
 

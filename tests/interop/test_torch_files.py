@@ -4,6 +4,7 @@ The archives are made here: a zip file, a pickle put together by hand, raw stora
 test_export_peers.py.
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -85,13 +86,37 @@ def folder(tmp_path):
 
 
 def test_weights_are_read_when_asked_for(folder, tmp_path):
-    with pytest.raises(UserError, match=r"found only pytorch_model-00001-of-00002\.bin, which can run code when read"):
+    with pytest.raises(
+        UserError,
+        match=r"found only pytorch_model-00001-of-00002\.bin, which can run code when read; "
+        r"expected \*\.safetensors; --allow_pickle of easylm_plus\.convert reads it",
+    ):
         run(input=folder, output=tmp_path / "ours")
     run(input=folder, output=tmp_path / "ours", allow_pickle=True)
     found, (_, expected) = read_parameters(*locate(tmp_path / "ours")), load_hf(GOLDEN / "llama_tiny")
     np.testing.assert_array_equal(found["lm_head"]["kernel"], expected["lm_head"]["kernel"])
     q = lambda tree: tree["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(q(found), q(expected))
+
+
+def test_an_index_is_followed_within_its_folder(folder, tmp_path):
+    """Two files and the index of both; then one that leads out, one of a lost file, one without its map."""
+    files = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict(enumerate(files))}))
+    run(input=folder, output=tmp_path / "ours", allow_pickle=True)
+    shutil.move(folder / files[1], tmp_path / "secret.bin")
+    for told, message in (
+        (
+            {"weight_map": {"a": files[0], "b": "../secret.bin"}},
+            r"found '\.\./secret\.bin' in weight_map, expected the name",
+        ),
+        ({"weight_map": {"a": files[0], "b": files[1]}}, rf"{files[1]} is not there; {index.name} names 2 files"),
+        ({}, "found no weight_map"),
+    ):
+        index.write_text(json.dumps(told))
+        with pytest.raises(UserError, match=message):
+            run(input=folder, output=tmp_path / "new", allow_pickle=True)
 
 
 def test_views_and_dtypes(tmp_path):
