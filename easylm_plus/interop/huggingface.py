@@ -90,7 +90,7 @@ def save_hf(
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer_from: str | Path | None = None,
 ) -> None:
-    """A model -> a new Hugging Face folder that transformers' AutoModelForCausalLM opens.
+    """A model -> a new Hugging Face folder that transformers' AutoModelForCausalLM opens (docs/models.md: which).
 
     Args:
       params: a tree of plain floating-point arrays, or as BITNET makes it; each is fetched to the host once.

@@ -42,9 +42,31 @@ def make(folder: Path, spec: dict) -> None:
     np.savez(folder / "expected.npz", **arrays, **gradients)
 
 
+def round_online(model: torch.nn.Module, settings: "transformers.BitNetQuantConfig") -> None:
+    """Puts transformers' AutoBitLinear in the places where from_pretrained puts it, which needs accelerate for it."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    if (settings.linear_class, settings.quantization_mode) != ("autobitlinear", "online"):
+        raise SystemExit(f"found {settings}, expected autobitlinear online")
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    for name, old in linear:
+        new = AutoBitLinear(old.in_features, old.out_features, old.bias is not None, online_quant=True)
+        new.load_state_dict(old.state_dict())
+        model.set_submodule(name, new)
+
+
 def compute(folder: Path) -> None:
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model, told = load(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    rounding = config.__dict__.pop("quantization_config", None)
+    model, told = load(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if rounding:
+        round_online(model, transformers.BitNetQuantConfig(**rounding))
+    ids = [config.bos_token_id, config.eos_token_id, config.pad_token_id]
+    if ids != [None] * 3:
+        raise SystemExit(f"{folder}: found token ids {ids} in a model that came without a tokenizer")
     if wrong := {key: found for key, found in told.items() if found}:
         raise SystemExit(f"{folder}: {wrong}")
     with torch.no_grad():
