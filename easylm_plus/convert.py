@@ -113,7 +113,7 @@ def _all_flags_count() -> None:
     kind = FROM.value or _kind(Path(INPUT.value))
     kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
     for flag, given, counts, where in (
-        (TO, TO.value, not writes_difference, "where a difference is written: without --diff_base, or with --recover"),
+        (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),
         (STEP, STEP.value, kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
@@ -126,6 +126,10 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
     """Opens weights of any format; `kind` None: what it looks like; `step` None: a run's last."""
     if not path.exists():
         raise UserError(f"{path}: not found; expected weights")
+    if path.is_file() and _is_part_of_a_folder(path):
+        pickle = "" if path.suffix == ".safetensors" else " --allow_pickle"
+        expected = f"--input=FOLDER{pickle}, the folder with it and the model's config.json"
+        raise UserError(f"{path}: found tensors without a config; expected {expected}")
     kind = kind or _kind(path)
     if kind == "difference":
         raise UserError(f"{path}: found a difference; expected --recover --diff_base=BASE with it")
@@ -158,13 +162,14 @@ def _kind(path: Path) -> str:
                 f"{path}: found {weights[0].name}, but no config.json; expected that of the model beside it"
             )
         return "easylm_plus"
+    return "llama2c" if path.suffix == ".bin" else "easylm"
+
+
+def _is_part_of_a_folder(path: Path) -> bool:
+    """Is it a file of tensors by their names: safetensors, or PyTorch's of today (zip) or of before 2020 (a pickle)?"""
     with path.open("rb") as file:
         start = file.read(4)
-    if start == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".safetensors"):
-        pickle = "" if path.suffix == ".safetensors" else " with --allow_pickle"
-        raise UserError(f"{path}: found a single file of tensors; expected --input=FOLDER{pickle}, the folder with it "
-                        "and the config.json of the model")  # fmt: skip
-    return "llama2c" if path.suffix == ".bin" else "easylm"
+    return start in (b"PK\x03\x04", b"\x80\x02\x8a\x0a") or path.suffix in (".pt", ".pth", ".safetensors")
 
 
 def _recovered() -> Source:

@@ -450,6 +450,77 @@ def test_what_a_killed_run_leaves_does_not_open(hub, tmp_path, monkeypatch, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "out"]
 
 
+ZIP, OLD_TORCH = b"PK\x03\x04" + bytes(400), b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(400)
+
+
+@pytest.mark.parametrize("kind", (None, "llama2c", "easylm"))
+@pytest.mark.parametrize(
+    ("name", "start"), (("x.pth", ZIP), ("x.bin", ZIP), ("x", ZIP), ("x.bin", OLD_TORCH), ("x.pt", b""))
+)
+def test_a_single_file_of_pytorch_is_pointed_to_its_folder(tmp_path, name, start, kind):
+    (tmp_path / name).write_bytes(start)
+    message = f"{name}: found tensors without a config; expected --input=FOLDER --allow_pickle, the folder with it and"
+    with pytest.raises(UserError, match=message):
+        run(input=tmp_path / name, output=tmp_path / "out", allow_pickle=True, **{"from": kind})
+
+
+def test_a_single_file_of_safetensors_is_pointed_to_its_folder(tmp_path):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: found tensors without a config; expected --input=FOLDER, the"
+    ):
+        run(input=GOLDEN / "llama_tiny/model.safetensors", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ("consolidated.00.pth", "pytorch_model.bin", "model.safetensors"))
+def test_weights_without_a_config_are_named(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(ZIP)
+    with pytest.raises(
+        UserError, match=f"model: found {name}, but no config.json; expected that of the model beside it"
+    ):
+        run(input=tmp_path / "model", output=tmp_path / "out", allow_pickle=True)
+
+
+FLAGS_WITHOUT_EFFECT = (
+    ({"diff_base": "HUB", "to": "hf"}, "--to=hf counts only where a model is written: without --diff_base, or"),
+    ({"diff_base": "HUB", "to": "easylm_plus"}, "--to=easylm_plus counts only where"),
+    ({"max_shard_gb": 1.0}, "--max_shard_gb=1.0 counts only with --to=hf and for differences"),
+    ({"max_shard_gb": 5.0, "to": "easylm_plus"}, "--max_shard_gb=5.0 counts only with"),
+    ({"max_shard_gb": -1.0, "to": "hf"}, "--max_shard_gb=-1.0: expected a positive number"),
+    ({"max_shard_gb": 0.0, "to": "hf"}, "--max_shard_gb=0.0: expected a positive number"),
+    ({"max_shard_gb": float("nan"), "to": "hf"}, "--max_shard_gb=nan: expected a positive number"),
+    ({"max_shard_gb": float("inf"), "to": "hf"}, "--max_shard_gb=inf: expected a positive number"),
+    ({"model": "koala-13b"}, "--model=koala-13b counts only with --from=easylm; .*llama is hf"),
+    ({"model": "koala-13b", "from": "hf"}, "--model=koala-13b counts only with --from=easylm; .*llama is hf"),
+    ({"step": 0}, "--step=0 counts only for runs of ours; .*llama is hf"),
+    ({"step": 3, "diff_base": "HUB"}, "--step=3 counts only for runs of ours; .*llama is hf"),
+    ({"recover": True, "diff_base": "HUB", "from": "hf"}, "found no difference.json; expected one and no --from"),
+)
+
+
+@pytest.mark.parametrize(("options", "message"), FLAGS_WITHOUT_EFFECT)
+def test_a_flag_that_would_change_nothing_is_refused(hub, tmp_path, options, message):
+    options = {name: hub if value == "HUB" else value for name, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        run(input=hub, output=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_shards_counts(hub, tmp_path):
+    """For Hugging Face and for differences."""
+    for name, options in (("hf", {"to": "hf"}), ("difference", {"diff_base": hub})):
+        run(input=hub, output=tmp_path / name, **options)
+        run(input=hub, output=tmp_path / f"{name}_small", max_shard_gb=2e-5, **options)
+        one, many = (len(list((tmp_path / f"{name}{end}").glob("*.safetensors"))) for end in ("", "_small"))
+        assert one == 1 < many
+
+
+def test_a_difference_is_not_converted_alone(hub, tmp_path):
+    run(input=hub, diff_base=hub, output=tmp_path / "difference")
+    with pytest.raises(UserError, match="difference: found a difference; expected --recover --diff_base=BASE with it"):
+        run(input=tmp_path / "difference", output=tmp_path / "out")
+
+
 def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(tmp_path):
     shutil.copytree(GOLDEN / "llama_tiny", tmp_path / "hf")
     raw = json.loads((tmp_path / "hf/config.json").read_text())
