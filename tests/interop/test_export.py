@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from test_convert import run
 
 import easylm_plus
 from data_pipelines.train_tokenizer import CHAT_TOKENS
 from easylm_plus.errors import UserError
+from easylm_plus.inference.load import open_model
 from easylm_plus.interop import tables
 from easylm_plus.interop.configs import ONLINE, parse_config, read_config, read_raw
 from easylm_plus.interop.huggingface import load_hf, save_hf
@@ -323,6 +325,15 @@ def test_ternary_weights_are_exported_as_they_are_trained(tmp_path):
         save_hf(model, attach(params, ("mlp/.*=ternary",)), tmp_path / "part")
     with pytest.raises(UserError, match="params: found ternary weights"):
         save_hf(tiny.model()[0], attach(tiny.model()[1], BITNET), tmp_path / "llama")
+
+
+def test_a_converted_checkpoint_still_rounds(words, tmp_path):
+    model, params = tiny.model(vocab=300, sub_norms=True, activation="relu2", scan_layers=True)
+    save_hf(model, params, tmp_path / "hf", tokenizer_from=words)
+    run(input=tmp_path / "hf", output=tmp_path / "ours")
+    opened, (_, expected) = open_model(tmp_path / "ours", template="text"), load_hf(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, opened.params, expected)
+    assert jax.tree.structure(opened.params) != jax.tree.structure(params), "plain arrays would be dense"
 
 
 def test_the_api_is_lazy_and_knows_its_names():
