@@ -61,7 +61,7 @@ def real_data() -> Path:
     return DATA
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def peer() -> Path:
     """The interpreter with torch and transformers; a test that takes it is marked `parity`."""
     path = peer_interpreter()

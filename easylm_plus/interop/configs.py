@@ -185,7 +185,7 @@ def _read_yuan_experts(raw: Raw, place: str) -> Raw:
     for key, value in (("gated_linear_unit", True), ("router_type", "attn_router")):
         if optional(raw, key, type(value), place, value) != value:
             raise UserError(f"{place}: found {key} {raw[key]!r}, expected {value!r}")
-    for key in raw.keys() - {"norm_topk_prob", "gated_linear_unit", "router_type"}:
+    for key in sorted(raw.keys() - {"norm_topk_prob", "gated_linear_unit", "router_type"}):
         if raw[key] and ROUTING.search(key) and not TRAINING.search(key):
             raise UserError(f"{place}: found {key} = {raw[key]!r}, which is not supported")
     return values

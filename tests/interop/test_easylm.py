@@ -9,10 +9,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from test_convert import run
 
 from easylm_plus.errors import UserError
 from easylm_plus.interop import easylm
+from easylm_plus.interop.configs import read_raw
 from easylm_plus.models.families import preset
 from easylm_plus.models.rope import rotate, rotations
 from easylm_plus.training.checkpoint import locate, read_parameters
@@ -118,6 +120,17 @@ def test_scores_are_those_of_neighbouring_pairs(tmp_path, reordered):
     found = scores(our_heads("q", H), our_heads("k", G))
     expected = scores(their_heads("wq", H), their_heads("wk", G))
     assert np.allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max()) == reordered
+
+
+def test_an_export_names_the_tokens_of_the_tokenizer(tmp_path):
+    """The file does not say what a model's special tokens are; transformers would take its own."""
+    path, options = write(tmp_path / "streaming", weights()), {"model": "debug", "from": "easylm", "to": "hf"}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for name, tokenizer, expected in (("with", {"tokenizer": tiny.data() / "tokenizer"}, (1, 2, 0)),
+                                      ("without", {}, (None, None, None))):  # fmt: skip
+        run(input=path, output=tmp_path / name, **options, **tokenizer)
+        raw = read_raw(tmp_path / name)
+        assert tuple(raw[key] for key in keys) == expected
 
 
 def test_the_rules_are_undone():

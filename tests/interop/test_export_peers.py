@@ -38,10 +38,8 @@ def noisy(params):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, peer):
     """Every case exported, and what transformers computes."""
-    from conftest import peer_interpreter
-
     place = tmp_path_factory.mktemp("exported")
     ids = np.random.default_rng(1).integers(0, 50, (2, 20))
     for name, keys in CASES.items():
@@ -50,7 +48,7 @@ def folder(tmp_path_factory):
         np.save(place / name / "input_ids.npy", ids)
     script = Path(__file__).with_name("peer_models.py")
     plain = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # BitNet's rounding is decorated with torch.compile
-    subprocess.run([peer_interpreter(), script, place, "open"], check=True, timeout=200, env=plain)
+    subprocess.run([peer, script, place, "open"], check=True, timeout=200, env=plain)
     return place
 
 

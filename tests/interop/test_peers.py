@@ -55,12 +55,10 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from conftest import peer_interpreter
-
+def folder(tmp_path_factory, peer):
     place = tmp_path_factory.mktemp("peer")
     script = Path(__file__).with_name("peer_models.py")
-    subprocess.run([peer_interpreter(), script, place], input=json.dumps(CASES), text=True, check=True, timeout=200)
+    subprocess.run([peer, script, place], input=json.dumps(CASES), text=True, check=True, timeout=200)
     return place
 
 
