@@ -101,14 +101,15 @@ def save_hf(
     Raises UserError if the folder exists, if no Hugging Face architecture represents the model, or if `tokenizer_from`
     has no tokenizer. The folder stands under its name only when it is whole.
     """
-    weights: Weights = of_params(model.config, _masters(model.config, params), "params")
+    plain = _masters(model.config, params)
+    weights: Weights = of_params(model.config, plain, "params")
     if dtype is not None:
         weights = Cast(weights, np.dtype(dtype))
     with _new_folder(Path(folder)) as partial_folder:
         source = None if tokenizer_from is None else Path(tokenizer_from)
         if source is not None and not copy_companions(source, partial_folder):
             raise UserError(f"tokenizer_from={source}: found no tokenizer there; expected a folder with one")
-        write_folder(weights, export_keys(weights, None, source), partial_folder, max_shard_bytes)
+        write_folder(weights, export_keys(weights, None, source, plain is not params), partial_folder, max_shard_bytes)
 
 
 def _masters(config: ModelConfig, params: Any) -> Any:
@@ -142,14 +143,20 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def export_keys(weights: Weights, original: Mapping[str, Any] | None, companions: Path | None = None) -> dict[str, Any]:
+def export_keys(
+    weights: Weights,
+    original: Mapping[str, Any] | None,
+    companions: Path | None = None,
+    rounded_online: bool = False,
+) -> dict[str, Any]:
     """The config.json of these weights.
 
     Args:
       original: that of the model they came from, which says what its special tokens are.
       companions: the folder that says so where there is no original.
+      rounded_online: see `export_config`.
     """
-    raw = export_config(weights.config, original, weights.place)
+    raw = export_config(weights.config, original, weights.place, rounded_online)
     if original is None and companions is not None:
         raw |= token_ids(companions)
     return {**raw, "torch_dtype": weights.dtype("embed_tokens/embedding").name}

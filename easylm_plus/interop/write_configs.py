@@ -147,8 +147,14 @@ WRITERS: dict[str, Callable[[ModelConfig, str], Raw]] = {
 }
 
 
-def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place: str) -> Raw:
-    """The config.json of a model on its way out; `original`: that of the model it came from, whose other keys stay.
+def export_config(
+    config: ModelConfig, original: Mapping[str, Any] | None, place: str, rounded_online: bool = False
+) -> Raw:
+    """The config.json of a model on its way out.
+
+    Args:
+      original: that of the model it came from, whose other keys stay.
+      rounded_online: of a model without an original, whether its weights are ternary as it runs (BitNet).
 
     Raises UserError naming a key that the architecture has no place for.
     """
@@ -162,7 +168,7 @@ def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place
         if "moe_config" in written:
             written["moe_config"] = {**(original.get("moe_config") or {}), **written["moe_config"]}
     else:
-        kept = {**dict.fromkeys(TOKEN_IDS), **({"quantization_config": ONLINE} if config.sub_norms else {})}
+        kept = {**dict.fromkeys(TOKEN_IDS), **({"quantization_config": ONLINE} if rounded_online else {})}
     raw = {**ASKED_FOR.get(name, {}), **kept, **written}
     try:
         back = parse_config(raw, place)

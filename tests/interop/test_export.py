@@ -150,9 +150,10 @@ def test_nested_keys_of_the_original_stay():
 
 
 def test_rounding_online_is_stated():
-    """Without it transformers would compute a dense model of the weights."""
+    """Without it transformers computes a dense model of the weights, as it should of one with sub-norms alone."""
     original, config = read_raw(GOLDEN / "bitnet_tiny"), model_config("bitnet")
-    assert export_config(config, None, "here")["quantization_config"] == ONLINE
+    assert export_config(config, None, "here", rounded_online=True)["quantization_config"] == ONLINE
+    assert "quantization_config" not in export_config(config, None, "here")
     for keys in ({}, {"quantization_config": {**ONLINE, "modules_to_not_convert": None}}):
         exported = export_config(parse_config(original, "here"), original | keys, "here")
         assert exported.get("quantization_config") == keys.get("quantization_config"), "as the original has it"
@@ -318,7 +319,10 @@ def test_ternary_weights_are_exported_as_they_are_trained(tmp_path):
     model, params = load_hf(GOLDEN / "bitnet_tiny")
     save_hf(model, attach(params, BITNET), tmp_path / "ternary")
     save_hf(model, params, tmp_path / "plain")
-    assert hashes(tmp_path / "ternary") == hashes(tmp_path / "plain")
+    ternary, plain = hashes(tmp_path / "ternary"), hashes(tmp_path / "plain")
+    assert ternary["model.safetensors"] == plain["model.safetensors"]
+    kinds = lambda folder: jax.tree.structure(load_hf(tmp_path / folder)[1])
+    assert kinds("plain") == jax.tree.structure(params) != kinds("ternary"), "config.json says which it was"
     with pytest.raises(
         UserError, match="params: found ternary weights, expected plain arrays, or those of a model with"
     ):
@@ -329,7 +333,7 @@ def test_ternary_weights_are_exported_as_they_are_trained(tmp_path):
 
 def test_a_converted_checkpoint_still_rounds(words, tmp_path):
     model, params = tiny.model(vocab=300, sub_norms=True, activation="relu2", scan_layers=True)
-    save_hf(model, params, tmp_path / "hf", tokenizer_from=words)
+    save_hf(model, attach(params, BITNET), tmp_path / "hf", tokenizer_from=words)
     run(input=tmp_path / "hf", output=tmp_path / "ours")
     opened, (_, expected) = open_model(tmp_path / "ours", template="text"), load_hf(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, opened.params, expected)

@@ -26,6 +26,7 @@ CASES = {
     "gpt2": {"num_kv_heads": 4, "norm": "layer", "positions": "learned", "gated": False, "activation": "gelu_tanh",
              "tie_embeddings": True, **BIASED},
     "bitnet": {"sub_norms": True, "activation": "relu2"},
+    "bitnet, dense": {"sub_norms": True, "activation": "relu2"},
     "stablelm": {"norm": "layer", "rotary_share": 0.5, "qkv_bias": True},
 }  # fmt: skip
 pytestmark = pytest.mark.parity
@@ -44,7 +45,8 @@ def folder(tmp_path_factory, peer):
     ids = np.random.default_rng(1).integers(0, 50, (2, 20))
     for name, keys in CASES.items():
         model, params = tiny.model(**keys, scan_layers=True)
-        save_hf(model, noisy(params), place / name, max_shard_bytes=10_000)
+        params = attach(noisy(params), BITNET if name == "bitnet" else ())
+        save_hf(model, params, place / name, max_shard_bytes=10_000)
         np.save(place / name / "input_ids.npy", ids)
     script = Path(__file__).with_name("peer_models.py")
     plain = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # BitNet's rounding is decorated with torch.compile
