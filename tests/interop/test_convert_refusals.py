@@ -142,6 +142,14 @@ def test_relative_paths(hub, tmp_path, monkeypatch, to):
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "again")[1], load_hf(hub)[1])
 
 
+@pytest.mark.parametrize("output", ("../out", "../hub/../out", "{top}/hub/../out"))
+def test_a_place_beside_the_input_that_is_named_by_way_of_it(hub, tmp_path, monkeypatch, output):
+    shutil.copytree(hub, tmp_path / "hub")
+    monkeypatch.chdir(tmp_path / "hub")
+    run(input=".", output=output.format(top=tmp_path), to="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "out"]
+
+
 @pytest.mark.parametrize("forced", (False, True))
 @pytest.mark.parametrize("target", ("hub", "nowhere"))
 def test_a_link_is_no_output(hub, tmp_path, monkeypatch, target, forced):

@@ -34,7 +34,7 @@ def text(s):
 
 
 def number(n):
-    return b"J" + struct.pack("<i", n)
+    return b"J" + struct.pack("<i", n) if abs(n) < 2**31 else b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
 
 
 def global_(module, name):
@@ -259,6 +259,7 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path, offset, shape, strides):
         (-1, (1,), (1,)),
         (0, (-1,), (1,)),
         (0, (-2, -2), (1, 1)),
+        (2**63, (1,), (1,)),
     ),
 )
 def test_a_view_that_runs_backwards_is_refused(tmp_path, offset, shape, strides):
@@ -274,7 +275,7 @@ def test_a_view_that_runs_backwards_is_refused(tmp_path, offset, shape, strides)
         (3, (1,), (1,), [3]),
         (0, (2, 2), (2, 1), [[0, 1], [2, 3]]),
         (2, (2, 2), (0, 1), [[2, 3], [2, 3]]),
-        (3, (1, 1), (2**31 - 1, 7), [[3]]),  # a stride that is never taken
+        (3, (1, 1), (2**63 - 1, 7), [[3]]),  # a stride that is never taken
         (9, (0, 3), (5, 5), np.empty((0, 3))),
     ),
 )
