@@ -10,6 +10,7 @@ Weights in PyTorch's own format are refused unless asked for, and then read with
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -133,12 +134,13 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name if all goes well, and is gone if not."""
     if folder.exists():
         raise UserError(f"{folder}: found something there already; expected a new folder")
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed
-    partial_folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder = Path(tempfile.mkdtemp(".partial", f".{folder.name}.", folder.parent))
     try:
-        yield partial_folder
-        partial_folder.rename(folder)
+        new = partial_folder / "new"  # with the permissions of any new folder, which `partial_folder` does not have
+        new.mkdir()
+        yield new
+        new.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
 
