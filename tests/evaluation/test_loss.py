@@ -50,6 +50,15 @@ def test_nothing_held_out_is_no_loss_of_zero():
     assert math.isnan(make_evaluate(LanguageModel(model, 1), ["a"])(params, [])["eval/loss"])
 
 
+def test_experts_drop_nothing_in_evaluation():
+    model, params = tiny.model(num_experts=4, capacity_factor=0.5)
+    batch = tiny.random_batch(4, 16, 50)
+    loss = lambda model: make_evaluate(LanguageModel(model, 2), ["a", "b"])(params, [batch])["eval/loss"]
+    objective = LanguageModel(model, 2)
+    in_training = float(jax.jit(objective)(params, batch, objective.denominators(batch))[0])
+    assert loss(model) == loss(model.roomy()) and abs(loss(model) - in_training) > 1e-3
+
+
 def test_unigram_entropy():
     targets = np.array([[0, 0, 1, 1], [2, 2, 3, 9]])
     batch = {"targets": targets, "loss_weights": (targets < 4).astype(np.float32)}

@@ -237,3 +237,47 @@ def test_a_missing_weight_is_named():
     damaged = {**params, "layers": {**params["layers"], "1": {**params["layers"]["1"], "mlp": {}}}}
     with pytest.raises(MissingWeight, match="no weight layers/1/mlp/gate_proj/kernel"):
         model_of(scan=False).apply({"params": damaged}, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    (
+        ({"num_experts": 4, "experts_per_token": 5}, r"experts_per_token = 5: expected 1 to num_experts = 4"),
+        ({"num_experts": 4, "experts_per_token": 1}, r"norm_topk = True: expected False with experts_per_token = 1"),
+        ({"num_experts": 4, "mlp_bias": True}, r"num_experts: experts have neither mlp_bias nor sub_norms"),
+        ({"capacity_factor": 1.0}, r"num_experts = 0: expected no capacity_factor"),
+        ({"capacity_factor": -1.0}, r"capacity_factor = -1.0: expected 0 or more"),
+        ({"sliding_window": -3}, r"sliding_window = -3: expected 0 or more"),
+        ({"causal": False, "sliding_window": 4}, r"sliding_window: looks back only"),
+        ({"causal": False, "lfa_variant": "yuan"}, r"causal = False: expected lfa_variant none, found 'yuan'"),
+        ({"rope_factor": 0.0}, r"rope_factor = 0.0, .*: expected a positive factor"),
+        (
+            {"rope_low_freq_factor": 4.0},
+            r"rope_factor = 1.0, rope_low_freq_factor = 4.0, .*, and low below high",
+        ),
+        ({"rotary_share": 0.01}, r"head_dim = 16, rotary_share = 0.01: rotary positions turn pairs .*; found 0"),
+        ({"share_qk": True}, r"share_qk: expected lfa_variant none and as many key as query heads"),
+    ),
+    ids=str,
+)
+def test_values_that_no_model_has_together(keys, message):
+    assert preset("debug").num_kv_heads < preset("debug").num_heads
+    with pytest.raises(UserError, match=r"model\." + message):
+        preset("debug", **keys)
+
+
+def test_a_row_beyond_the_learned_positions_is_an_error():
+    model = Transformer(preset("debug", positions="learned", max_length=8))
+    params, tokens = init_parameters(model, jax.random.key(0)), np.zeros((1, 9), np.int32)
+    assert model.apply({"params": params}, tokens[:, :8]).shape == (1, 8, 512)
+    with pytest.raises(UserError, match="a row of 9 tokens: the model has learned 8 positions"):
+        model.apply({"params": params}, tokens)
+
+
+def test_palms_matrices_start_by_their_inputs_also_those_of_experts():
+    shapes = {"hidden_size": 64, "intermediate_size": 256, "init": "palm", "scan_layers": False}
+    for keys in ({}, {"num_experts": 16}):
+        layer = init_parameters(Transformer(preset("debug", **shapes, **keys)), jax.random.key(0))["layers"]["0"]["mlp"]
+        matrices = layer["experts"] if keys else layer
+        for name, inputs in (("up_proj", 64), ("down_proj", 256)):
+            assert float(matrices[name]["kernel"].std()) == pytest.approx(inputs**-0.5, rel=0.05)
