@@ -201,8 +201,8 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if "://" in config[section][key]:
             raise UserError(f"{name} = {config[section][key]!r}: expected a path of a file system; mount the bucket")
-    if unused := [axis for axis in ("stage",) if config.mesh[axis] != 1]:
-        raise UserError(f"mesh.{unused[0]} = {config.mesh[unused[0]]}: expected 1; nothing is cut over this axis yet")
+    if config.mesh.stage != 1:
+        raise UserError(f"mesh.stage = {config.mesh.stage}: expected 1; nothing is cut over this axis yet")
     if config.data.length > config.model.max_length:
         raise UserError(
             f"data.length = {config.data.length}: longer than model.max_length = {config.model.max_length}; "

@@ -12,13 +12,13 @@ from data_pipelines.tokenization import Tokenizer, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator
-from easylm_plus.interop.configs import rounds_online
+from easylm_plus.interop.configs import stated_rules
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
-from easylm_plus.numerics.rules import BITNET, attach
+from easylm_plus.numerics.rules import attach
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
 from easylm_plus.training.data import template_date
 
@@ -63,8 +63,7 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = ""
     config, original = meta["config"], meta.get("config.json")  # of the folder that it was converted from, if it was
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    if original and rounds_online(original, f"{directory}/{step}: config.json"):
-        params = attach(params, BITNET)
+    params = attach(params, stated_rules(original, f"{directory}/{step}: config.json") if original else ())
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)

@@ -1,7 +1,7 @@
 """config.json of Hugging Face -> ModelConfig. What we cannot express is an error that names the key, never dropped."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from easylm_plus.interop.keys import optional, required
 from easylm_plus.interop.tables import ARCHITECTURES
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.models.config import ModelConfig
+from easylm_plus.numerics.rules import BITNET
 
 Raw = dict[str, Any]
 
@@ -67,27 +68,28 @@ def architecture(raw: Mapping[str, Any], place: str) -> str:
     return found
 
 
-def rounds_online(raw: Mapping[str, Any], place: str) -> bool:
-    """Whether the weights of a config.json are to be rounded to ternary as the model runs (numerics.rules.BITNET).
+def stated_rules(raw: Mapping[str, Any], place: str) -> Sequence[str]:
+    """The rules (numerics/rules.py) that a config.json states for its weights: BITNET where they are to be rounded to
+    ternary as the model runs, none elsewhere.
 
     Raises UserError for any other quantisation.
     """
     found = optional(raw, "quantization_config", dict, place, None)
     if not found:
-        return False
+        return ()
     method = found.get("quant_method", "unnamed")
     plain = {key: found.get(key) for key in ("modules_to_not_convert", "use_rms_norm") if found.get(key)}
     if architecture(raw, place) != "BitNetForCausalLM" or plain or {key: found.get(key) for key in ONLINE} != ONLINE:
         told = ", ".join(f"{key} {value!r}" for key, value in found.items() if key != "quant_method")
         expected = "plain weights, or BitNetForCausalLM with autobitlinear online on all layers of the blocks"
         raise UserError(f"{place}: found quantization_config of method {method!r} ({told}), expected {expected}")
-    return True
+    return BITNET
 
 
 def parse_config(raw: Raw, place: str, **overrides: Any) -> ModelConfig:
     """The keys of a config.json -> ModelConfig. `place` is for messages."""
     name = architecture(raw, place)
-    rounds_online(raw, place)
+    stated_rules(raw, place)  # an error for what we cannot read
 
     def key(common: str) -> str:
         theirs = GPT2_KEYS.get(common, common)

@@ -9,10 +9,7 @@ Weights in PyTorch's own format are refused unless asked for, and then read with
 
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,9 @@ import numpy as np
 
 from data_pipelines.tokenization import FILES, load_tokenizer
 from easylm_plus.errors import UserError
+from easylm_plus.interop.beside import beside
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw, rounds_online
+from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw, stated_rules
 from easylm_plus.interop.copying import copy_into
 from easylm_plus.interop.tables import ARCHITECTURES, DERIVED
 from easylm_plus.interop.tensor_files import (
@@ -77,7 +75,7 @@ def load_hf(
         raise UserError(f"{folder}: found dtype {name}, expected float32 or bfloat16")
     model = Transformer(read_config(folder, **overrides), POLICIES[policies[name]])
     if numerics is None:
-        numerics = BITNET if rounds_online(read_raw(folder), f"{folder}/config.json") else ()
+        numerics = stated_rules(read_raw(folder), f"{folder}/config.json")
     params = load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
     return model, attach(params, numerics)
 
@@ -106,11 +104,14 @@ def save_hf(
     weights: Weights = of_params(model.config, plain, "params")
     if dtype is not None:
         weights = Cast(weights, np.dtype(dtype))
-    with _new_folder(Path(folder)) as partial_folder:
-        source = None if tokenizer_from is None else Path(tokenizer_from)
-        if source is not None and not copy_companions(source, partial_folder):
+    folder, source = Path(folder), None if tokenizer_from is None else Path(tokenizer_from)
+    if folder.exists():
+        raise UserError(f"{folder}: found something there already; expected a new folder")
+    with beside(folder) as (new, _):
+        if source is not None and not copy_companions(source, new):
             raise UserError(f"tokenizer_from={source}: found no tokenizer there; expected a folder with one")
-        write_folder(weights, export_keys(weights, None, source, plain is not params), partial_folder, max_shard_bytes)
+        write_folder(weights, export_keys(weights, None, source, plain is not params), new, max_shard_bytes)
+        new.rename(folder)
 
 
 def _masters(config: ModelConfig, params: Any) -> Any:
@@ -127,22 +128,6 @@ def _masters(config: ModelConfig, params: Any) -> Any:
 
 def _structure(tree: Any) -> str:
     return str(jax.tree.structure(tree))
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name if all goes well, and is gone if not."""
-    if folder.exists():
-        raise UserError(f"{folder}: found something there already; expected a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = Path(tempfile.mkdtemp(".partial", f".{folder.name}.", folder.parent))
-    try:
-        new = partial_folder / "new"  # with the permissions of any new folder, which `partial_folder` does not have
-        new.mkdir()
-        yield new
-        new.rename(folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def export_keys(

@@ -46,7 +46,7 @@ def attend(
     segments_BT: jax.Array | None,
     config: ModelConfig,
 ) -> jax.Array:
-    """Causal attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
+    """Attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
     name: Any = resolve(config.attention, jax.default_backend(), q_BTHK.dtype, config.head_dim)
     # every query needs the keys of the whole row, which the `sequence` axis cuts
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
@@ -124,7 +124,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None,
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sight: Sight) -> jax.Array:
-    """Blocks of queries against the keys up to them. Exact: each query's softmax is whole.
+    """Blocks of queries against the keys that any of them may see. Exact: each query's softmax is whole.
 
     On one device the rows of the batch go one after the other, so that a row's scores stay in the cache; on a mesh,
     where rows live on different devices, they go together.

@@ -8,12 +8,12 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from easylm_plus.errors import UserError
+from easylm_plus.interop.beside import SUFFIX, beside, prefix
 from easylm_plus.interop.companions import COMPANIONS
 from easylm_plus.interop.difference import FILE
 from easylm_plus.interop.tensor_files import INDEX, read_json
@@ -85,13 +85,9 @@ def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
     if (free := shutil.disk_usage(output.parent).free) < needed:
         place = f"{output} (takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free)"
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
-    prefix, suffix = f".{output.name}.", ".partial"
-    for other in output.parent.glob(f"{prefix}*{suffix}"):
+    for other in output.parent.glob(f"{prefix(output)}*{SUFFIX}"):
         print(f"{other} is of a conversion that still runs, or was killed: then remove it", file=sys.stderr)
-    partial = Path(tempfile.mkdtemp(suffix, prefix, output.parent))
-    new, old = partial / "new", partial / "old"
-    try:
-        new.mkdir()  # with the permissions of any new folder, which `partial` does not have
+    with beside(output) as (new, old):
         yield new
         _replaceable(output, force)  # it took a while
         if output.exists():
@@ -102,5 +98,3 @@ def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
             if old.exists():
                 old.rename(output)
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
