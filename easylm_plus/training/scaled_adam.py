@@ -1,0 +1,248 @@
+"""AdamW whose master weights and moments are narrow: FP8-LM's optimizer (Peng et al. 2023, arXiv:2310.18313, section
+2.2), 6 bytes a parameter by default: FP16 master 2, E4M3 first moment 1, FP16 second moment 2, E4M3 gradient 1.
+
+    p = dec(p) (1 - lr wd)
+    m = b1 dec(m) + (1 - b1) g,   v = b2 dec(v) + (1 - b2) g^2                   in float32
+    p = p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)                 with the m and v not yet rounded
+    p, m, v stored with the scale of their own new amax, each matrix by itself
+
+Departures from the released code (Azure/MS-AMP): FP8 gradients are clipped like all others (there the Megatron path
+counts them in the norm and forgets to scale them), and the master is rounded stochastically. Rounded to nearest, an
+FP16 master loses what is smaller than half its spacing, 2^-11 of the weight: weight decay of lr wd = 1e-4 altogether,
+and most of Adam's updates at the end of a cosine schedule (benchmarks/master_rounding.py). Stochastic rounding keeps
+both on average and costs no bytes. The moments are rounded to nearest.
+
+Memory. A stack of layers is updated layer by layer in a loop that writes into the stacks it was given, so the float32
+temporaries are those of one layer. Which weights are narrow is the caller's choice; the others have float32 moments.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from easylm_plus.errors import UserError
+from easylm_plus.numerics.formats import FORMATS, Format, Scaled, amax, cast, decode, per_matrix, scale_of
+from easylm_plus.training.optimizer import Metrics, Optimizer, clip_factor, decay_pattern, is_scaled
+from easylm_plus.training.schedules import schedule
+from easylm_plus.tree import path_name
+
+ROUNDINGS = ("nearest", "stochastic")
+FORMAT_OF = {jnp.dtype(f.dtype): f for f in FORMATS.values()}
+Leaf = Any  # an array or a Scaled
+Triple = tuple[Leaf, Leaf, Leaf]  # parameter, first moment, second moment
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """Names in numerics.formats.FORMATS of what a narrow weight's master and moments are stored in."""
+
+    master: str = "fp16"
+    first: str = "e4m3"
+    second: str = "fp16"
+
+
+@struct.dataclass
+class AdamState:
+    """count int32[]: steps taken; m and v: trees like the parameters, of arrays or Scaled."""
+
+    count: jax.Array
+    m: Any
+    v: Any
+
+
+class Rates(NamedTuple):
+    """What a step's formula takes beside p, m, v and g. Traced: rate and the corrections 1 - b^t, float32[]."""
+
+    rate: jax.Array
+    first_correction: jax.Array
+    second_correction: jax.Array
+    b1: float
+    b2: float
+    eps: float
+
+
+def scaled_adamw(
+    config: Mapping[str, Any],
+    total_steps: int,
+    narrow: Callable[[str], bool],
+    formats: Formats = Formats(),
+    rounding: str = "stochastic",
+    seed: int = 0,
+) -> Optimizer:
+    """AdamW of a config's `optimizer` section with narrow masters and moments; logs the learning rate it applied.
+
+    narrow: whether the weight of that path is; its parameter must come as `formats.encode` stores it in
+        `formats.master`, [..., D, F]. Other weights are arrays, with float32 moments.
+    rounding: of masters with fewer than 32 bits, "nearest" or "stochastic" (a function of seed, step and weight,
+        the same on any mesh).
+    Raises UserError for an unknown format or rounding, and in `init` for a weight that is not stored as said.
+    """
+    check(formats, rounding)
+    rate, pattern = schedule(config, total_steps), decay_pattern(config)
+
+    def init(params: Any) -> AdamState:
+        def moments(which: str) -> Any:
+            def zeros(path: Any, p: Leaf) -> Leaf:
+                name = path_name(path)
+                if not narrow(name):
+                    return jnp.zeros(p.shape, jnp.float32)
+                check_master(name, p, formats.master)
+                return zeros_like(p.shape, FORMATS[which])
+
+            return jax.tree_util.tree_map_with_path(zeros, params, is_leaf=is_scaled)
+
+        return AdamState(jnp.zeros((), jnp.int32), moments(formats.first), moments(formats.second))
+
+    def step(
+        grads: Any, state: AdamState, params: Any, norm: jax.Array, ok: jax.Array
+    ) -> tuple[Any, AdamState, Metrics]:
+        t = (state.count + 1).astype(jnp.float32)
+        b1, b2, applied = config["b1"], config["b2"], rate(state.count)
+        rates = Rates(applied, 1 - b1**t, 1 - b2**t, b1, b2, config["eps"])
+        factor = clip_factor(norm, config["clip_norm"])
+        key = jax.random.fold_in(jax.random.key(seed), state.count) if rounding == "stochastic" else None
+
+        named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_scaled)
+        trees = [jax.tree.leaves(tree, is_leaf=is_scaled) for tree in (state.m, state.v, grads)]
+        new: list[Triple] = []
+        for number, ((path, p), m, v, g) in enumerate(zip(named, *trees, strict=True)):
+            name = path_name(path)
+            decay = 1 - applied * config["weight_decay"] if pattern.search(name) else 1.0
+            one = partial(update, rates=rates, decay=decay, factor=factor, ok=ok)
+            of_leaf = None if key is None else jax.random.fold_in(key, number)
+            new.append(by_layer(one, (p, m, v), g, of_leaf, loop_axis(name, (p, m, v))))
+        params, m, v = (jax.tree.unflatten(treedef, column) for column in zip(*new, strict=True))
+        return params, AdamState(state.count + ok, m, v), {"learning_rate": applied}
+
+    return Optimizer(init, step)
+
+
+def check(formats: Formats, rounding: str) -> None:
+    """Raises UserError for an unknown format or rounding."""
+    keys = {"master": formats.master, "first_moment": formats.first, "second_moment": formats.second}
+    for key, name in keys.items():
+        if name not in FORMATS:
+            raise UserError(f"optimizer.{key} = {name!r}: expected one of {', '.join(FORMATS)}")
+    if rounding not in ROUNDINGS:
+        raise UserError(f"optimizer.rounding = {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+
+
+def check_master(name: str, p: Leaf, master: str) -> None:
+    """Raises UserError for a narrow weight that is not stored in `master`, or is no matrix."""
+    found = p.code.dtype if is_scaled(p) else p.dtype
+    if found != FORMATS[master].dtype or is_scaled(p) != (FORMATS[master].largest is not None):
+        raise UserError(f"{name} is stored in {found}: expected optimizer.master = {master!r}")
+    if len(p.shape) < 2:
+        raise UserError(f"{name} has shape {p.shape}: expected [..., D, F] of a weight with a scale a matrix")
+
+
+def zeros_like(shape: tuple[int, ...], fmt: Format) -> Leaf:
+    """Zeros as `fmt` stores them, with scales of 1."""
+    code = jnp.zeros(shape, fmt.dtype)
+    return code if fmt.largest is None else Scaled(code, jnp.ones(shape[:-2], jnp.float32))
+
+
+def loop_axis(name: str, leaves: Triple) -> int | None:
+    """The stack axis to go along one by one; None: all at once.
+
+    The last one that is not that of experts, which may be cut over devices. Nothing is gained where no scale has to
+    be known before the first code is written.
+    """
+    stacks = len(leaves[0].shape) - 2 - ("experts" in name.split("/"))
+    return stacks - 1 if stacks > 0 and any(map(is_scaled, leaves)) else None
+
+
+def by_layer(one: Callable[..., Triple], leaves: Triple, grad: Leaf, key: jax.Array | None, axis: int | None) -> Triple:
+    """one(leaves, grad, key) for each layer along `axis`, each with a key of its own, written into the stacks.
+
+    The stacks are carried whole, so that XLA updates them in place; as outputs of a scan they would be new ones.
+    """
+    if axis is None:
+        return one(leaves, grad, key)
+
+    grad_bytes, types = as_bytes(grad), jax.tree.map(lambda x: x.dtype, (leaves, grad))
+
+    def body(i: jax.Array, stacks: Triple) -> Triple:
+        slices = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), (stacks, grad_bytes))
+        layer = jax.tree.map(from_bytes, slices, types)
+        new = as_bytes(one(*layer, None if key is None else jax.random.fold_in(key, i)))
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), stacks, new)
+
+    stacks = jax.lax.fori_loop(0, leaves[0].shape[axis], body, as_bytes(leaves))
+    return jax.tree.map(from_bytes, stacks, types[0])
+
+
+def as_bytes(tree: Any) -> Any:
+    """FP8 arrays of a tree as uint8. XLA:CPU would widen a whole stack of FP8 to write one layer of it."""
+    is_fp8 = lambda x: x.dtype.itemsize == 1
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8) if is_fp8(x) else x, tree)
+
+
+def from_bytes(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array that `as_bytes` was given."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def update(
+    leaves: Triple,
+    grad: Leaf,
+    key: jax.Array | None,
+    *,
+    rates: Rates,
+    decay: jax.Array | float,
+    factor: jax.Array | float,
+    ok: jax.Array,
+) -> Triple:
+    """(p, m, v) [..., D, F] after a step, stored as they were; the old ones, bit for bit, where the step is not ok."""
+    p, m, v = (decode(x).astype(jnp.float32) for x in leaves)
+    g = decode(grad).astype(jnp.float32) * factor
+    p, m, v = adam(p * decay, m, v, g, rates)
+    previous = 1 / leaves[0].scale_inv if is_scaled(leaves[0]) else 1.0
+    new = (store(p, leaves[0], previous, key), store(m, leaves[1]), store(v, leaves[2]))
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, leaves)
+
+
+def adam(
+    p: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array, rates: Rates
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adam (Kingma & Ba 2015) in float32, eps outside the corrected root."""
+    m = rates.b1 * m + (1 - rates.b1) * g
+    v = rates.b2 * v + (1 - rates.b2) * g * g
+    root = jnp.sqrt(v) / jnp.sqrt(rates.second_correction) + rates.eps
+    return p - rates.rate / rates.first_correction * (m / root), m, v
+
+
+def store(x: jax.Array, old: Leaf, previous: jax.Array | float = 1.0, key: jax.Array | None = None) -> Leaf:
+    """x float32[..., D, F] in the format of `old`, with the scale of its own amax; `previous` if that says nothing."""
+    fmt = FORMAT_OF[old.code.dtype if is_scaled(old) else old.dtype]
+    round_ = nearest if key is None or fmt.name == "float32" else partial(stochastic, key)
+    if fmt.largest is None:
+        return round_(x, jnp.float32(1), fmt)
+    scale = scale_of(amax(x), fmt, previous)
+    return Scaled(round_(x, per_matrix(scale), fmt), 1 / scale)
+
+
+def nearest(x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:
+    """x * scale as codes, rounded to nearest even."""
+    return x.astype(fmt.dtype) if fmt.largest is None else cast(x, scale, fmt)
+
+
+def stochastic(key: jax.Array, x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:
+    """x * scale as codes, rounded up or down so that the mean is x * scale; what is too large saturates.
+
+    In units of the last place, floor(y + u) with u uniform over as many bits as float32 has beyond the format (13 for
+    FP16; at most 16). That is adding them to float32's mantissa and cutting, but right for subnormals too.
+    """
+    info = jnp.finfo(fmt.dtype)
+    y = jnp.clip(x * scale, float(info.min), float(info.max))
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(y, jnp.uint32) & 0x7F800000, jnp.float32)
+    # 2^-126: BF16 has smaller ones, but float32 arithmetic takes them for 0
+    last_place = jnp.maximum(jnp.maximum(power, float(info.tiny)) * float(info.eps), 2.0**-126)
+    bits = min(16, 23 - info.nmant)
+    u = (jax.random.bits(key, x.shape, jnp.uint16) >> (16 - bits)).astype(jnp.float32) * 2.0**-bits
+    return (jnp.floor(y / last_place + u) * last_place).astype(fmt.dtype)
