@@ -23,7 +23,7 @@ def ranks(axes: Axes) -> int:
 
 
 def all_gather_codes(code: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The blocks of all ranks joined along `dim`. With n elements a block, n (N - 1); other dtypes travel as they are."""
+    """The blocks of all ranks joined along `dim`: n (N - 1), n of a block. Wider dtypes travel as they are."""
     axes = _larger_than_one(axes)
     return _from_bytes(jax.lax.all_gather(_bytes(code), axes, axis=dim % code.ndim, tiled=True), code) if axes else code
 
