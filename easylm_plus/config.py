@@ -59,6 +59,9 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
             },
             "numerics": {
                 "precision": "bf16",  # float32 | bf16 | bf16_pure
+                "fp8_level": "none",  # none | O1 | O2 | O3 (docs/precision.md)
+                "fp8_window": 1,  # steps that scales look back (FP8-LM 16); 1: scales from the tensor at hand
+                "rules": (),  # "regex=plain|ternary|fp8": matrices that are otherwise than the level says
                 "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
             },
             "mesh": {"stage": 1, "replica": 1, "fsdp": -1, "sequence": 1, "expert": 1, "tensor": 1},
@@ -76,6 +79,12 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "weight_decay": 0.0,
                 "decay": r"(kernel|embedding)$",  # which weights decay
                 "clip_norm": 1.0,
+                # formats of the transformed matrices: float32 | bf16 | fp16 | e4m3 | e5m2; "": what the level says
+                "master": "",
+                "first_moment": "",
+                "second_moment": "",
+                "rounding": "stochastic",  # of masters in less than 32 bits: stochastic | nearest
+                "zero": "none",  # over mesh.replica: none (copies) | sharded (masters and moments cut, ZeRO-1)
             },
             "objective": {
                 "z_loss": 0.0,
@@ -201,6 +210,8 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if "://" in config[section][key]:
             raise UserError(f"{name} = {config[section][key]!r}: expected a path of a file system; mount the bucket")
+    if config.optimizer.zero not in ("none", "sharded"):
+        raise UserError(f"optimizer.zero = {config.optimizer.zero!r}: expected none or sharded")
     if config.mesh.stage != 1:
         raise UserError(f"mesh.stage = {config.mesh.stage}: expected 1; nothing is cut over this axis yet")
     if config.data.length > config.model.max_length:

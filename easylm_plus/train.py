@@ -25,6 +25,7 @@ from easylm_plus.models.attend import resolve
 from easylm_plus.models.config import train_flops_per_token
 from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
 from easylm_plus.numerics.grouped import resolve_grouped
+from easylm_plus.numerics.levels import Numerics
 from easylm_plus.numerics.precision import precision
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import cluster, sharding
@@ -36,11 +37,11 @@ from easylm_plus.training import data as data_module
 from easylm_plus.training.curves import draw
 from easylm_plus.training.meter import Meter, device_peak_tflops
 from easylm_plus.training.metrics import MetricsLog
-from easylm_plus.training.optimizer import adamw
 from easylm_plus.training.preemption import EXIT_STATUS, Preemption
 from easylm_plus.training.preflight import preflight
 from easylm_plus.training.profile import Profiler
 from easylm_plus.training.progress import ProgressLine
+from easylm_plus.training.scaled_adam import make_optimizer
 from easylm_plus.training.state import new_state, state_shardings
 from easylm_plus.training.step import fingerprint, make_train_step
 
@@ -77,16 +78,18 @@ def main() -> int:
     attention = resolve(model.config.attention, jax.default_backend(), policy.compute, model.config.head_dim)
     grouped = resolve_grouped(model.config.grouped, jax.default_backend())
     objective = LanguageModel(model, len(data.sources), **config.objective)
-    optimizer = adamw(config.optimizer, steps)
     rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
 
     with sharding.use(mesh, rules):
         ################################### The state's shape and place ###############################
         shapes, axes = abstract_parameters(model)
         param_shardings = sharding.shardings(axes, shapes, mesh)
-        make_state = lambda params: new_state(params, optimizer, ema=config.train.ema > 0)
+        numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes)
+        optimizer = make_optimizer(config.optimizer, steps, numerics, config.train.seed)
+        make_state = lambda params: new_state(params, optimizer, config.train.ema > 0, numerics)
         abstract = jax.eval_shape(make_state, shapes)
-        shardings = state_shardings(abstract, param_shardings, mesh)
+        stored = sharding.shardings(axes, shapes, mesh, sharding.stored_spec) if numerics.cut else param_shardings
+        shardings = state_shardings(abstract, stored, mesh)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
         ################################### What it will take #########################################
@@ -141,7 +144,9 @@ def main() -> int:
         ################################### Compile the step ##########################################
         replicated = NamedSharding(mesh, PartitionSpec())
         jitted_step = jax.jit(
-            make_train_step(objective, optimizer, config.train), donate_argnums=0, out_shardings=(shardings, replicated)
+            make_train_step(objective, optimizer, config.train, numerics),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
         )
         compiling = time.perf_counter()
         example = data_module.batch_shapes(config, batch_sharding)
@@ -151,6 +156,7 @@ def main() -> int:
         compiled.add_row("attention", attention)
         if model.config.num_experts:
             compiled.add_row("experts", f"{model.config.num_experts}, products {grouped}")
+        compiled.add_row("FP8", numerics.describe())
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)

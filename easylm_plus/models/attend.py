@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.parallel.sharding import constrain, spec_of
+from easylm_plus.parallel.sharding import constrain, free_axes, island, spec_of
 
 BLOCK = 64  # queries a block in `blocked`, in float32; twice as many in 16 bits. The fastest of 32 to 512 on a CPU
 NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
@@ -136,9 +136,7 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | Non
     visible_BTT = jnp.broadcast_to(visible_mask(T, segments, sight), (B, T, T))
     rows = (q_BGRTK, k_BGTK, v_BGTK, visible_BTT)
     one_row = partial(_row, sight)
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
-    y = jax.lax.map(lambda row: one_row(*row), rows) if alone else jax.vmap(one_row)(*rows)
+    y = jax.vmap(one_row)(*rows) if free_axes() else jax.lax.map(lambda row: one_row(*row), rows)
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
@@ -247,15 +245,11 @@ def _on_shards(local: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: j
 
     A device has whole rows, so where `sequence` cuts the activations, each of its devices does the same work.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(q, k, v, segments)
     q_spec, k_spec = (
-        spec_of(("batch", None, axis, None), x.shape, mesh) for axis, x in (("act_heads", q), ("act_kv_heads", k))
+        spec_of(("batch", None, axis, None), x.shape) for axis, x in (("act_heads", q), ("act_kv_heads", k))
     )
     if q_spec[2] != k_spec[2]:  # too few key heads to cut: a device's query heads need their own ones, not all
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
         k_spec = q_spec
     row = PartitionSpec(q_spec[0], None)
-    region = jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, row), out_specs=q_spec, check_vma=False)
-    return region(q, k, v, segments)
+    return island(local, (q_spec, k_spec, k_spec, row), q_spec)(q, k, v, segments)

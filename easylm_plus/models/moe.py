@@ -42,7 +42,7 @@ from easylm_plus.models.weights import Experts, Projection
 from easylm_plus.numerics.grouped import Groups, padded_rows, resolve_grouped, tile_of
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.verbs import project_grouped, settle
-from easylm_plus.parallel.sharding import constrain, spec_of
+from easylm_plus.parallel.sharding import constrain, island, spec_of
 
 
 class MixtureOfExperts(nn.Module):
@@ -155,20 +155,16 @@ def dispatched(
     x_BTD: jax.Array, weights_BTK: jax.Array, ids_BTK: jax.Array, experts: dict[str, Any], config: ModelConfig
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs [B, T, D], on whatever mesh there is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _local(config, None, None, x_BTD, weights_BTK, ids_BTK, experts)[0]
-    tokens = PartitionSpec(*spec_of(("batch", "length"), x_BTD.shape[:2], mesh), None)
+    tokens = PartitionSpec(*spec_of(("batch", "length"), x_BTD.shape[:2]), None)
     E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
     experts = {name: settle(w) for name, w in experts.items()}
-    wide, tall = (spec_of(axes, shape, mesh) for axes, shape in (
+    wide, tall = (spec_of(axes, shape) for axes, shape in (
         (("experts", None, "mlp"), (E, D, F)), (("experts", "mlp", None), (E, F, D))))  # fmt: skip
     # each device of `tensor` has a part of every sum: they leave the region side by side and are added outside
-    region = jax.shard_map(
+    region = island(
         partial(_local, config, "expert" if wide[0] else None, "tensor" if wide[2] else None),
         in_specs=(tokens, tokens, tokens, {name: tall if name == "down" else wide for name in experts}),
         out_specs=PartitionSpec(wide[2], *tokens),
-        check_vma=False,
     )
     return region(x_BTD, weights_BTK, ids_BTK, experts).sum(0)
 

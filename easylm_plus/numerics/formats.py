@@ -3,9 +3,9 @@
     value = code * scale_inv,  code = cast(value * scale),  scale = 2^floor(log2(largest / amax))
 
 Scales are powers of two, so that scaling itself never rounds (FP8-LM, Peng et al. 2023, arXiv:2310.18313; the rule is
-that of its released code). Here as there the amax is that of a matrix, and of a stack of matrices each has its own. What
-the released code does with odd amaxes is mended: an infinite one keeps the scale (there: its reciprocal), a tiny one has
-its exponent bounded (there: an infinite scale, and NaN for every zero).
+that of its released code). The amax is that of a matrix; of a stack of matrices each has its own. What the released
+code does with odd amaxes is mended: an infinite one keeps the scale (there: its reciprocal), a tiny one has its
+exponent bounded (there: an infinite scale, and NaN for every zero).
 
 Two traps. JAX's casts to FP8 do not saturate (465 becomes NaN in E4M3), so values are clipped first. And
 `exp2(floor(log2(x)))` is not a power of two on XLA:CPU; exponents are read off and put together as bits.
@@ -42,6 +42,19 @@ FORMATS = {
     )
 }
 E4M3, E5M2, FP16 = FORMATS["e4m3"], FORMATS["e5m2"], FORMATS["fp16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """Names in FORMATS of what a narrow weight's master and moments are stored in: FP8-LM's 5 bytes, with the E4M3
+    gradient 6 (equation 8 of the paper)."""
+
+    master: str = "fp16"
+    first: str = "e4m3"
+    second: str = "fp16"
+
+
+WIDE = Formats("float32", "float32", "float32")
 
 
 @struct.dataclass

@@ -7,7 +7,7 @@ of the blocks but the routers', never embeddings, the head, norms and biases.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,40 +16,72 @@ from easylm_plus.errors import UserError
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
-TRANSFORMS: dict[str, Callable[[jax.Array], Any]] = {"plain": lambda w: w, "ternary": Ternary}
+TRANSFORMS = ("plain", "ternary", "fp8")
 MATRIX = r"^layers/(?!.*/router/).*/kernel$"
 BITNET = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)  # all linear layers of the blocks, as in the paper
+
+
+def assign(params: Any, rules: Sequence[str], default: str = "plain") -> dict[str, str]:
+    """{name: transform} of all weights; `default` is that of matrices that no rule names.
+
+    Raises UserError for a transform that is not known, for a rule that no weight matches, and for FP8 by name where
+    FP8 cannot be.
+    """
+    parsed = [_parse(rule) for rule in rules]
+    used: set[int] = set()
+    assigned = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
+        assigned[name] = default if not (default == "fp8" and not_fp8(name, leaf.shape)) else "plain"
+        if not re.search(MATRIX, name):
+            assigned[name] = "plain"
+            continue
+        for number, (pattern, transform) in enumerate(parsed):
+            if pattern.search(name) or pattern.search(starred):
+                used.add(number)
+                assigned[name] = transform
+                if transform == "fp8" and (reason := not_fp8(name, leaf.shape)):
+                    raise UserError(f"numerics.rules: found {rules[number]!r}, which matches {name}: {reason}")
+                break
+    if idle := [rule for number, rule in enumerate(rules) if number not in used]:
+        raise UserError(f"numerics.rules: found {idle[0]!r}, which matches no weight that can be transformed")
+    return assigned
+
+
+def not_fp8(name: str, shape: tuple[int, ...]) -> str:
+    """Why a weight does not multiply in FP8; "" if it can."""
+    if re.search(r"^(embed_tokens|embed_positions|lm_head)/", name):
+        return "embedding or head"
+    if "/router/" in name:
+        return "router"
+    if not re.search(MATRIX, name):
+        return "norm, bias or filter"
+    if shape[-1] % 16 or shape[-2] % 16:
+        return "sides that are no multiples of 16"
+    if "/experts/" in name:
+        return "experts, whose products are grouped"
+    return ""
 
 
 def attach(params: Any, rules: Sequence[str]) -> Any:
     """The tree with the weights that rules name turned into typed leaves; gradients pass through to the arrays.
 
-    Raises UserError for a transform that is not known and for a rule that no weight matches.
+    For models that are used as they are; those that learn go through levels.py, which also has FP8.
     """
-    parsed = [_parse(rule) for rule in rules]
-    used: set[int] = set()
-
-    def transformed(path: Any, leaf: jax.Array) -> Any:
-        name = path_name(path)
-        starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
-        for number, (pattern, transform) in enumerate(parsed):
-            if re.search(MATRIX, name) and (pattern.search(name) or pattern.search(starred)):
-                used.add(number)
-                return transform(leaf)
-        return leaf
-
-    out = jax.tree.map_with_path(transformed, params)
-    if idle := [rule for number, rule in enumerate(rules) if number not in used]:
-        raise UserError(f"numerics.rules: found {idle[0]!r}, which matches no weight that can be transformed")
-    return out
+    assigned = assign(params, rules)
+    if "fp8" in assigned.values():
+        raise UserError("numerics.rules: found '=fp8', expected plain or ternary where nothing is learned")
+    turned = lambda path, leaf: Ternary(leaf) if assigned[path_name(path)] == "ternary" else leaf
+    return jax.tree.map_with_path(turned, params)
 
 
-def _parse(rule: str) -> tuple[re.Pattern[str], Callable[[jax.Array], Any]]:
+def _parse(rule: str) -> tuple[re.Pattern[str], str]:
     pattern, separator, name = rule.rpartition("=")
     if not separator or name not in TRANSFORMS:
         known = ", ".join(TRANSFORMS)
         raise UserError(f"numerics.rules: found {rule!r}, expected 'regular expression=transform' with one of {known}")
     try:
-        return re.compile(pattern), TRANSFORMS[name]
+        return re.compile(pattern), name
     except re.error as error:
         raise UserError(f"numerics.rules: found {rule!r}, not a regular expression ({error})") from None

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from easylm_plus.parallel.sharding import DATA_AXES, spec_of
+from easylm_plus.parallel.sharding import axes_in, spec_of
 
 Head = Callable[[Any, jax.Array], jax.Array]  # (head parameters, x[C, D]) -> logits float32[C, V]
 
@@ -63,18 +63,15 @@ _blocked.defvjp(_forward, _backward)
 
 def _sharded(local: Callable[..., Any], head_params: Any, x_BTD: jax.Array, tokens: Any) -> Any:
     """Runs `local` on each device's tokens, and sums the total and the head's gradient over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(head_params, x_BTD, tokens, lambda summed: summed)
-    rows = spec_of(("batch", "length"), x_BTD.shape[:2], mesh)
-    axes = {axis for entry in rows for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    rows = spec_of(("batch", "length"), x_BTD.shape[:2])
+    axes = axes_in(rows)
     if not axes:
         return local(head_params, x_BTD, tokens, lambda summed: summed)
     region = jax.shard_map(
-        lambda *args: local(*args, lambda summed: jax.lax.psum(summed, tuple(axes))),
+        lambda *args: local(*args, lambda summed: jax.lax.psum(summed, axes)),
         in_specs=(PartitionSpec(), rows, rows),
         out_specs=((PartitionSpec(), rows, rows), (PartitionSpec(), rows)),
-        axis_names=axes & set(DATA_AXES),
+        axis_names=set(axes),
         check_vma=False,
     )
     return region(head_params, x_BTD, tokens)

@@ -5,13 +5,14 @@ mesh axes. GSPMD (Xu et al. 2021, arXiv:2105.04663) partitions the step from the
 few constraints on activations that `constrain` states.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from easylm_plus.errors import UserError
 
@@ -67,40 +68,82 @@ def mesh_axis_size(axis: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
-def spec_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Logical axes of an array -> PartitionSpec; a dimension that the mesh axes do not divide stays whole."""
-    rules, entries = _rules.get(), []
+def free_axes(mesh: Any = None) -> tuple[str, ...]:
+    """The axes that can cut an array here: of the mesh in context, larger than 1 and not manual already."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind != AxisType.Manual and mesh.shape[axis] > 1)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes along which this code sees one device's part only, larger than 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind == AxisType.Manual and mesh.shape[axis] > 1)
+
+
+def island(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`local` on each device's parts of the arguments: a region that is manual over all axes that are not so yet.
+
+    Where the free axes are all of size 1 it is `local` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not free_axes():
+        return local
+    axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def spec_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any = None) -> PartitionSpec:
+    """Logical axes of an array -> PartitionSpec over the free axes of `mesh`, or of the mesh in context.
+
+    Where mesh axes do not divide a dimension, the last of them are left out until they do.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    rules, entries, free = _rules.get(), [], free_axes(mesh)
     used: set[str] = set()
     for name, dim in zip(axes, shape, strict=True):
         wanted = rules[name] if name is not None else None
         wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
-        picked = tuple(a for a in wanted if a not in used and mesh.shape[a] > 1)
-        size = 1
-        for axis in picked:
-            size *= mesh.shape[axis]
-        if dim % size:
-            picked = ()
+        picked = tuple(a for a in wanted if a not in used and a in free)
+        while dim % math.prod(mesh.shape[axis] for axis in picked):
+            picked = picked[:-1]
         used.update(picked)
         entries.append(picked if len(picked) > 1 else picked[0] if picked else None)
     return PartitionSpec(*entries)
 
 
+def stored_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any = None) -> PartitionSpec:
+    """As spec_of, of what is kept between steps where it is cut over `replica` too (ZeRO, Rajbhandari et al. 2020,
+    arXiv:1910.02054): along the side that `fsdp` cuts, whose parts are cut once more."""
+    token = _rules.set({**_rules.get(), "embed": ("fsdp", "replica")})
+    try:
+        return spec_of(axes, shape, mesh)
+    finally:
+        _rules.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States how an activation is sharded; a no-op without a mesh or on one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    """States how an activation is sharded; a no-op where there is nothing to cut it."""
+    if not free_axes():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape))
 
 
-def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
-    """Trees of logical axes and of shapes -> tree of NamedSharding (weights, as declared at init)."""
+def shardings(axes: Any, shapes: Any, mesh: Mesh, spec: Callable = spec_of) -> Any:
+    """Trees of logical axes and of shapes -> tree of NamedSharding (weights, as declared at init); `spec` may be
+    `stored_spec`."""
     return jax.tree.map(
-        lambda names, leaf: NamedSharding(mesh, spec_of(tuple(names), leaf.shape, mesh)),
+        lambda names, leaf: NamedSharding(mesh, spec(tuple(names), leaf.shape, mesh)),
         axes,
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a PartitionSpec names."""
+    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def cut_shares(axes: Any, shapes: Any, mesh: Mesh) -> dict[str, float]:
@@ -110,9 +153,7 @@ def cut_shares(axes: Any, shapes: Any, mesh: Mesh) -> dict[str, float]:
     """
     leaves = jax.tree.leaves(shapes)
     specs = [s.spec for s in jax.tree.leaves(shardings(axes, shapes, mesh))]
-    used = [
-        {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())} for spec in specs
-    ]
+    used = [set(axes_in(spec)) for spec in specs]
     shares = {}
     for axis in ("fsdp", "expert", "tensor"):
         if mesh.shape[axis] > 1:

@@ -16,7 +16,6 @@ Memory. A stack of layers is updated layer by layer in a loop that writes into t
 temporaries are those of one layer. Which weights are narrow is the caller's choice; the others have float32 moments.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,8 +25,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import FORMATS, Format, Scaled, amax, cast, decode, per_matrix, scale_of
-from easylm_plus.training.optimizer import Metrics, Optimizer, clip_factor, decay_pattern, is_scaled
+from easylm_plus.numerics.formats import (
+    FORMATS,
+    WIDE,
+    Format,
+    Formats,
+    Scaled,
+    amax,
+    cast,
+    decode,
+    per_matrix,
+    scale_of,
+)
+from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern, is_scaled
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
 
@@ -35,15 +45,6 @@ ROUNDINGS = ("nearest", "stochastic")
 FORMAT_OF = {jnp.dtype(f.dtype): f for f in FORMATS.values()}
 Leaf = Any  # an array or a Scaled
 Triple = tuple[Leaf, Leaf, Leaf]  # parameter, first moment, second moment
-
-
-@dataclasses.dataclass(frozen=True)
-class Formats:
-    """Names in numerics.formats.FORMATS of what a narrow weight's master and moments are stored in."""
-
-    master: str = "fp16"
-    first: str = "e4m3"
-    second: str = "fp16"
 
 
 @struct.dataclass
@@ -120,6 +121,13 @@ def scaled_adamw(
         return params, AdamState(state.count + ok, m, v), {"learning_rate": applied}
 
     return Optimizer(init, step)
+
+
+def make_optimizer(config: Mapping[str, Any], total_steps: int, numerics: Any, seed: int) -> Optimizer:
+    """AdamW for weights kept as `numerics` says (numerics/levels.py)."""
+    if numerics.formats == WIDE:
+        return adamw(config, total_steps)
+    return scaled_adamw(config, total_steps, numerics.narrow, numerics.formats, config["rounding"], seed)
 
 
 def check(formats: Formats, rounding: str) -> None:

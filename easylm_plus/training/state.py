@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from easylm_plus.numerics.levels import PLAIN
 from easylm_plus.training.optimizer import Optimizer
 from easylm_plus.tree import path_name
 
@@ -33,28 +34,30 @@ class TrainState:
     guard: Guard
 
 
-def new_state(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
-    """The state before the first step."""
+def new_state(params: Any, optimizer: Optimizer, ema: bool, numerics: Any = PLAIN) -> TrainState:
+    """The state before the first step, from parameters as the model has them."""
     zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: the step donates them all
     guard = Guard(jnp.zeros((), jnp.float32), zero(), zero(), zero())
     # 16 bits would round away the small share that a step adds; jnp.array copies, since the step donates both trees
     wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))
     copy = jax.tree.map(wide, params) if ema else None
-    return TrainState(zero(), params, optimizer.init(params), {}, copy, guard)
+    stored = numerics.store(params)
+    return TrainState(zero(), stored, optimizer.init(stored), numerics.state(), copy, guard)
 
 
 def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:
     """NamedShardings for a whole (abstract) state: what mirrors a parameter is sharded like it.
 
-    A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA);
-    scalars and everything else are replicated.
+    A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA, and the
+    codes of either); scalars and everything else are replicated.
     """
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    place = lambda path: path_name(path).removesuffix("/code")
+    shapes = {place(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     known = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)}
     whole = NamedSharding(mesh, PartitionSpec())
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        parts = path_name(path).split("/")
+        parts = place(path).split("/")
         for start in range(len(parts)):
             name = "/".join(parts[start:])
             if name in known and shapes[name] == leaf.shape:

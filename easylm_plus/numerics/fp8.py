@@ -1,0 +1,234 @@
+"""FP8 products: activations and weights in E4M3, gradients of outputs in E5M2 (FP8-LM, Peng et al. 2023,
+arXiv:2310.18313; the formats are those of Micikevicius et al. 2022, arXiv:2209.05433).
+
+    y  = x w           x, w in E4M3        added up fast
+    dx = dy w^T        dy in E5M2, which has the range that gradients need, and less precision
+    dw = x^T dy        added up in full, summed over devices in E4M3, kept in E4M3
+
+A tensor has one scale, a power of two, that of the whole tensor over all devices: a result does not depend on the mesh
+but for the order of sums. Under a scan over layers it is one scale a layer. Scales come from the tensor at hand, or
+with windows from the steps before (windows.py).
+
+Products run in an island, a region that is manual over all axes of the mesh. GSPMD would gather weights and reduce
+gradients in a dtype of its own choosing, in places that no code outside sees; in an island what travels is written
+down: the weight's codes to all devices of `fsdp`, forwards and again backwards, and the gradient's codes back
+(reduction.py). Sums over `tensor` (of y where it cuts the in-features, of dx where it cuts the out-features) are in the
+compute dtype, as in the released code.
+
+The gradient is the cotangent of a handle of E4M3 codes (handles.py): one byte a weight. With it comes what the pass has
+seen of x, dy and dw: the largest value, and the shares of values that overflowed and underflowed.
+
+XLA:GPU makes a cuBLASLt FP8 call of a product whose operands are FP8, with one contracting axis each, times a scalar.
+XLA:CPU multiplies FP8 in slow loops; there the codes are widened to bfloat16 first, exactly.
+
+Legend: B batch, T length, N tokens of a device, D in-features, F out-features; `...` stack axes.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from easylm_plus.numerics import handles, verbs
+from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, cast
+from easylm_plus.numerics.reduction import encode_shared, two_shot
+from easylm_plus.numerics.windows import Window, scale_now
+from easylm_plus.parallel import collectives
+from easylm_plus.parallel.sharding import axes_in, island, manual_axes, spec_of
+
+# the axis of the activations that meets a side of a weight
+MEETS = {"embed": "act_embed", "heads": "act_heads", "kv_heads": "act_kv_heads", "mlp": "act_mlp", None: None}
+FAST, FULL = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
+TENSORS, SEEN = ("input", "output_grad", "gradient"), ("amax", "overflow", "underflow")  # rows and columns of a tap
+
+
+@struct.dataclass
+class Fp8Handle:
+    """What is differentiated in the place of an Fp8. Its values are never read; its cotangent is the gradient."""
+
+    code: jax.Array  # E4M3 [..., D, F]
+    scale_inv: jax.Array  # float32[...]
+    tap: jax.Array  # float32[..., 3, 3]: TENSORS by SEEN
+
+
+@struct.dataclass
+class Fp8:
+    """A matrix that multiplies in FP8."""
+
+    weight: jax.Array  # [..., D, F]: what travels to the devices; E4M3 codes, or wider values
+    scale: jax.Array  # float32[...]: weight * scale is cast to E4M3, unless it is so already
+    scale_inv: jax.Array  # float32[...]: value = E4M3 code * scale_inv
+    handle: Fp8Handle | None  # None: nothing is learned here
+    input: Window | None  # None: scales from the tensor at hand
+    output_grad: Window | None
+    axes: tuple[str | None, str | None] = struct.field(pytree_node=False)  # logical axes of the matrix
+
+
+NOT_LEARNED = ("weight", "scale", "scale_inv", "input", "output_grad")  # fields of Fp8 that have no gradient
+
+
+class Cut(NamedTuple):
+    """How a product lies on the mesh."""
+
+    x: PartitionSpec
+    w: PartitionSpec
+    y: PartitionSpec
+    data: tuple[str, ...]  # axes that cut the tokens: gradients are summed over them
+    gathered: tuple[str, ...]  # those of them that cut the weight, which has to be brought together
+    dim: int  # the side of the weight that they cut, -2 or -1
+    inside: tuple[str, ...]  # axes that cut the in-features of x and w: y is summed over them
+    outside: tuple[str, ...]  # axes that cut the out-features of w and y: dx is summed over them
+    replicas: tuple[str, ...]  # axes along which this code sees one device's part already
+
+
+def cut_of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], axes: tuple[str | None, str | None]) -> Cut:
+    """The cut of x[..., D] times w[D, F] on the mesh in context."""
+    tokens = ("batch", "length")[: len(x_shape) - 1]
+    w = spec_of(axes, w_shape)
+    x = spec_of((*tokens, MEETS[axes[0]]), x_shape)
+    y = spec_of((*tokens, MEETS[axes[1]]), (*x_shape[:-1], w_shape[1]))
+    data = axes_in(x[:-1])
+    sides = [axes_in(w[:1]), axes_in(w[1:])]
+    gathered = tuple(axis for axis in (*sides[0], *sides[1]) if axis in data)
+    inside, outside = (tuple(axis for axis in side if axis not in data) for side in sides)
+    assert (inside, outside) == (axes_in(x[-1:]), axes_in(y[-1:])), f"{x} times {w} gives {y}"
+    dim = -1 if gathered and gathered[0] in sides[1] else -2
+    return Cut(x, w, y, data, gathered, dim, inside, outside, manual_axes())
+
+
+@verbs._project.register
+def _(w: Fp8, x: jax.Array) -> jax.Array:
+    return _fp8_project(x, w)
+
+
+@jax.custom_vjp
+def _fp8_project(x: jax.Array, w: Fp8) -> jax.Array:
+    return _forward(x, w)[0]
+
+
+def _forward(x: jax.Array, w: Fp8) -> Any:
+    cut = cut_of(x.shape, w.weight.shape, w.axes)
+    code, x_inv, seen = narrowed(x, E4M3, w.input)
+    whole = PartitionSpec()
+    product = island(partial(_product, cut, x.dtype), (cut.x, cut.w, whole, whole), cut.y)
+    y = product(code, w.weight, w.scale, x_inv * w.scale_inv)
+    return y, (code, x_inv, seen, w)
+
+
+def _backward(residuals: Any, dy: jax.Array) -> Any:
+    x_code, x_inv, x_seen, w = residuals
+    cut = cut_of(x_code.shape, w.weight.shape, w.axes)
+    code, dy_inv, dy_seen = narrowed(dy, E5M2, w.output_grad)
+    whole = PartitionSpec()
+    backwards = island(
+        partial(_backwards, cut, dy.dtype, w.handle is not None),
+        (cut.x, cut.w, whole, cut.y, whole, whole),
+        (cut.x, (cut.w, whole, whole) if w.handle else None),
+    )
+    dx, learned = backwards(x_code, w.weight, w.scale, code, dy_inv * w.scale_inv, x_inv * dy_inv)
+    handle = None
+    if learned is not None:
+        gradient, scale_inv, dw_seen = learned
+        handle = Fp8Handle(gradient, scale_inv, jnp.stack([x_seen, dy_seen, dw_seen]))
+    return dx, dataclasses.replace(w, **dict.fromkeys(NOT_LEARNED), handle=handle)
+
+
+_fp8_project.defvjp(_forward, _backward)
+
+
+def narrowed(x: jax.Array, fmt: Format, window: Window | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(codes of x, the factor back to values float32[], SEEN float32[3]), with one scale over all devices.
+
+    The factor is NaN where x is not finite: a cast saturates, and would hide it.
+    """
+    largest = collectives.largest(jnp.abs(x).max().astype(jnp.float32), manual_axes())
+    scale = scale_now(window, largest, fmt)
+    code = cast(x, scale, fmt)
+    back = jnp.where(jnp.isfinite(largest), 1 / scale, jnp.nan)
+    return code, back, jnp.stack([largest, *_lost(x, scale, code, fmt)])
+
+
+def _lost(x: jax.Array, scale: jax.Array, code: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+    """Shares of x's values that saturated, and that became 0."""
+    over = jnp.abs(x.astype(jnp.float32)) * scale > fmt.largest  # type: ignore[operator]
+    under = (code.astype(jnp.float32) == 0) & (x != 0)
+    return over.mean(dtype=jnp.float32), under.mean(dtype=jnp.float32)
+
+
+def _product(
+    cut: Cut, dtype: DTypeLike, x: jax.Array, weight: jax.Array, scale: jax.Array, back: jax.Array
+) -> jax.Array:
+    """One device's y[..., F] of x's codes [..., D]."""
+    y_NF = _dot(_rows(x), _codes(cut, weight, scale), (1, 0), dtype, FAST) * back.astype(dtype)
+    y_NF = jax.lax.psum(y_NF, cut.inside) if cut.inside else y_NF
+    return y_NF.reshape(*x.shape[:-1], -1)
+
+
+def _backwards(
+    cut: Cut, dtype: DTypeLike, learned: bool, x: jax.Array, weight: jax.Array, scale: jax.Array, dy: jax.Array,
+    dx_back: jax.Array, dw_back: jax.Array,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """One device's dx[..., D], and (codes, factor, SEEN) of its block of the gradient, summed over `data`."""
+    dx_ND = _dot(_rows(dy), _codes(cut, weight, scale), (1, 1), dtype, FULL) * dx_back.astype(dtype)
+    dx_ND = jax.lax.psum(dx_ND, cut.outside) if cut.outside else dx_ND
+    dx = dx_ND.reshape(*dy.shape[:-1], -1)
+    if not learned:
+        return dx, None
+    dw_DF = _dot(_rows(x), _rows(dy), (0, 0), jnp.float32, FULL) * dw_back
+    others = (*cut.inside, *cut.outside, *cut.replicas)
+    local = encode_shared(dw_DF, (*cut.data, *others))
+    total = two_shot(local, cut.data, cut.gathered, cut.dim, others)
+    seen = jnp.stack([jnp.abs(dw_DF).max(), *_lost(dw_DF, 1 / local.scale_inv, local.code, E4M3)])
+    return dx, (total.code, total.scale_inv, collectives.largest(seen, (*cut.data, *others)))
+
+
+def _codes(cut: Cut, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """The weight's E4M3 codes, brought together from the devices that cut it."""
+    weight = collectives.all_gather_codes(weight, cut.gathered, cut.dim)
+    return weight if weight.dtype == E4M3.dtype else cast(weight, scale, E4M3)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike, precision: Any) -> jax.Array:
+    """The product of two matrices of codes, contracted over one axis of each."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        axes = (((contract[0],), (contract[1],)), ((), ()))
+        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=dtype)
+
+    widened = lambda a, b: product(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=product)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+# --- what is differentiated ---
+
+
+@handles.handle_of.register
+def _(leaf: Fp8) -> Fp8Handle:
+    stack = leaf.weight.shape[:-2]
+    return Fp8Handle(
+        jnp.zeros(leaf.weight.shape, E4M3.dtype), jnp.zeros(stack), jnp.zeros((*stack, len(TENSORS), len(SEEN)))
+    )
+
+
+@handles.hold.register
+def _(leaf: Fp8, handle: Any) -> Fp8:
+    return dataclasses.replace(leaf, handle=handle)
+
+
+@handles.gradient_of.register
+def _(cotangent: Fp8Handle) -> Scaled:
+    return Scaled(cotangent.code, cotangent.scale_inv)
+
+
+@handles.observation_of.register
+def _(cotangent: Fp8Handle) -> jax.Array:
+    return cotangent.tap

@@ -1,0 +1,203 @@
+"""FP8-LM's levels (Peng et al. 2023, arXiv:2310.18313): how weights are stored, and as what a step multiplies by them.
+
+    level   products   gradients, on the wire and off   masters and moments         weights on the wire
+    none    compute    as the weights                   float32, 4 + 4 + 4 bytes    compute
+    O1      FP8        E4M3                             float32, 4 + 4 + 4          compute
+    O2      FP8        E4M3                             FP16, E4M3, FP16: 2 + 1 + 2 FP16
+    O3      FP8        E4M3                             FP16, E4M3, FP16: 2 + 1 + 2 E4M3
+
+Each level is the one before and something more; no hyper-parameter changes with them. They concern the matrices of the
+blocks (rules.py says which); embeddings, head, norms, biases and routers are left as they are, with masters and moments
+in float32. The released code stores weights in FP16 from O1 on; here that is part of O2, where the memory is won.
+
+A run's parameters are the *stored* ones, float32 arrays or formats.Scaled in FP16. Each step makes its *view* of them,
+the tree of leaves that the model multiplies by; for O3 that includes the weights' E4M3 codes, made once a step from the
+masters and not kept.
+
+Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from easylm_plus.errors import UserError
+from easylm_plus.numerics.formats import E4M3, E5M2, FORMATS, WIDE, Formats, Scaled, amax, decode, encode, scale_of
+from easylm_plus.numerics.fp8 import TENSORS, Fp8
+from easylm_plus.numerics.precision import Precision
+from easylm_plus.numerics.rules import assign, not_fp8
+from easylm_plus.numerics.stored import Copy
+from easylm_plus.numerics.ternary import Ternary
+from easylm_plus.numerics.windows import new_window, observed
+from easylm_plus.parallel.sharding import constrain, mesh_axis_size
+from easylm_plus.tree import path_name
+
+
+class Plain:
+    """Weights that are kept and multiplied as they are: what a step does without a config."""
+
+    axes: Any = None
+    cut = False
+
+    def store(self, params: Any) -> Any:
+        return params
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def view(self, stored: Any, state: dict[str, Any]) -> Any:
+        return stored
+
+    def observe(self, state: dict[str, Any], seen: Any, ok: jax.Array) -> dict[str, Any]:
+        return state
+
+    def report(self, seen: Any, grads: Any) -> dict[str, Any]:
+        return {}
+
+
+PLAIN = Plain()
+LEVELS = ("none", "O1", "O2", "O3")
+
+
+def formats_of(level: str, optimizer: Mapping[str, Any]) -> Formats:
+    """The level's formats, each replaced by the key of the `optimizer` section that names another."""
+    usual = Formats() if level in ("O2", "O3") else WIDE
+    keys = {"master": "master", "first": "first_moment", "second": "second_moment"}
+    named = {field: optimizer[key] for field, key in keys.items() if optimizer[key]}
+    for field, name in named.items():
+        if name not in FORMATS:
+            raise UserError(f"optimizer.{keys[field]} = {name!r}: expected one of {', '.join(FORMATS)}")
+    return dataclasses.replace(usual, **named)
+
+
+class Numerics:
+    """The transforms of one run.
+
+    Args:
+      section, optimizer: the sections `numerics` and `optimizer` of a config.
+      shapes, axes: of the parameters, by models.transformer.abstract_parameters.
+    """
+
+    def __init__(
+        self, section: Mapping[str, Any], optimizer: Mapping[str, Any], precision: Precision, shapes: Any, axes: Any
+    ):
+        self.level, self.size, self.precision = section["fp8_level"], section["fp8_window"], precision
+        if self.level not in LEVELS:
+            raise UserError(f"numerics.fp8_level = {self.level!r}: expected one of {', '.join(LEVELS)}")
+        if self.size < 1:
+            raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
+        self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
+        if self.level == "none" and "fp8" in self.assigned.values():
+            raise UserError("numerics.rules: found '=fp8', expected numerics.fp8_level = O1, O2 or O3 with it")
+        if self.level != "none" and "fp8" not in self.assigned.values():
+            raise UserError(f"numerics.fp8_level = {self.level!r}: found no matrix that can multiply in FP8")
+        self.formats = formats_of(self.level, optimizer)
+        self.shapes, self.axes = shapes, axes
+        # whether masters are cut over the replicas, so that a step's view has to be brought together
+        self.cut = optimizer["zero"] == "sharded" and mesh_axis_size("replica") > 1
+
+    def narrow(self, name: str) -> bool:
+        """Whether this weight's master and moments are in the level's formats."""
+        return self.assigned[name] != "plain"
+
+    # --- what is kept ---
+
+    def store(self, params: Any) -> Any:
+        """Fresh or loaded parameters as the run keeps them."""
+        master = FORMATS[self.formats.master]
+        keep = lambda path, p: encode(p, master) if self.narrow(path_name(path)) and master.name != "float32" else p
+        return jax.tree_util.tree_map_with_path(keep, params)
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered between steps, before the first one."""
+        if self.size == 1:
+            return {}
+        shapes = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(self.shapes)}
+        fp8 = [name for name, transform in self.assigned.items() if transform == "fp8"]
+        fresh = lambda: {name: new_window(shapes[name][:-2], self.size) for name in fp8}
+        return {"input": fresh(), "output_grad": fresh()}
+
+    def observe(self, state: dict[str, Any], seen: Mapping[str, jax.Array], ok: jax.Array) -> dict[str, Any]:
+        """The state after a step that saw this: {name: taps float32[..., 3, 3]}; unchanged if it does not count."""
+        if not state:
+            return state
+        moved = {
+            kind: {
+                name: observed(window, seen[name][..., TENSORS.index(kind), 0], fmt)
+                for name, window in state[kind].items()
+            }
+            for kind, fmt in (("input", E4M3), ("output_grad", E5M2))
+        }
+        return jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
+
+    # --- what a step multiplies by ---
+
+    def view(self, stored: Any, state: dict[str, Any]) -> Any:
+        """The leaves of this step."""
+        windows = {kind: state.get(kind, {}) for kind in ("input", "output_grad")}
+
+        def leaf(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
+            name = path_name(path)
+            transform = self.assigned[name]
+            if transform == "fp8":
+                weight, scale, scale_inv = self._codes(kept, axes)
+                own = {kind: remembered.get(name) for kind, remembered in windows.items()}
+                return Fp8(weight, scale, scale_inv, None, axes=(axes[-2], axes[-1]), **own)
+            if transform == "ternary":
+                return Ternary(self._copy(kept, axes, self.precision.param))
+            wide = self.cut and len(kept.shape) > 1
+            return self._copy(kept, axes, self.precision.compute) if wide else kept
+
+        is_stored = lambda x: isinstance(x, Scaled)
+        return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=is_stored)
+
+    def _codes(self, kept: Any, axes: tuple[str | None, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(what travels, its factor to E4M3 codes, their factor to values) of a matrix that multiplies in FP8."""
+        if self.level == "O3" or self.formats.master == "e4m3":
+            codes = encode(decode(kept), E4M3)
+            return self._gathered(codes.code, axes), jnp.ones_like(codes.scale_inv), codes.scale_inv
+        if isinstance(kept, Scaled):
+            scale = scale_of(amax(kept.code) * kept.scale_inv, E4M3)
+            return self._gathered(kept.code, axes), scale * kept.scale_inv, 1 / scale
+        scale = scale_of(amax(kept), E4M3)
+        return self._gathered(kept.astype(self.precision.compute), axes), scale, 1 / scale
+
+    def _copy(self, kept: Any, axes: tuple[str | None, ...], dtype: DTypeLike) -> Any:
+        """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`."""
+        if isinstance(kept, Scaled):
+            return Copy(Scaled(self._gathered(kept.code, axes), kept.scale_inv))
+        return Copy(self._gathered(kept.astype(dtype), axes)) if self.cut else kept
+
+    def _gathered(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """x on all devices of `replica`, where it was cut over them: the one gather of a step. FP8 travels as bytes."""
+        if not self.cut:
+            return x
+        if x.dtype.itemsize > 1:
+            return constrain(x, *axes)
+        return jax.lax.bitcast_convert_type(constrain(jax.lax.bitcast_convert_type(x, jnp.uint8), *axes), x.dtype)
+
+    # --- what a person is told ---
+
+    def report(self, seen: Mapping[str, jax.Array], grads: Any) -> dict[str, Any]:
+        """What a step logs of each FP8 product: {name of the weight: float32[..., 3, 3]}, fp8.TENSORS by fp8.SEEN."""
+        return dict(seen)
+
+    def describe(self) -> str:
+        """One line: what multiplies in FP8, and what does not, and why."""
+        if self.level == "none":
+            return "none"
+        leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
+        total = sum(x.size for _, x in leaves)
+        sizes = Counter({"fp8": 0})
+        for path, x in leaves:
+            name = path_name(path)
+            transform = self.assigned[name]
+            sizes[transform if transform != "plain" else not_fp8(name, x.shape) or "by rule"] += x.size
+        own = sizes.pop("fp8")
+        rest = ", ".join(f"{reason} {size / total:.1%}" for reason, size in sizes.most_common())
+        return f"{self.level}: {own / total:.1%} of the weights multiply in FP8; not: {rest}"

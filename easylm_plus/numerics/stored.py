@@ -1,0 +1,93 @@
+"""Weights that are stored otherwise than they are multiplied by.
+
+A Scaled (formats.py) multiplies as what it decodes to, in the dtype of the activations: how held-out losses and answers
+are computed from masters in 16 bits. It cannot be learned: its codes have no useful gradient.
+
+A Copy is what a step makes of a master for its own use: narrower than the gradient that it needs, which goes to the
+handle instead.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from easylm_plus.numerics import handles, verbs
+from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.grouped import Groups
+
+
+@struct.dataclass
+class Copy:
+    """A weight whose gradient is the cotangent of the handle, an array of the same shape that is never read."""
+
+    value: Any  # an array or a Scaled
+    handle: jax.Array | None = None
+
+
+@jax.custom_vjp
+def _copied(value: Any, handle: jax.Array | None) -> jax.Array:
+    return decode(value)
+
+
+def _copied_backward(handle: jax.Array | None, gradient: jax.Array) -> Any:
+    return None, None if handle is None else gradient.astype(handle.dtype)
+
+
+_copied.defvjp(lambda value, handle: (decode(value), handle), _copied_backward)
+
+
+@verbs._dense.register
+def _(w: Scaled) -> jax.Array:
+    return decode(w)
+
+
+@verbs._dense.register
+def _(w: Copy) -> jax.Array:
+    return _copied(w.value, w.handle)
+
+
+@verbs._project.register(Scaled)
+@verbs._project.register(Copy)
+def _(w: Any, x: jax.Array) -> jax.Array:
+    return verbs.project(x, verbs.dense(w))
+
+
+@verbs._settle.register(Scaled)
+@verbs._settle.register(Copy)
+def _(w: Any) -> jax.Array:
+    return verbs.dense(w)
+
+
+@verbs._project_grouped.register(Scaled)
+@verbs._project_grouped.register(Copy)
+def _(w: Any, x_MD: jax.Array, groups: Groups) -> jax.Array:
+    return verbs.project_grouped(x_MD, verbs.dense(w), groups)
+
+
+@verbs._lookup.register
+def _(w: Copy, ids: jax.Array, dtype: DTypeLike, rows: str | None) -> jax.Array:
+    return verbs.lookup(ids, verbs.dense(w), dtype, rows)
+
+
+@verbs._unembed.register
+def _(w: Copy, x: jax.Array) -> jax.Array:
+    return verbs.unembed(x, verbs.dense(w))
+
+
+@handles.handle_of.register
+def _(leaf: Copy) -> jax.Array:
+    return jnp.zeros(leaf.value.shape)
+
+
+@handles.hold.register
+def _(leaf: Copy, handle: Any) -> Copy:
+    return dataclasses.replace(leaf, handle=handle)
+
+
+@handles.cotangent_of.register
+def _(leaf: Copy, handle: Any) -> Copy:
+    return Copy(None, handle)

@@ -1,0 +1,137 @@
+"""The gradients of a batch: micro-batches one after the other, replicas side by side.
+
+`replica` is a manual axis here: what a replica adds up over its micro-batches stays with it, and replicas are summed
+once a step. GSPMD would sum every micro-batch's gradients over all replicas inside the loop. The other axes stay with
+GSPMD, and with the islands of FP8 products.
+
+Legend: R replicas, `...` stack axes, D and F the sides of a matrix.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from easylm_plus.errors import UserError
+from easylm_plus.numerics import handles
+from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.reduction import encode_shared, two_shot
+from easylm_plus.parallel.sharding import axes_in, island, mesh_axis_size, spec_of, stored_spec
+from easylm_plus.tree import path_name
+
+Batch = dict[str, jax.Array]
+REPLICA = "replica"
+
+
+def gradients(objective: Any, view: Any, batch: Batch, parts: int, numerics: Any) -> tuple[Any, Any, jax.Array, Any]:
+    """(gradients, observations, loss, sums) of a whole batch, computed in `parts` micro-batches.
+
+    Gradients are a tree like the parameters, of arrays and Scaled, cut as masters are; for observations see
+    numerics/handles.py. Loss and sums are shares of the whole batch's, which add up.
+    """
+    denominators = objective.denominators(batch)
+    if mesh_axis_size(REPLICA) == 1:
+        return accumulate(objective, view, batch, denominators, parts)
+
+    def of_replica(view: Any, batch: Batch, denominators: Any) -> Any:
+        grads, seen, loss, sums = accumulate(objective, view, batch, denominators, parts)
+        stacked = jax.tree.map(lambda x: x[None], (grads, seen))
+        return stacked, jax.lax.psum((loss, sums), REPLICA)
+
+    own, whole = PartitionSpec(REPLICA), PartitionSpec()
+    region = jax.shard_map(
+        of_replica, in_specs=(whole, own, whole), out_specs=(own, whole), axis_names={REPLICA}, check_vma=False
+    )
+    (grads, seen), (loss, sums) = region(view, batch, denominators)
+    return summed(grads, numerics), jax.tree.map(lambda x: x.max(0), seen), loss, sums
+
+
+def accumulate(
+    objective: Callable, view: Any, batch: Batch, denominators: Any, parts: int
+) -> tuple[Any, Any, jax.Array, Any]:
+    """The same of this replica's rows: sums of gradients in at least float32, observations by their maximum.
+
+    Micro-batch i takes every parts-th row, so that each device's rows stay on that device. Shares of the loss add
+    up, because they are divided by the denominators of the whole batch.
+    """
+
+    def of_part(micro: Batch) -> tuple[Any, Any, jax.Array, Any]:
+        loss_and_sums = lambda h: objective(handles.held(view, h), micro, denominators)
+        (loss, sums), cotangents = jax.value_and_grad(loss_and_sums, has_aux=True)(handles.handles(view))
+        return handles.gradients(cotangents), handles.observations(cotangents), loss, sums
+
+    if parts == 1:
+        return of_part(batch)
+    rows = batch["inputs"].shape[0]
+    if rows % parts:
+        raise UserError(f"train.accumulate = {parts}: expected a divisor of the batch of {rows} rows")
+    micro = jax.tree.map(lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: Any, part: Batch) -> tuple[Any, None]:
+        grads, seen, *rest = of_part(part)
+        add = lambda a, b: a + b.astype(a.dtype)
+        return (
+            jax.tree.map(lambda a, g: add(a, decode(g)), total[0], grads),
+            jax.tree.map(jnp.maximum, total[1], seen),
+            *jax.tree.map(add, total[2:], tuple(rest)),
+        ), None
+
+    grads, seen, loss, sums = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro))
+    wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))  # 16 bits are too few for a sum
+    grads = jax.tree.map(lambda g: jnp.zeros(g.shape) if isinstance(g, Scaled) else wide(g), grads, is_leaf=_is_scaled)
+    start = (grads, *jax.tree.map(wide, (seen, loss, sums)))
+    return jax.lax.scan(body, start, micro)[0]
+
+
+def summed(grads: Any, numerics: Any) -> Any:
+    """Gradients of each replica, [R, ...], summed over them and cut as masters are; in E4M3 where products are FP8."""
+    axes = {
+        path_name(path): names
+        for path, names in jax.tree_util.tree_leaves_with_path(numerics.axes, is_leaf=lambda x: isinstance(x, tuple))
+    }
+
+    def leaf(path: Any, grad: Any) -> Any:
+        name = path_name(path)
+        shape = grad.shape[1:]
+        spec, kept = spec_of(axes[name], shape), stored_spec(axes[name], shape)
+        kept = kept if numerics.cut else spec
+        before: Any = PartitionSpec(REPLICA, *spec)
+        if numerics.assigned[name] != "fp8":
+            return island(partial(_sum, _cut_dim(kept)), (before,), kept)(grad)
+        whole = PartitionSpec()
+        if isinstance(grad, Scaled):
+            before = Scaled(before, PartitionSpec(REPLICA))  # type: ignore[arg-type]
+        after = Scaled(kept, whole)  # type: ignore[arg-type]
+        return island(partial(_sum_fp8, _cut_dim(kept), len(shape), axes_in(spec)), (before,), after)(grad)
+
+    return jax.tree_util.tree_map_with_path(leaf, grads, is_leaf=_is_scaled)
+
+
+def _sum(dim: int | None, grad: jax.Array) -> jax.Array:
+    """One device's part, in float32."""
+    own = grad[0].astype(jnp.promote_types(grad.dtype, jnp.float32))
+    if dim is None:
+        return jax.lax.psum(own, REPLICA)
+    return jax.lax.psum_scatter(own, REPLICA, scatter_dimension=dim, tiled=True)
+
+
+def _sum_fp8(dim: int | None, ndim: int, others: tuple[str, ...], grad: Any) -> Scaled:
+    """One device's part. Codes of a single micro-batch have the scale of all replicas already."""
+    if isinstance(grad, Scaled):
+        local = Scaled(grad.code[0], grad.scale_inv[0])
+    else:
+        local = encode_shared(grad[0], (REPLICA, *others))
+    cut = () if dim is None else (REPLICA,)
+    return two_shot(local, (REPLICA,), cut, -2 if dim is None else dim - ndim, others)
+
+
+def _cut_dim(spec: PartitionSpec) -> int | None:
+    """The dimension that `replica` cuts."""
+    return next((dim for dim in range(len(spec)) if REPLICA in axes_in(spec[dim : dim + 1])), None)
+
+
+def _is_scaled(x: Any) -> bool:
+    return isinstance(x, Scaled)
