@@ -85,7 +85,7 @@ def pack(plan: Plan, tensors: Sequence[jax.Array]) -> jax.Array:
 
 
 def unpack(plan: Plan, packed: jax.Array) -> list[jax.Array]:
-    """[N, W] -> tensors, flat."""
+    """[N, W], whole on every device -> tensors, flat."""
     where = zip(plan.owner, plan.start, plan.sizes, strict=True)
     return [jax.lax.slice_in_dim(packed[rank], start, start + size) for rank, start, size in where]
 
