@@ -17,23 +17,20 @@ from rich.table import Table
 
 from data_pipelines.prefetch import Prefetch
 from easylm_plus import config as configs
-from easylm_plus.door import console, run
+from easylm_plus.door import console
+from easylm_plus.door import run as door
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.evaluation.samples import make_sampler
-from easylm_plus.models.attend import resolve
 from easylm_plus.models.config import train_flops_per_token
-from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
-from easylm_plus.numerics.grouped import resolve_grouped
-from easylm_plus.numerics.levels import Numerics
-from easylm_plus.numerics.precision import precision
-from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.models.transformer import init_parameters
 from easylm_plus.parallel import cluster, sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.lowered import matmul_formats
 from easylm_plus.planning.memory import estimate
 from easylm_plus.training import checkpoint, restore
 from easylm_plus.training import data as data_module
+from easylm_plus.training.assembly import assemble
 from easylm_plus.training.curves import draw
 from easylm_plus.training.meter import Meter, device_peak_tflops
 from easylm_plus.training.metrics import MetricsLog
@@ -41,9 +38,7 @@ from easylm_plus.training.preemption import EXIT_STATUS, Preemption
 from easylm_plus.training.preflight import preflight
 from easylm_plus.training.profile import Profiler
 from easylm_plus.training.progress import ProgressLine
-from easylm_plus.training.scaled_adam import make_optimizer
-from easylm_plus.training.state import new_state, state_shardings
-from easylm_plus.training.step import fingerprint, make_train_step
+from easylm_plus.training.step import fingerprint
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment", lock_config=True)
 
@@ -73,33 +68,18 @@ def main() -> int:
     put = lambda batch: data_module.put(batch, batch_sharding, rows, config.data.batch_size)
 
     ####################################### Model, objective, optimizer ###############################
-    policy = precision(config.numerics.precision)
-    model = Transformer(configs.model_config(config), policy)
-    attention = resolve(model.config.attention, jax.default_backend(), policy.compute, model.config.head_dim)
-    grouped = resolve_grouped(model.config.grouped, jax.default_backend())
-    objective = LanguageModel(model, len(data.sources), **config.objective)
-    rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
+    run = assemble(config, mesh, len(data.sources), steps)
 
-    with sharding.use(mesh, rules):
-        ################################### The state's shape and place ###############################
-        shapes, axes = abstract_parameters(model)
-        param_shardings = sharding.shardings(axes, shapes, mesh)
-        numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes)
-        optimizer = make_optimizer(config.optimizer, steps, numerics, config.train.seed)
-        make_state = lambda params: new_state(params, optimizer, config.train.ema > 0, numerics)
-        abstract = jax.eval_shape(make_state, shapes)
-        stored = sharding.shardings(axes, shapes, mesh, sharding.stored_spec) if numerics.cut else param_shardings
-        shardings = state_shardings(abstract, stored, mesh)
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-
+    with sharding.use(mesh, run.rules):
         ################################### What it will take #########################################
         tokens = config.data.batch_size * config.data.length
         parts, chunk = config.train.accumulate, config.objective.chunk
-        needed = estimate(abstract, shardings, model.config, policy, tokens, parts, chunk)
+        needed = estimate(run.state, run.shardings, run.model.config, run.model.precision, tokens, parts, chunk)
         banner = two_columns()
-        banner.add_row("model", f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters, {policy.name}")
+        weights = sum(x.size for x in jax.tree.leaves(run.shapes))
+        banner.add_row("model", f"{weights:,} parameters, {run.model.precision.name}")
         banner.add_row("devices", f"{mesh.size} x {jax.devices()[0].device_kind}, mesh " + describe_mesh(mesh))
-        if shares := sharding.cut_shares(axes, shapes, mesh):
+        if shares := sharding.cut_shares(run.axes, run.shapes, mesh):
             banner.add_row("weights", ", ".join(f"{share:.1%} cut over {axis}" for axis, share in shares.items()))
         banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
         banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
@@ -119,7 +99,7 @@ def main() -> int:
             if not config.checkpoint.force:
                 place, defaults = f"{saved.directory}/{start}", configs.base().to_dict()
                 checkpoint.compare_runs(saved.meta(start), config.to_dict(), defaults, data.hash, place)
-            state, position = saved.restore(start, target)
+            state, position = saved.restore(start, run.state)
             owes_evaluation = position["owes_evaluation"]
             meter_state, origin = position["meter"], f"step {start} of {saved.directory}"
             try:
@@ -131,46 +111,41 @@ def main() -> int:
                 console.print(f"the data starts from its beginning: {error}", markup=False)
         else:
             key = jax.random.key(config.train.seed)
-            params = jax.jit(lambda: init_parameters(model, key), out_shardings=param_shardings)()
+            params = jax.jit(lambda: init_parameters(run.model, key), out_shardings=run.param_shardings)()
             origin = "random weights"
             if config.init_from.path:
-                params, taken = restore.warm_start(params, config.init_from.path, model, config.init_from.rename)
+                params, taken = restore.warm_start(params, config.init_from.path, run.model, config.init_from.rename)
                 origin = f"weights of {config.init_from.path}"
                 console.print(restore.table(taken))
-            state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)(params)
+            state = jax.jit(run.make_state, out_shardings=run.shardings, donate_argnums=0)(params)
             del params  # the state has them; a second copy would live as long as this function
         start = start or 0
 
         ################################### Compile the step ##########################################
         replicated = NamedSharding(mesh, PartitionSpec())
-        jitted_step = jax.jit(
-            make_train_step(objective, optimizer, config.train, numerics),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated),
-        )
         compiling = time.perf_counter()
         example = data_module.batch_shapes(config, batch_sharding)
-        train_step = jitted_step.lower(target, example).compile()
+        train_step = run.step.lower(run.state, example).compile()
         compiled = two_columns()
         compiled.add_row("state", f"starts from {origin}")
-        compiled.add_row("attention", attention)
-        if model.config.num_experts:
-            compiled.add_row("experts", f"{model.config.num_experts}, products {grouped}")
-        compiled.add_row("FP8", numerics.describe())
+        compiled.add_row("attention", run.model.config.attention)
+        if run.model.config.num_experts:
+            compiled.add_row("experts", f"{run.model.config.num_experts}, products {run.model.config.grouped}")
+        compiled.add_row("FP8", run.numerics.describe())
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)
 
         ################################### Evaluation and logs #######################################
         params_hash = jax.jit(fingerprint)
-        evaluate_loss = make_evaluate(objective, data.sources, replicated)
+        evaluate_loss = make_evaluate(run.objective, data.sources, replicated)
         sampler = make_sampler(
-            model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
+            run.model, data.tokenizer, data.template, data.heldout, config.eval.samples, config.eval.max_new_tokens
         )
         log = MetricsLog(config.log.dir, start, owes_evaluation, enabled=first)
         log.text(start, "config", str(config))
         peak = mesh.size * device_peak_tflops(jax.devices()[0], config.log.peak_tflops)
-        flops = train_flops_per_token(model.config, config.data.length)
+        flops = train_flops_per_token(run.model.config, config.data.length)
         meter = Meter(log, config.log.every, data.sources, tokens, flops, peak, config.train.max_skipped)
         if meter_state:
             meter.set_state(meter_state)
@@ -265,4 +240,4 @@ def describe_mesh(mesh: jax.sharding.Mesh) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    door(main)
