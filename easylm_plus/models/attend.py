@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.parallel.sharding import constrain, free_axes, island, spec_of
+from easylm_plus.parallel.sharding import constrain, device, free_axes, island, spec_of
 
 BLOCK = 64  # queries a block in `blocked`, in float32; twice as many in 16 bits. The fastest of 32 to 512 on a CPU
 NEVER = -1e30  # a masked score: finite, so that a row without any key stays free of NaN
@@ -47,7 +47,7 @@ def attend(
     config: ModelConfig,
 ) -> jax.Array:
     """Attention of a whole row to itself -> [B, T, H, K], by the configured implementation."""
-    name: Any = resolve(config.attention, jax.default_backend(), q_BTHK.dtype, config.head_dim)
+    name: Any = resolve(config.attention, device().platform, q_BTHK.dtype, config.head_dim)
     # every query needs the keys of the whole row, which the `sequence` axis cuts
     k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
     v_BTGK = constrain(v_BTGK, "batch", None, "act_kv_heads", None)
@@ -78,7 +78,7 @@ def resolve(name: str, platform: str, dtype: Any, head_dim: int) -> str:
 
 
 def _is_hopper() -> bool:
-    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9
+    return float(getattr(device(), "compute_capability", 0)) >= 9
 
 
 def sight_of(config: ModelConfig) -> Sight:

@@ -42,7 +42,7 @@ from easylm_plus.models.weights import Experts, Projection
 from easylm_plus.numerics.grouped import Groups, padded_rows, resolve_grouped, tile_of
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.verbs import project_grouped, settle
-from easylm_plus.parallel.sharding import constrain, island, spec_of
+from easylm_plus.parallel.sharding import constrain, device, island, spec_of
 
 
 class MixtureOfExperts(nn.Module):
@@ -194,7 +194,7 @@ def _computed(
 ) -> jax.Array:  # fmt: skip
     """The sum over those choices that are one of these E experts: ids in [0, E)."""
     N, K = ids_NK.shape
-    how = resolve_grouped(config.grouped, jax.default_backend())
+    how = resolve_grouped(config.grouped, device().platform)
     tile = tile_of(N * K, E, how)
     rows_NK, groups = sorted_rows(ids_NK, E, Groups(jnp.zeros(E, jnp.int32), tile, how))
     M = padded_rows(N * K, E, tile)

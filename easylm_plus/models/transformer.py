@@ -223,7 +223,8 @@ def unboxed(variables: Any) -> tuple[Any, Any]:
 def abstract_parameters(model: Transformer) -> tuple[Any, Any]:
     """(tree of ShapeDtypeStruct, tree of logical axes) without allocating anything."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return unboxed(jax.eval_shape(model.init, jax.random.key(0), tokens))
+    # the key is made inside: the mesh in use may be one of devices that are not here, on which nothing can be computed
+    return unboxed(jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens), tokens))
 
 
 def init_parameters(model: Transformer, key: jax.Array) -> Any:

@@ -39,6 +39,7 @@ RULES: Mapping[str, MeshAxes] = {
 DATA_AXES = ("replica", "fsdp", "expert", "sequence")  # the axes that cut a batch [B, T]
 
 _rules: ContextVar[Mapping[str, MeshAxes]] = ContextVar("sharding_rules", default=RULES)
+_device: ContextVar[jax.Device | None] = ContextVar("device", default=None)
 
 
 def rules_for(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mapping[str, MeshAxes]:
@@ -55,12 +56,18 @@ def rules_for(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mapping[str, Mes
 @contextmanager
 def use(mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Iterator[None]:
     """Everything traced inside is partitioned over `mesh` by `rules`."""
-    token = _rules.set(rules)
+    tokens = _rules.set(rules), _device.set(mesh.devices.flat[0])
     try:
         with jax.set_mesh(mesh):
             yield
     finally:
-        _rules.reset(token)
+        _rules.reset(tokens[0])
+        _device.reset(tokens[1])
+
+
+def device() -> jax.Device:
+    """A device that what is traced here is for: of the mesh in use, which may be elsewhere, or of this process."""
+    return _device.get() or jax.devices()[0]
 
 
 def mesh_axis_size(axis: str) -> int:

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_HEAD = re.compile(r"^(?!HloModule)(ENTRY )?%?([\w.\-]+) .*\{$")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?$')
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LIST = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
+LITERALS = ("constant", "parameter")  # whose operand is a literal, or a number
 
 
 class Array(NamedTuple):
@@ -93,7 +95,7 @@ def bits(dtype: str) -> int:
 
 @functools.lru_cache(maxsize=4)
 def parse(text: str) -> Program:
-    """Raises ValueError on a text that is no compiled module."""
+    """Raises ValueError on a text that is no compiled module, or that this does not read right."""
     header = re.match(r"HloModule [^\n]*", text)
     entry, computations = "", {}
     for is_entry, computation in _computations(text):
@@ -106,18 +108,34 @@ def parse(text: str) -> Program:
 
 
 def _computations(text: str) -> Iterator[tuple[bool, Computation]]:
-    name, is_entry, root = "", False, ""
-    instructions: dict[str, Instruction] = {}
-    for line in text.splitlines():
-        if name and line.startswith("}"):
-            yield is_entry, Computation(name, instructions, root or next(reversed(instructions)))
+    name, is_entry = "", False
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if name and _END.match(line):
+            yield is_entry, _computation(name, lines)
             name = ""
-        elif name and (start := _NAME.match(line)):
-            instruction = _instruction(start[2], line[start.end() :])
-            instructions[instruction.name] = instruction
-            root = instruction.name if start[1] else root
-        elif not name and (head := _HEAD.match(line)) and not line.startswith("HloModule"):
-            name, is_entry, root, instructions = head[2], bool(head[1]), "", {}
+        elif name and _NAME.match(line):
+            lines.append(line)
+        elif name:  # attributes that go on in the next line, as those of Pallas kernels do
+            lines[-1] += line
+        elif head := _HEAD.match(line):
+            name, is_entry, lines = head[2], bool(head[1]), []
+    if name:
+        raise ValueError(f"computation {name} has no end")
+
+
+def _computation(name: str, lines: list[str]) -> Computation:
+    starts = [_NAME.match(line) for line in lines]
+    found = [_instruction(s[2], line[s.end() :]) for s, line in zip(starts, lines, strict=True) if s]
+    instructions = {instruction.name: instruction for instruction in found}
+    for instruction in found:
+        for operand in instruction.operands if instruction.opcode not in LITERALS else ():
+            if operand not in instructions:
+                raise ValueError(f"{instruction.name} of {name} has an operand {operand!r} that is not there")
+    root = next((s[2] for s in starts if s and s[1]), "")
+    if not root:
+        raise ValueError(f"computation {name} has no ROOT")
+    return Computation(name, instructions, root)
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -129,7 +147,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     size = lambda dims: tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
     arrays = tuple(Array(dtype, size(dims)) for dtype, dims in _ARRAY.findall(type_text))
     inside = re.sub(r"/\*.*?\*/", "", rest[len(opcode) + 1 : close - 1])
-    operands = (inside,) if opcode in ("constant", "parameter") else tuple(_operand_names(inside))
+    operands = (inside,) if opcode in LITERALS else tuple(_operand_names(inside))
     return Instruction(name, opcode, arrays, operands, rest[close:])
 
 
