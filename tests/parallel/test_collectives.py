@@ -64,25 +64,30 @@ def test_wider_dtypes_travel_as_they_are():
     assert (run(lambda row: collectives.all_gather_codes(row[None], AXES, 0), x)[5] == x).all()
 
 
+def ranks_and_peers(axes):
+    """Of each device: its number among those along `axes`, and which devices these are."""
+    place = {axis: np.indices((2, 2, 2))[i].ravel() for i, axis in enumerate(AXES)}
+    number = lambda names: sum(2**i * place[axis] for i, axis in enumerate(reversed(names))) + np.zeros(8, int)
+    rank, group = number(axes), number([axis for axis in AXES if axis not in axes])
+    peers = [sorted(np.flatnonzero(group == group[i]), key=lambda j: rank[j]) for i in range(8)]
+    blocks = [where[0].start or 0 for where in block_of_device(P(axes), (2 ** len(axes),))]
+    assert rank.tolist() == blocks  # as a sharding numbers its blocks
+    return rank, peers
+
+
 @pytest.mark.parametrize("axes", ORDERS, ids=str)
 def test_exchange_brings_a_rank_its_chunk_of_every_rank(axes):
-    """Number (rank, chunk) at entry `rank` of `chunk`, ranks numbered as blocks of a sharding."""
-    n = 2 ** len(axes)
-    rank = np.array([where[0].start or 0 for where in block_of_device(P(axes), (n,))], np.uint8)
-    group = [tuple(where) for where in block_of_device(P(tuple(a for a in AXES if a not in axes)), (8 // n,))]
-    sent = np.stack([np.stack([np.full(3, 16 * r + c, np.uint8) for c in range(n)]) for r in rank])
-    received = np.asarray(run(lambda chunks: collectives.exchange(chunks, axes), jnp.asarray(sent)))
-    assert len(set(group)) == 8 // n
-    for i in range(8):
-        np.testing.assert_array_equal(received[i, :, 0], [16 * r + rank[i] for r in range(n)])
+    rank, peers = ranks_and_peers(axes)
+    sent = np.array([[[device, chunk] for chunk in range(2 ** len(axes))] for device in range(8)], np.uint8)
+    received = run(lambda chunks: collectives.exchange(chunks, axes), jnp.asarray(sent))
+    np.testing.assert_array_equal(received, [[[peer, rank[i]] for peer in peers[i]] for i in range(8)])
 
 
 @pytest.mark.parametrize("axes", ORDERS, ids=str)
 def test_passing_on_goes_round_all_ranks(axes):
-    n = 2 ** len(axes)
-    rank = np.array([where[0].start or 0 for where in block_of_device(P(axes), (n,))], np.uint8)
-    received = np.asarray(run(lambda x: collectives.pass_on(x, axes), jnp.asarray(rank)[:, None]))[:, 0]
-    np.testing.assert_array_equal(received, (rank.astype(int) - 1) % n)
+    rank, peers = ranks_and_peers(axes)
+    received = run(lambda x: collectives.pass_on(x, axes), jnp.arange(8, dtype=jnp.uint8)[:, None])
+    np.testing.assert_array_equal(received[:, 0], [peers[i][rank[i] - 1] for i in range(8)])
 
 
 @pytest.mark.parametrize("value", (jnp.nan, jnp.inf))
