@@ -4,8 +4,8 @@ Every rank has a matrix of partial sums. All agree on one scale from the largest
 the codes are then added in one of two ways:
 
 - `two_shot`: each rank is sent all codes of its piece, adds them in float32, and rounds the sum to E4M3 with a scale
-  of its own. Two roundings however many ranks there are. Up to 73 of them the sum is exact: codes are multiples of
-  2^-9 below 2^9. (ColossalAI, pull requests 5886 and 5996, adds FP8 gradients so.)
+  of its own. Two roundings, however many ranks there are; the sum of up to 73 is exact, codes being multiples of 2^-9
+  up to 448. (ColossalAI, pull requests 5886 and 5996, adds FP8 gradients so.)
 - `ring`: FP8-LM's way (arXiv:2310.18313, equations 3-6). The sum travels from rank to rank and is rounded to E4M3 at
   every hop, in the scale it began with; so that it does not saturate, codes are made smaller by a factor mu
   (`auto_scaling.py`).
@@ -36,7 +36,10 @@ _LARGEST_CODE = 126  # +-448 without its sign; 127 is NaN
 
 
 def encode_shared(x: jax.Array, axes: tuple[str, ...], mu: jax.Array | float = 1.0) -> Scaled:
-    """x [..., D, F] as E4M3 codes with the scale of the largest amax over `axes`, times mu, float32[...]."""
+    """x [..., D, F] as E4M3 codes with the scale of the largest amax over `axes`, times mu, float32[...].
+
+    For a sum `axes` are all that the matrix is spread over, (*axes, *others).
+    """
     largest = collectives.largest(amax(x), axes)
     scale = scale_of(largest, E4M3) * mu
     return Scaled(cast(x, per_matrix(scale), E4M3), jnp.where(jnp.isfinite(largest), 1 / scale, jnp.nan))
