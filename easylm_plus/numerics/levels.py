@@ -150,8 +150,9 @@ class Numerics:
                 return Fp8(weight, scale, scale_inv, None, axes=(axes[-2], axes[-1]), **own)
             if transform == "ternary":
                 return Ternary(self._copy(kept, axes, self.precision.param))
-            wide = self.cut and len(kept.shape) > 1
-            return self._copy(kept, axes, self.precision.compute) if wide else kept
+            if name.endswith(("kernel", "embedding")):
+                return self._copy(kept, axes, self.precision.compute)
+            return self._gathered(kept, axes)  # norms and biases: small, and not read by a verb
 
         is_stored = lambda x: isinstance(x, Scaled)
         return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=is_stored)

@@ -11,11 +11,11 @@ from functools import singledispatch
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics.grouped import Groups, grouped_matmul
-from easylm_plus.parallel.sharding import constrain, mesh_axis_size
+from easylm_plus.numerics.lookup import looked_up
+from easylm_plus.parallel.sharding import mesh_axis_size
 
 
 def project(x: jax.Array, w: Any) -> jax.Array:
@@ -60,11 +60,7 @@ def _project_grouped(w: Any, x_MD: jax.Array, groups: Groups) -> jax.Array:
 
 @singledispatch
 def _lookup(w: Any, ids: jax.Array, dtype: DTypeLike, rows: str | None) -> jax.Array:
-    if mesh_axis_size("fsdp") > 1:
-        # gather the table's columns before the lookup: the partitioner would otherwise gather the *result* over
-        # the batch ("involuntary full rematerialization"), and scatter its gradient the same way
-        w = constrain(w, rows, None)
-    return _rows(w, ids).astype(dtype)
+    return looked_up(dtype, rows, w, ids)
 
 
 @singledispatch
@@ -80,25 +76,6 @@ def _unembed(w: Any, x: jax.Array) -> jax.Array:
 @singledispatch
 def _dense(w: Any) -> jax.Array:
     return w
-
-
-@jax.custom_vjp
-def _rows(w: jax.Array, ids: jax.Array) -> jax.Array:
-    """w[ids], with a gradient that is summed in float32.
-
-    That of a frequent token is a sum of thousands of terms: in bfloat16 it would stick at 256 of them.
-    """
-    return jnp.take(w, ids, axis=0, mode="clip")
-
-
-def _rows_backward(residuals: Any, dy: jax.Array) -> Any:
-    w, ids = residuals
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    dw = jnp.zeros(w.shape, wide).at[ids].add(dy.astype(wide), mode="clip")
-    return dw.astype(w.dtype), None
-
-
-_rows.defvjp(lambda w, ids: (_rows(w, ids), (w, ids)), _rows_backward)
 
 
 def _matmul(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:

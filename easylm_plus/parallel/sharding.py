@@ -92,12 +92,13 @@ def manual_axes() -> tuple[str, ...]:
 def island(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`local` on each device's parts of the arguments: a region that is manual over all axes that are not so yet.
 
-    Where the free axes are all of size 1 it is `local` itself.
+    Where there is nothing to cut it is `local` itself. Inside a region it closes the axes of size 1 too: a fused kernel
+    that the partitioner may still cut, be it into one part, aborts on what is manual already (cuDNN, jax 0.12).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not free_axes():
-        return local
     axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    if not axes or not (free_axes() or manual_axes()):
+        return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 

@@ -88,6 +88,8 @@ def accumulate(
 
 def summed(grads: Any, numerics: Any) -> Any:
     """Gradients of each replica, [R, ...], summed over them and cut as masters are; in E4M3 where products are FP8."""
+    if numerics.axes is None:  # nothing is known of the weights: the partitioner sums
+        return jax.tree.map(lambda x: x.sum(0), grads)
     axes = {
         path_name(path): names
         for path, names in jax.tree_util.tree_leaves_with_path(numerics.axes, is_leaf=lambda x: isinstance(x, tuple))

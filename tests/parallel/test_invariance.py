@@ -118,6 +118,7 @@ def train(objective, params, sizes):
 
     from easylm_plus.config import base
     from easylm_plus.models.transformer import abstract_parameters
+    from easylm_plus.numerics.levels import Numerics
     from easylm_plus.parallel import sharding
     from easylm_plus.parallel.mesh import make_mesh
     from easylm_plus.training.optimizer import adamw
@@ -131,11 +132,12 @@ def train(objective, params, sizes):
     rules = sharding.rules_for(mesh, model.config.num_heads, model.config.num_kv_heads)
     with sharding.use(mesh, rules):
         shapes, axes = abstract_parameters(model)
-        make_state = lambda p: new_state(p, optimizer, ema=False)
+        numerics = Numerics(config.numerics, config.optimizer, model.precision, shapes, axes)
+        make_state = lambda p: new_state(p, optimizer, ema=False, numerics=numerics)
         shardings = state_shardings(jax.eval_shape(make_state, shapes), sharding.shardings(axes, shapes, mesh), mesh)
         state = jax.device_put(make_state(params), shardings)
         whole = NamedSharding(mesh, PartitionSpec())
-        step = jax.jit(make_train_step(objective, optimizer, config.train),
+        step = jax.jit(make_train_step(objective, optimizer, config.train, numerics),
                        donate_argnums=0, out_shardings=(shardings, whole))  # fmt: skip
         cut = NamedSharding(mesh, sharding.spec_of(("batch", "length"), (ROWS, LENGTH), mesh))
         losses = []

@@ -62,5 +62,5 @@ def test_the_average_of_16_bit_parameters_is_kept_in_32():
     ones, twos = ({"kernel": jnp.full(3, value, jnp.bfloat16)} for value in (1.0, 2.0))
     state = new_state(ones, adamw(base().optimizer, 10), ema=True)
     assert state.ema["kernel"].dtype == jnp.float32 and state.params["kernel"].dtype == jnp.bfloat16
-    np.testing.assert_allclose(average(state.ema, twos, 0.999)["kernel"], 1.001, rtol=1e-6)
-    assert (average(ones, twos, 0.999)["kernel"] == 1.0).all()
+    np.testing.assert_allclose(average(state.ema, twos, 0.999, True)["kernel"], 1.001, rtol=1e-6)
+    assert (average(ones, twos, 0.999, True)["kernel"] == 1.0).all()
