@@ -54,7 +54,7 @@ class Formats:
     second: str = "fp16"
 
 
-WIDE = Formats("float32", "float32", "float32")
+NARROW, WIDE = Formats(), Formats("float32", "float32", "float32")
 
 
 @struct.dataclass

@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
 from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, cast
-from easylm_plus.numerics.reduction import encode_shared, two_shot
+from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.numerics.windows import Window, scale_now
 from easylm_plus.parallel import collectives
 from easylm_plus.parallel.sharding import axes_in, island, manual_axes, spec_of
@@ -66,10 +66,11 @@ class Fp8:
     handle: Fp8Handle | None  # None: nothing is learned here
     input: Window | None  # None: scales from the tensor at hand
     output_grad: Window | None
+    mu: jax.Array | None  # float32[...]: gradients are summed by the ring, with this factor; None: by two shots
     axes: tuple[str | None, str | None] = struct.field(pytree_node=False)  # logical axes of the matrix
 
 
-NOT_LEARNED = ("weight", "scale", "scale_inv", "input", "output_grad")  # fields of Fp8 that have no gradient
+NOT_LEARNED = ("weight", "scale", "scale_inv", "input", "output_grad", "mu")  # fields of Fp8 that have no gradient
 
 
 class Cut(NamedTuple):
@@ -127,10 +128,10 @@ def _backward(residuals: Any, dy: jax.Array) -> Any:
     whole = PartitionSpec()
     backwards = island(
         partial(_backwards, cut, dy.dtype, w.handle is not None),
-        (cut.x, cut.w, whole, cut.y, whole, whole),
+        (cut.x, cut.w, whole, cut.y, whole, whole, whole),
         (cut.x, (cut.w, whole, whole) if w.handle else None),
     )
-    dx, learned = backwards(x_code, w.weight, w.scale, code, dy_inv * w.scale_inv, x_inv * dy_inv)
+    dx, learned = backwards(x_code, w.weight, w.scale, code, dy_inv * w.scale_inv, x_inv * dy_inv, w.mu)
     handle = None
     if learned is not None:
         gradient, scale_inv, dw_seen = learned
@@ -171,7 +172,7 @@ def _product(
 
 def _backwards(
     cut: Cut, dtype: DTypeLike, learned: bool, x: jax.Array, weight: jax.Array, scale: jax.Array, dy: jax.Array,
-    dx_back: jax.Array, dw_back: jax.Array,
+    dx_back: jax.Array, dw_back: jax.Array, mu: jax.Array | None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """One device's dx[..., D], and (codes, factor, SEEN) of its block of the gradient, summed over `data`."""
     dx_ND = _dot(_rows(dy), _codes(cut, weight, scale), (1, 1), dtype, FULL) * dx_back.astype(dtype)
@@ -181,9 +182,13 @@ def _backwards(
         return dx, None
     dw_DF = _dot(_rows(x), _rows(dy), (0, 0), jnp.float32, FULL) * dw_back
     others = (*cut.inside, *cut.outside, *cut.replicas)
-    local = encode_shared(dw_DF, (*cut.data, *others))
-    total = two_shot(local, cut.data, cut.gathered, cut.dim, others)
-    seen = jnp.stack([jnp.abs(dw_DF).max(), *_lost(dw_DF, 1 / local.scale_inv, local.code, E4M3)])
+    total = local = encode_shared(dw_DF, (*cut.data, *others), 1.0 if mu is None else mu)
+    overflow, underflow = _lost(dw_DF, 1 / local.scale_inv, local.code, E4M3)
+    if cut.data and mu is None:
+        total = two_shot(local, cut.data, cut.gathered, cut.dim, others)
+    elif cut.data:
+        total, overflow = ring(local, cut.data, cut.gathered, cut.dim, others)
+    seen = jnp.stack([jnp.abs(dw_DF).max(), overflow, underflow])
     return dx, (total.code, total.scale_inv, collectives.largest(seen, (*cut.data, *others)))
 
 

@@ -18,6 +18,7 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -27,14 +28,27 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import E4M3, E5M2, FORMATS, WIDE, Formats, Scaled, amax, decode, encode, scale_of
-from easylm_plus.numerics.fp8 import TENSORS, Fp8
+from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
+from easylm_plus.numerics.formats import (
+    E4M3,
+    E5M2,
+    FORMATS,
+    NARROW,
+    WIDE,
+    Formats,
+    Scaled,
+    amax,
+    decode,
+    encode,
+    scale_of,
+)
+from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import assign, not_fp8
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary
-from easylm_plus.numerics.windows import new_window, observed
-from easylm_plus.parallel.sharding import constrain, mesh_axis_size
+from easylm_plus.numerics.windows import new_window, observed, scale_now
+from easylm_plus.parallel.sharding import DATA_AXES, constrain, mesh_axis_size
 from easylm_plus.tree import path_name
 
 
@@ -56,7 +70,7 @@ class Plain:
     def observe(self, state: dict[str, Any], seen: Any, ok: jax.Array) -> dict[str, Any]:
         return state
 
-    def report(self, seen: Any, grads: Any) -> dict[str, Any]:
+    def report(self, seen: Any, state: Any) -> dict[str, Any]:
         return {}
 
 
@@ -66,7 +80,7 @@ LEVELS = ("none", "O1", "O2", "O3")
 
 def formats_of(level: str, optimizer: Mapping[str, Any]) -> Formats:
     """The level's formats, each replaced by the key of the `optimizer` section that names another."""
-    usual = Formats() if level in ("O2", "O3") else WIDE
+    usual = NARROW if level in ("O2", "O3") else WIDE
     keys = {"master": "master", "first": "first_moment", "second": "second_moment"}
     named = {field: optimizer[key] for field, key in keys.items() if optimizer[key]}
     for field, name in named.items():
@@ -89,6 +103,15 @@ class Numerics:
         self.level, self.size, self.precision = section["fp8_level"], section["fp8_window"], precision
         if self.level not in LEVELS:
             raise UserError(f"numerics.fp8_level = {self.level!r}: expected one of {', '.join(LEVELS)}")
+        if section["fp8_reduction"] not in ("two_shot", "ring"):
+            raise UserError(f"numerics.fp8_reduction = {section['fp8_reduction']!r}: expected two_shot or ring")
+        self.ring = section["fp8_reduction"] == "ring"
+        self.ranks = math.prod(mesh_axis_size(axis) for axis in DATA_AXES)  # that gradients are summed over
+        if self.ring and mesh_axis_size("replica") not in (1, self.ranks):
+            raise UserError(
+                "numerics.fp8_reduction = 'ring': sums over mesh.replica or over the other axes that cut the batch, not"
+                " over both; expected one of them to be 1, or two_shot"
+            )
         if self.size < 1:
             raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
@@ -115,24 +138,23 @@ class Numerics:
 
     def state(self) -> dict[str, Any]:
         """What is remembered between steps, before the first one."""
-        if self.size == 1:
-            return {}
         shapes = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(self.shapes)}
-        fp8 = [name for name, transform in self.assigned.items() if transform == "fp8"]
-        fresh = lambda: {name: new_window(shapes[name][:-2], self.size) for name in fp8}
-        return {"input": fresh(), "output_grad": fresh()}
+        stacks = {name: shapes[name][:-2] for name, transform in self.assigned.items() if transform == "fp8"}
+        windows = lambda: {name: new_window(stack, self.size) for name, stack in stacks.items()}
+        state: dict[str, Any] = {"input": windows(), "output_grad": windows()} if self.size > 1 else {}
+        if self.ring and stacks:
+            state["mu"] = {name: initial_mu(self.ranks, stack) for name, stack in stacks.items()}
+        return state
 
     def observe(self, state: dict[str, Any], seen: Mapping[str, jax.Array], ok: jax.Array) -> dict[str, Any]:
         """The state after a step that saw this: {name: taps float32[..., 3, 3]}; unchanged if it does not count."""
-        if not state:
-            return state
-        moved = {
-            kind: {
-                name: observed(window, seen[name][..., TENSORS.index(kind), 0], fmt)
-                for name, window in state[kind].items()
-            }
-            for kind, fmt in (("input", E4M3), ("output_grad", E5M2))
-        }
+        of = lambda name, tensor, what: seen[name][..., TENSORS.index(tensor), SEEN.index(what)]
+        moved: dict[str, Any] = {}
+        for kind, fmt in (("input", E4M3), ("output_grad", E5M2)):
+            if kind in state:
+                moved[kind] = {n: observed(window, of(n, kind, "amax"), fmt) for n, window in state[kind].items()}
+        if "mu" in state:
+            moved["mu"] = {n: update_mu(mu, of(n, "gradient", "overflow"), ok) for n, mu in state["mu"].items()}
         return jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
 
     # --- what a step multiplies by ---
@@ -147,7 +169,8 @@ class Numerics:
             if transform == "fp8":
                 weight, scale, scale_inv = self._codes(kept, axes)
                 own = {kind: remembered.get(name) for kind, remembered in windows.items()}
-                return Fp8(weight, scale, scale_inv, None, axes=(axes[-2], axes[-1]), **own)
+                mu = state["mu"][name] if self.ring else None
+                return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), **own)
             if transform == "ternary":
                 return Ternary(self._copy(kept, axes, self.precision.param))
             if name.endswith(("kernel", "embedding")):
@@ -184,9 +207,18 @@ class Numerics:
 
     # --- what a person is told ---
 
-    def report(self, seen: Mapping[str, jax.Array], grads: Any) -> dict[str, Any]:
-        """What a step logs of each FP8 product: {name of the weight: float32[..., 3, 3]}, fp8.TENSORS by fp8.SEEN."""
-        return dict(seen)
+    def report(self, seen: Mapping[str, jax.Array], state: dict[str, Any]) -> dict[str, Any]:
+        """What a step logs of its FP8 products, by the name of the weight: what was seen of x, dy and dw,
+        float32[..., 3, 3] (fp8.TENSORS by fp8.SEEN), the scales they were cast with, float32[..., 3], and mu."""
+        if not seen:
+            return {}
+        mu = state.get("mu", {})
+        scales = {}
+        for name, taps in seen.items():
+            own = [scale_now(state.get(kind, {}).get(name), taps[..., row, SEEN.index("amax")], fmt)
+                   for row, (kind, fmt) in enumerate(zip(TENSORS, (E4M3, E5M2, E4M3), strict=True))]  # fmt: skip
+            scales[name] = jnp.stack([*own[:-1], own[-1] * mu.get(name, 1.0)], -1)
+        return {"seen": dict(seen), "scale": scales, "mu": mu}
 
     def describe(self) -> str:
         """One line: what multiplies in FP8, and what does not, and why."""

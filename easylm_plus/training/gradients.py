@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 from easylm_plus.errors import UserError
 from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import Scaled, decode
-from easylm_plus.numerics.reduction import encode_shared, two_shot
+from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
+from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.parallel.sharding import axes_in, island, mesh_axis_size, spec_of, stored_spec
 from easylm_plus.tree import path_name
 
@@ -46,7 +47,9 @@ def gradients(objective: Any, view: Any, batch: Batch, parts: int, numerics: Any
         of_replica, in_specs=(whole, own, whole), out_specs=(own, whole), axis_names={REPLICA}, check_vma=False
     )
     (grads, seen), (loss, sums) = region(view, batch, denominators)
-    return summed(grads, numerics), jax.tree.map(lambda x: x.max(0), seen), loss, sums
+    grads, saturated = summed(grads, view, numerics)
+    seen = {name: with_saturated(taps.max(0), saturated.get(name)) for name, taps in seen.items()}
+    return grads, seen, loss, sums
 
 
 def accumulate(
@@ -86,30 +89,44 @@ def accumulate(
     return jax.lax.scan(body, start, micro)[0]
 
 
-def summed(grads: Any, numerics: Any) -> Any:
-    """Gradients of each replica, [R, ...], summed over them and cut as masters are; in E4M3 where products are FP8."""
+def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients of each replica, [R, ...], summed over them and cut as masters are; in E4M3 where products are FP8.
+
+    With them, by name, the share of saturated codes of those that went by the ring, float32[...].
+    """
     if numerics.axes is None:  # nothing is known of the weights: the partitioner sums
-        return jax.tree.map(lambda x: x.sum(0), grads)
+        return jax.tree.map(lambda x: x.sum(0), grads), {}
+    saturated: dict[str, jax.Array] = {}
     axes = {
         path_name(path): names
         for path, names in jax.tree_util.tree_leaves_with_path(numerics.axes, is_leaf=lambda x: isinstance(x, tuple))
     }
 
-    def leaf(path: Any, grad: Any) -> Any:
+    def leaf(path: Any, grad: Any, viewed: Any) -> Any:
         name = path_name(path)
         shape = grad.shape[1:]
         spec, kept = spec_of(axes[name], shape), stored_spec(axes[name], shape)
         kept = kept if numerics.cut else spec
         before: Any = PartitionSpec(REPLICA, *spec)
-        if numerics.assigned[name] != "fp8":
+        if not isinstance(viewed, Fp8):
             return island(partial(_sum, _cut_dim(kept)), (before,), kept)(grad)
         whole = PartitionSpec()
         if isinstance(grad, Scaled):
             before = Scaled(before, PartitionSpec(REPLICA))  # type: ignore[arg-type]
         after = Scaled(kept, whole)  # type: ignore[arg-type]
-        return island(partial(_sum_fp8, _cut_dim(kept), len(shape), axes_in(spec)), (before,), after)(grad)
+        region = partial(_sum_fp8, _cut_dim(kept), len(shape), axes_in(spec))
+        total, share = island(region, (before, whole), (after, whole))(grad, viewed.mu)
+        if share is not None:
+            saturated[name] = share
+        return total
 
-    return jax.tree_util.tree_map_with_path(leaf, grads, is_leaf=_is_scaled)
+    return jax.tree_util.tree_map_with_path(leaf, grads, view, is_leaf=_is_scaled), saturated
+
+
+def with_saturated(taps: jax.Array, share: jax.Array | None) -> jax.Array:
+    """What was seen, float32[..., 3, 3], with the overflow of the gradient's sum over replicas."""
+    row, column = TENSORS.index("gradient"), SEEN.index("overflow")
+    return taps if share is None else taps.at[..., row, column].set(share)
 
 
 def _sum(dim: int | None, grad: jax.Array) -> jax.Array:
@@ -120,14 +137,16 @@ def _sum(dim: int | None, grad: jax.Array) -> jax.Array:
     return jax.lax.psum_scatter(own, REPLICA, scatter_dimension=dim, tiled=True)
 
 
-def _sum_fp8(dim: int | None, ndim: int, others: tuple[str, ...], grad: Any) -> Scaled:
-    """One device's part. Codes of a single micro-batch have the scale of all replicas already."""
+def _sum_fp8(dim: int | None, ndim: int, others: tuple[str, ...], grad: Any, mu: jax.Array | None) -> Any:
+    """One device's part. Codes of a single micro-batch have the scale of all replicas already, and mu in it."""
     if isinstance(grad, Scaled):
         local = Scaled(grad.code[0], grad.scale_inv[0])
     else:
-        local = encode_shared(grad[0], (REPLICA, *others))
-    cut = () if dim is None else (REPLICA,)
-    return two_shot(local, (REPLICA,), cut, -2 if dim is None else dim - ndim, others)
+        local = encode_shared(grad[0], (REPLICA, *others), 1.0 if mu is None else mu)
+    cut, dim = ((), -2) if dim is None else ((REPLICA,), dim - ndim)
+    if mu is None:
+        return two_shot(local, (REPLICA,), cut, dim, others), None
+    return ring(local, (REPLICA,), cut, dim, others)
 
 
 def _cut_dim(spec: PartitionSpec) -> int | None:

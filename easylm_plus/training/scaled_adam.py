@@ -27,6 +27,7 @@ from flax import struct
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import (
     FORMATS,
+    NARROW,
     WIDE,
     Format,
     Formats,
@@ -36,7 +37,7 @@ from easylm_plus.numerics.formats import (
     decode,
     per_matrix,
     scale_of,
-)
+)  # fmt: skip
 from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern, is_scaled
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
@@ -71,7 +72,7 @@ def scaled_adamw(
     config: Mapping[str, Any],
     total_steps: int,
     narrow: Callable[[str], bool],
-    formats: Formats = Formats(),
+    formats: Formats = NARROW,
     rounding: str = "stochastic",
     seed: int = 0,
 ) -> Optimizer:

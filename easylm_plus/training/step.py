@@ -40,7 +40,7 @@ def make_train_step(
             "skipped": guard.skipped,
             "streak": guard.streak,
             "sums": sums,
-            "numerics": numerics.report(seen, grads),
+            "numerics": numerics.report(seen, state.numerics),
             **metrics,
         }
 
