@@ -54,6 +54,7 @@ class Fp8Handle:
     code: jax.Array  # E4M3 [..., D, F]
     scale_inv: jax.Array  # float32[...]
     tap: jax.Array  # float32[..., 3, 3]: TENSORS by SEEN
+    uses: jax.Array  # float32[...]: 1. Cotangents of two uses of a leaf add up, and sums of codes mean nothing
 
 
 @struct.dataclass
@@ -135,7 +136,7 @@ def _backward(residuals: Any, dy: jax.Array) -> Any:
     handle = None
     if learned is not None:
         gradient, scale_inv, dw_seen = learned
-        handle = Fp8Handle(gradient, scale_inv, jnp.stack([x_seen, dy_seen, dw_seen]))
+        handle = Fp8Handle(gradient, scale_inv, jnp.stack([x_seen, dy_seen, dw_seen]), jnp.ones(()))
     return dx, dataclasses.replace(w, **dict.fromkeys(NOT_LEARNED), handle=handle)
 
 
@@ -219,9 +220,8 @@ def _rows(x: jax.Array) -> jax.Array:
 @handles.handle_of.register
 def _(leaf: Fp8) -> Fp8Handle:
     stack = leaf.weight.shape[:-2]
-    return Fp8Handle(
-        jnp.zeros(leaf.weight.shape, E4M3.dtype), jnp.zeros(stack), jnp.zeros((*stack, len(TENSORS), len(SEEN)))
-    )
+    tap = jnp.zeros((*stack, len(TENSORS), len(SEEN)))
+    return Fp8Handle(jnp.zeros(leaf.weight.shape, E4M3.dtype), jnp.zeros(stack), tap, jnp.zeros(stack))
 
 
 @handles.hold.register
@@ -231,7 +231,7 @@ def _(leaf: Fp8, handle: Any) -> Fp8:
 
 @handles.gradient_of.register
 def _(cotangent: Fp8Handle) -> Scaled:
-    return Scaled(cotangent.code, cotangent.scale_inv)
+    return Scaled(cotangent.code, jnp.where(cotangent.uses > 1, jnp.nan, cotangent.scale_inv))
 
 
 @handles.observation_of.register
