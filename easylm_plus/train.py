@@ -28,7 +28,7 @@ from easylm_plus.parallel import cluster, sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.lowered import matmul_formats
 from easylm_plus.planning.memory import estimate
-from easylm_plus.training import checkpoint, restore
+from easylm_plus.training import checkpoint, contents, restore
 from easylm_plus.training import data as data_module
 from easylm_plus.training.assembly import assemble
 from easylm_plus.training.curves import draw
@@ -98,7 +98,7 @@ def main() -> int:
         if start is not None:
             if not config.checkpoint.force:
                 place, defaults = f"{saved.directory}/{start}", configs.base().to_dict()
-                checkpoint.compare_runs(saved.meta(start), config.to_dict(), defaults, data.hash, place)
+                contents.compare_runs(saved.meta(start), config.to_dict(), defaults, data.hash, place)
             state, position = saved.restore(start, run.state)
             owes_evaluation = position["owes_evaluation"]
             meter_state, origin = position["meter"], f"step {start} of {saved.directory}"

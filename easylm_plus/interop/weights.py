@@ -21,6 +21,7 @@ import numpy as np
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.formats import decode
 from easylm_plus.tree import path_name
 
 Names = tuple[str, ...]
@@ -107,17 +108,18 @@ class Stacked:
     """The weights of a parameter tree, stacked or not.
 
     Args:
-      arrays: name in the tree -> anything with shape and dtype.
-      fetch: name in the tree -> that array on the host. What was last fetched is kept, so each is fetched once where
-        all pieces of a weight are read before those of the next.
+      arrays: name in the tree -> anything with the shape and dtype that the weight has when it is read.
+      fetch: name in the tree -> that array on the host, or a Scaled, of which each piece is decoded when it is read.
+        What was last fetched is kept, so each is fetched once where all pieces of a weight are read before those of the
+        next.
 
     Raises UserError where the arrays are not those of the config.
     """
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], np.ndarray], place: str):
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], Any], place: str):
         self.config, self.place, self._arrays, self._fetch = config, place, arrays, fetch
         self._scan = not any(name.startswith("layers/0/") for name in arrays)
-        self._kept: dict[str, np.ndarray] = {}
+        self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.groups: list[Names] = [(name,) for name in piece_shapes(config)]
         expected = stored_shapes(config, self._scan)
@@ -136,7 +138,7 @@ class Stacked:
             if missing := wanted - self._kept.keys():
                 self._kept = {key: array for key, array in self._kept.items() if key in wanted}
                 self._kept |= {key: self._fetch(key) for key in sorted(missing)}
-            return [self._kept[key][inner] for key, inner in places]
+            return [decode(self._kept[key][inner]) for key, inner in places]
 
 
 def _show(shape: tuple[int, ...] | None) -> object:

@@ -72,9 +72,18 @@ class Scaled:
     def size(self) -> int:
         return self.code.size
 
+    def __getitem__(self, index: Any) -> "Scaled":
+        """Matrices of a stack, by an index of its stack axes."""
+        return Scaled(self.code[index], self.scale_inv[index])
 
-def decode(x: Any) -> jax.Array:
-    """The value of a Scaled in float32; of an array, itself."""
+
+def is_scaled(x: Any) -> bool:
+    """For tree functions: a Scaled is one leaf."""
+    return isinstance(x, Scaled)
+
+
+def decode(x: Any) -> Any:
+    """The value of a Scaled in float32, on the host if its arrays are NumPy's; of an array, itself."""
     return x.code.astype(jnp.float32) * per_matrix(x.scale_inv) if isinstance(x, Scaled) else x
 
 

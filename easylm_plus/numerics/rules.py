@@ -13,6 +13,8 @@ from typing import Any
 import jax
 
 from easylm_plus.errors import UserError
+from easylm_plus.numerics import stored  # noqa: F401 how codes multiply
+from easylm_plus.numerics.formats import is_scaled
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
@@ -30,7 +32,7 @@ def assign(params: Any, rules: Sequence[str], default: str = "plain") -> dict[st
     parsed = [_parse(rule) for rule in rules]
     used: set[int] = set()
     assigned = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
         name = path_name(path)
         starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
         assigned[name] = default if not (default == "fp8" and not_fp8(name, leaf.shape)) else "plain"
@@ -67,13 +69,12 @@ def not_fp8(name: str, shape: tuple[int, ...]) -> str:
 def attach(params: Any, rules: Sequence[str]) -> Any:
     """The tree with the weights that rules name turned into typed leaves; gradients pass through to the arrays.
 
-    For models that are used as they are; those that learn go through levels.py, which also has FP8.
+    For models that are used as they are; those that learn go through levels.py. Weights that multiply in FP8 while they
+    learn are used as they are kept.
     """
     assigned = assign(params, rules)
-    if "fp8" in assigned.values():
-        raise UserError("numerics.rules: found '=fp8', expected plain or ternary where nothing is learned")
     turned = lambda path, leaf: Ternary(leaf) if assigned[path_name(path)] == "ternary" else leaf
-    return jax.tree.map_with_path(turned, params)
+    return jax.tree.map_with_path(turned, params, is_leaf=is_scaled)
 
 
 def _parse(rule: str) -> tuple[re.Pattern[str], str]:

@@ -11,14 +11,17 @@ Training keeps the latent W and passes gradients straight through both roundings
 that of W~ and dx that of x~, with no mask where something was clipped and no gradient through gamma or s. Both are
 computed in float32 whatever the compute dtype.
 
-A latent of experts or of stacked layers has a scale a matrix; over a mesh, mean |W| is that of the whole matrix.
+A latent of experts or of stacked layers has a scale a matrix; over a mesh, mean |W| is that of the whole matrix. It
+may be kept in codes (stored.py).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from easylm_plus.numerics import verbs
+from easylm_plus.numerics import handles, verbs
 from easylm_plus.numerics.grouped import Groups, grouped_matmul
 
 EPS = 1e-5
@@ -28,7 +31,7 @@ EPS = 1e-5
 class Ternary:
     """A matrix [..., in, out] that multiplies as its ternary rounding; trained."""
 
-    latent: jax.Array
+    latent: Any  # an array, or a leaf that `dense` makes one of
 
 
 @struct.dataclass
@@ -38,9 +41,9 @@ class Rounded:
     weight: jax.Array
 
 
-def ternary_weight(latent: jax.Array) -> jax.Array:
+def ternary_weight(latent: Any) -> jax.Array:
     """W~ in float32, with the gradient of W~ as that of W."""
-    w = latent.astype(jnp.float32)
+    w = verbs.dense(latent).astype(jnp.float32)
     scale = 1 / jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), EPS)  # multiplied by, as in the released code
     return _straight_through(w, jnp.clip(jnp.round(w * scale), -1, 1) / scale)
 
@@ -88,3 +91,13 @@ def _(w: Rounded, x_MD: jax.Array, groups: Groups) -> jax.Array:
 @verbs._dense.register
 def _(w: Ternary) -> jax.Array:
     return ternary_weight(w.latent)
+
+
+@handles.handle_of.register
+def _(leaf: Ternary) -> Any:
+    return handles.handle_of(leaf.latent)
+
+
+@handles.hold.register
+def _(leaf: Ternary, handle: Any) -> Ternary:
+    return Ternary(handles.hold(leaf.latent, handle))

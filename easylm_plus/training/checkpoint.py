@@ -2,7 +2,8 @@
 
     <dir>/<step>/state     parameters, optimizer, guard (orbax, written in the background)
     <dir>/<step>/data      where the data order stands (JSON)
-    <dir>/<step>/meta      names, shapes and dtypes of all arrays, the resolved config, the data's hash (JSON)
+    <dir>/<step>/meta      names, shapes and dtypes of all arrays, which of them make up a typed leaf, the resolved
+                           config, the data's hash (JSON)
     <dir>/tokenizer/       the tokenizer's file, so that a checkpoint can be talked to
 
 Orbax takes a leaf's type and static fields from the restore target and casts dtypes without a word, so `restore`
@@ -13,7 +14,6 @@ a killed process leaves behind is swept away at the next start.
 import datetime
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,18 +27,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from easylm_plus.errors import UserError
-from easylm_plus.tree import path_name
+from easylm_plus.training.contents import compare_arrays, compare_leaves, declared, describe, leaf_types, put_together
 
 SCHEMA = 1
 SPARE = 1 << 20  # bytes that a save takes beside the arrays, for names and indices
-
-# Keys that may change between a checkpoint and its resumption: where things are and what is shown, never what is
-# computed. Everything else must be the same, or the resumed run would be neither of the two.
-FREE = (
-    r"(log|checkpoint|eval|mesh|init_from)\.",
-    r"train\.(profile|max_skipped)$",
-    r"data\.(path|prepare|prepare_input|workers|tokenizer)$",
-)
 
 
 class Checkpoints:
@@ -76,7 +68,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave({"schema": SCHEMA, "arrays": describe(state), **meta}),
+            meta=ocp.args.JsonSave({"schema": SCHEMA, "arrays": describe(state), "leaves": leaf_types(state), **meta}),
         )
         scores = {self._best: metrics[self._best]} if self._best in metrics else None
         self.wait()
@@ -90,12 +82,14 @@ class Checkpoints:
 
     def restore(self, step: int, target: Any) -> tuple[Any, Any]:
         """(state, data state). `target` is a tree of ShapeDtypeStruct with shardings, of any mesh."""
-        compare_arrays(self.meta(step)["arrays"], describe(target), f"{self.directory}/{step}")
+        meta, place = self.meta(step), f"{self.directory}/{step}"
+        compare_arrays(meta["arrays"], describe(target), place)
+        compare_leaves(meta.get("leaves", {}), leaf_types(target), place)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)
         except (ValueError, OSError, KeyError) as error:
-            place, reason = f"{self.directory}/{step}", str(error).partition("\n")[0][:200]
+            reason = str(error).partition("\n")[0][:200]
             raise UserError(
                 f"{place}: found a damaged checkpoint ({reason}); move it away to continue from the one before"
             ) from error
@@ -164,74 +158,24 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 def read_parameters(directory: Path, step: int, shardings: Any = None, only: str = "") -> Any:
     """Only the parameters of a checkpoint, in the dtypes and shapes that its meta names; the EMA's if it has one.
 
-    NumPy arrays where no sharding is given. `only`: the name of a single one, to which the tree leads.
+    NumPy arrays where no sharding is given. A weight that was kept in codes is a formats.Scaled of them, to be decoded
+    matrix by matrix where it is used. `only`: the name of a single weight, to which the tree leads.
     """
-    arrays = read_meta(directory, step)["arrays"]
-    part = parameters_part(arrays)
-    target: dict[str, Any] = {}
-    for name, info in arrays.items():
-        if name == f"{part}/{only}" if only else name.startswith(part + "/"):
-            node = target
-            *parents, last = name.split("/")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jax.ShapeDtypeStruct(tuple(info["shape"]), np.dtype(info["dtype"]), sharding=shardings)
+    meta = read_meta(directory, step)
+    part = parameters_part(meta["arrays"])
+    target = declared(meta["arrays"], f"{part}/{only}" if only else part, shardings)
     how = ocp.checkpoint_utils.construct_restore_args(target)
     if shardings is None:
         how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        return reader.restore(directory / str(step) / "state", args=args)[part]
+        arrays = reader.restore(directory / str(step) / "state", args=args)
+    return put_together(arrays, meta.get("leaves", {}))[part]
 
 
 def parameters_part(arrays: Mapping[str, Any]) -> str:
     """Which part of a checkpoint's arrays is the model to use: the average of the parameters if there is one."""
     return "ema" if any(name.startswith("ema/") for name in arrays) else "params"
-
-
-def describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """path -> {shape, dtype} of every array (or abstract array) of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): {"shape": list(x.shape), "dtype": str(x.dtype)} for path, x in leaves}
-
-
-def compare_arrays(found: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
-    """Raises UserError naming the first few arrays that differ in presence, shape or dtype."""
-    show = lambda info: "nothing" if info is None else f"{info['dtype']}{info['shape']}"
-    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-    if names:
-        lines = [f"  {n}: found {show(found.get(n))}, expected {show(expected.get(n))}" for n in names[:5]]
-        more = f"\n  ... and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{place} does not hold this model:\n" + "\n".join(lines) + more)
-
-
-def compare_runs(
-    found: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any], data_hash: str, place: str
-) -> None:
-    """Raises UserError if the checkpoint's config or data differ from this run's in anything that is computed.
-
-    What an older version had no key for, it did as the default of that key does.
-    """
-    old, new = {**flatten(defaults), **flatten(found["config"])}, flatten(config)
-    same = lambda key: (old.get(key) or None) == (new.get(key) or None)
-    changed = [key for key in sorted({*old, *new}) if not same(key) and not any(re.match(f, key) for f in FREE)]
-    lines = [f"  {key}: found {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
-    if found["data_hash"] != data_hash:
-        lines.append(f"  the data: found hash {found['data_hash'][:12]}, now {data_hash[:12]}")
-    if lines:
-        advice = "--config.checkpoint.force=True resumes nevertheless; another log.dir starts afresh"
-        raise UserError(f"{place} was written by another run:\n" + "\n".join(lines) + f"\n{advice}")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> {"section.key": value}, with tuples as lists, as JSON has them."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def due(last: datetime.datetime, minutes: float, step: int) -> bool:

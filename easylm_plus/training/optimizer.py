@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.formats import decode, is_scaled
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
 
@@ -31,11 +31,6 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[Any, Any, Metrics]]
-
-
-def is_scaled(x: Any) -> bool:
-    """For tree functions: a Scaled is one leaf."""
-    return isinstance(x, Scaled)
 
 
 def global_norm(grads: Any) -> jax.Array:

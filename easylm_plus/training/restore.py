@@ -15,6 +15,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.interop.huggingface import load_parameters, read_config
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.transformer import Transformer, stack_layers, unstack_layers
+from easylm_plus.numerics.formats import Scaled, decode, is_scaled
 from easylm_plus.training.checkpoint import locate, read_parameters
 from easylm_plus.tree import path_name
 
@@ -45,7 +46,7 @@ def warm_start(params: Any, path: str | Path, model: Transformer, rename: Sequen
     new: dict[str, jax.Array] = {}
     outcomes: dict[str, Taken] = {}
 
-    def place(name: str, found: np.ndarray) -> None:
+    def place(name: str, found: Any) -> None:
         name = _renamed(name, rename)
         if name not in own:
             outcomes[name] = Taken(name, found.shape, "not in this model: left out")
@@ -62,8 +63,11 @@ def warm_start(params: Any, path: str | Path, model: Transformer, rename: Sequen
     return jax.tree_util.tree_map_with_path(lambda p, x: new.get(path_name(p), x), params), [*outcomes.values()]
 
 
-def read_weights(path: str | Path, model: Transformer, place: Callable[[str, np.ndarray], None]) -> None:
-    """Hands the weights of a checkpoint of any kind we read to `place`, stacked or not as `model` has them."""
+def read_weights(path: str | Path, model: Transformer, place: Callable[[str, Any], None]) -> None:
+    """Hands the weights of a checkpoint of any kind we read to `place`, stacked or not as `model` has them.
+
+    They are arrays of the host, or Scaled of such arrays.
+    """
     path = Path(path)
     scan = model.config.scan_layers
     if path.is_dir() and (path / "config.json").is_file():
@@ -72,13 +76,22 @@ def read_weights(path: str | Path, model: Transformer, place: Callable[[str, np.
     params = jax.device_get(load_llama2c(path)[1] if path.is_file() else read_parameters(*locate(path)))
     if ("0" not in params["layers"]) != scan:
         params = stack_layers(params) if scan else unstack_layers(params)
-    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
-        place(path_name(name), np.asarray(leaf))
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
+        place(path_name(name), leaf)
 
 
-def _put(found: np.ndarray, like: jax.Array) -> jax.Array:
-    """An array of the host on the devices, typed and sharded as another."""
-    part = lambda index: np.asarray(found[index], like.dtype)
+def _put(found: Any, like: jax.Array) -> jax.Array:
+    """A weight of the host on the devices, typed and sharded as another; decoded matrix by matrix."""
+
+    def part(index: Any) -> np.ndarray:
+        if not is_scaled(found):
+            return np.asarray(found[index], like.dtype)
+        own = Scaled(found.code[index], found.scale_inv[index[:-2]])
+        values = np.empty(own.shape, like.dtype)
+        for matrix in np.ndindex(own.shape[:-2]):
+            values[matrix] = decode(own[matrix])
+        return values
+
     return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 

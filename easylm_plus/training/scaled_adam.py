@@ -35,10 +35,11 @@ from easylm_plus.numerics.formats import (
     amax,
     cast,
     decode,
+    is_scaled,
     per_matrix,
     scale_of,
 )  # fmt: skip
-from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern, is_scaled
+from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
 

@@ -37,7 +37,10 @@ from easylm_plus.interop.weights import (
     workers,
 )
 from easylm_plus.models.config import ModelConfig
+from easylm_plus.numerics.formats import decode, is_scaled
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
+from easylm_plus.training.contents import declared, put_together
+from easylm_plus.tree import path_name
 
 
 class Declared:
@@ -148,14 +151,12 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     """(the parameters of a checkpoint, the EMA's if it has one; its meta; its folder)."""
     directory, step = locate(path, step)
     meta = read_meta(directory, step)
-    part = parameters_part(meta["arrays"]) + "/"
-    arrays = {
-        name.removeprefix(part): jax.ShapeDtypeStruct(tuple(info["shape"]), np.dtype(info["dtype"]))
-        for name, info in meta["arrays"].items()
-        if name.startswith(part)
-    }
+    part = parameters_part(meta["arrays"])
+    tree = put_together(declared(meta["arrays"], part), meta.get("leaves", {}))[part]
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_scaled)
+    arrays = {path_name(path): jax.eval_shape(decode, leaf) for path, leaf in leaves}
 
-    def fetch(name: str) -> np.ndarray:
+    def fetch(name: str) -> Any:
         tree = read_parameters(directory, step, only=name)
         for key in name.split("/"):
             tree = tree[key]

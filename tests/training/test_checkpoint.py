@@ -15,7 +15,8 @@ from easylm_plus.config import base
 from easylm_plus.errors import UserError
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.training import checkpoint
-from easylm_plus.training.checkpoint import Checkpoints, compare_runs, describe, locate, read_meta, read_parameters
+from easylm_plus.training.checkpoint import Checkpoints, locate, read_meta, read_parameters
+from easylm_plus.training.contents import compare_runs, describe
 from easylm_plus.training.optimizer import adamw
 from easylm_plus.training.state import new_state, state_shardings
 
