@@ -119,15 +119,12 @@ def parameters(model, seed):
         return jax.tree.map(np.asarray, jax.jit(lambda: init_parameters(model, jax.random.key(seed)))())
 
 
-def run_of(
-    level, sizes=None, accumulate=1, precision="float32", window=1, zero="none", rules=(), optimizer=None, **model
-):
+def run_of(level, sizes=None, accumulate=1, precision="float32", window=1, zero="none", rules=(), rate=3e-3, **model):
     """A run at a level on a mesh of these axes; `model` changes MODEL."""
     sizes = sizes or {}
     config = base("debug", **(MODEL | model))
     config.numerics.update({"precision": precision, "fp8_level": level, "fp8_window": window, "rules": rules})
-    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.1, "schedule": "constant", "zero": zero})
-    config.optimizer.update(optimizer or {})
+    config.optimizer.update({"learning_rate": rate, "weight_decay": 0.1, "schedule": "constant", "zero": zero})
     config.train.accumulate, config.objective.chunk = accumulate, 64
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()) or [1]))])
     return Run(assemble(config, mesh, 2, STEPS), mesh, accumulate)

@@ -1,4 +1,4 @@
-"""Casts, scales and scaled arrays against the released code's vectors, compiled and not, and what they are needed for."""
+"""Casts, scales and scaled arrays against the released code's vectors, compiled and not; what they are for."""
 
 from pathlib import Path
 
