@@ -11,20 +11,17 @@ as they have them, and the order of the rows; so variants are compared seed by s
 --variants=none --learning_rate=... is a sweep, whose runs the table leaves out.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from own_step import OwnStep, with_huge_pages
-from package_text import Document, documents
+from rows_of_text import Text, encode
 
 # the paper's rows, in its order: parameters in millions, ms an iteration, test loss
 PAPER = {
@@ -43,7 +40,6 @@ FILTERS["conv2_norm"] = {"lfa_variant": "conv2", "lfa_norm": True}
 VOCAB, LENGTH, ROWS = 2048, 256, 4
 SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
          "head_dim": 16, "vocab_size": VOCAB, "max_length": LENGTH, "init": "fan_in", "scan_layers": False}  # fmt: skip
-ONE_IN, HELDOUT_ONE_IN, HELDOUT_ROWS = 6, 20, 256
 
 DO = flags.DEFINE_enum("do", "table", ["train", "time", "table"], "what to do")
 FOLDER = flags.DEFINE_string("folder", "runs/lfa_ablation", "of the tokenizer and the results")
@@ -53,57 +49,6 @@ STEPS = flags.DEFINE_integer("steps", 800, f"of {ROWS} x {LENGTH} tokens")
 RATE = flags.DEFINE_float("learning_rate", 4e-3, "the peak; cosine to a tenth after 100 steps of warm-up")
 SHARE = flags.DEFINE_string("share", "0/1", "i/n: only the runs i, i + n, ... of the list")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "alternations of --do=time")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """LENGTH + 1 tokens of one file."""
-
-    id: str
-    ids: Any
-
-
-class Text:
-    """The pieces for training and those held out, and what tells them from other text."""
-
-    def __init__(self, folder: Path):
-        from data_pipelines.tokenization import load_tokenizer
-        from data_pipelines.train_tokenizer import train
-
-        train_documents, heldout_documents = documents(ONE_IN, HELDOUT_ONE_IN)
-        path = folder / "tokenizer"
-        if not path.exists():
-            train((document.text for document in train_documents), VOCAB, (), path)
-        self.tokenizer = load_tokenizer(path)
-        self.train = list(self._pieces(train_documents))
-        self.heldout = list(self._pieces(heldout_documents))
-        # from all files, not the first ones by name, which are of one package
-        self.heldout = self.heldout[:: max(1, len(self.heldout) // HELDOUT_ROWS)][:HELDOUT_ROWS]
-        size = lambda documents: sum(len(document.text.encode()) for document in documents)
-        self.bytes = {"train": size(train_documents), "heldout": size(heldout_documents)}
-        digest = hashlib.sha256()
-        for piece in (*self.train, *self.heldout):
-            digest.update(piece.ids.tobytes())
-        self.hash = digest.hexdigest()[:16]
-
-    def _pieces(self, found: Sequence[Document]) -> Iterator[Piece]:
-        """Whole rows only: without packing no filter can look into another document, and no row has padding."""
-        import numpy as np
-
-        bos, eos = [self.tokenizer.bos_id], [self.tokenizer.eos_id]
-        for document, ids in zip(found, self.tokenizer.encode_batch([d.text for d in found]), strict=True):
-            ids = np.concatenate([bos, ids, eos]).astype(np.int32)
-            for start in range(0, len(ids) - LENGTH, LENGTH):
-                yield Piece(f"{document.name}:{start}", ids[start : start + LENGTH + 1])
-
-
-def encode(piece: Piece) -> Any:
-    """A piece as the loader takes it: every token is learned."""
-    import numpy as np
-
-    from data_pipelines.packing import Example
-
-    return Example(piece.ids, np.ones(LENGTH + 1, np.float32))
 
 
 def make_model(variant: str) -> Any:
@@ -172,7 +117,7 @@ def train_all(folder: Path) -> None:
     results = folder / "results.jsonl"
     share, shares = map(int, SHARE.value.split("/"))
     todo = [(variant, int(seed), RATE.value, STEPS.value) for seed in SEEDS.value for variant in VARIANTS.value]
-    text = Text(folder)
+    text = Text(folder, VOCAB, LENGTH)
     print(f"{text.bytes} bytes, {len(text.train):,} rows to train on, {len(text.heldout)} held out, hash {text.hash}")
     for run in todo[share::shares]:
         rows = read(results)

@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
-from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, cast
+from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, amax, as_bytes, cast, from_bytes
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.numerics.windows import Window, scale_now
 from easylm_plus.parallel import collectives
@@ -119,11 +119,12 @@ def _forward(x: jax.Array, w: Fp8) -> Any:
     whole = PartitionSpec()
     product = island(partial(_product, cut, x.dtype), (cut.x, cut.w, whole, whole), cut.y)
     y = product(code, w.weight, w.scale, x_inv * w.scale_inv)
-    return y, (code, x_inv, seen, w)
+    return y, (as_bytes(code), x_inv, seen, w)
 
 
 def _backward(residuals: Any, dy: jax.Array) -> Any:
-    x_code, x_inv, x_seen, w = residuals
+    x_bytes, x_inv, x_seen, w = residuals
+    x_code = from_bytes(x_bytes, E4M3)
     cut = cut_of(x_code.shape, w.weight.shape, w.axes)
     code, dy_inv, dy_seen = narrowed(dy, E5M2, w.output_grad)
     whole = PartitionSpec()
@@ -148,18 +149,18 @@ def narrowed(x: jax.Array, fmt: Format, window: Window | None) -> tuple[jax.Arra
 
     The factor is NaN where x is not finite: a cast saturates, and would hide it.
     """
-    largest = collectives.largest(jnp.abs(x).max().astype(jnp.float32), manual_axes())
+    largest = collectives.largest(amax(x, None), manual_axes())
     scale = scale_now(window, largest, fmt)
     code = cast(x, scale, fmt)
     back = jnp.where(jnp.isfinite(largest), 1 / scale, jnp.nan)
-    return code, back, jnp.stack([largest, *_lost(x, scale, code, fmt)])
+    # a scale of its own amax lets nothing saturate
+    over = jnp.abs(x.astype(jnp.float32)) * scale > fmt.largest if window else jnp.zeros(())  # type: ignore[operator]
+    return code, back, jnp.stack([largest, over.mean(dtype=jnp.float32), _underflow(x, code)])
 
 
-def _lost(x: jax.Array, scale: jax.Array, code: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """Shares of x's values that saturated, and that became 0."""
-    over = jnp.abs(x.astype(jnp.float32)) * scale > fmt.largest  # type: ignore[operator]
-    under = (code.astype(jnp.float32) == 0) & (x != 0)
-    return over.mean(dtype=jnp.float32), under.mean(dtype=jnp.float32)
+def _underflow(x: jax.Array, code: jax.Array) -> jax.Array:
+    """Share of x's values that became 0."""
+    return ((code.astype(jnp.float32) == 0) & (x != 0)).mean(dtype=jnp.float32)
 
 
 def _product(
@@ -184,12 +185,12 @@ def _backwards(
     dw_DF = _dot(_rows(x), _rows(dy), (0, 0), jnp.float32, FULL) * dw_back
     others = (*cut.inside, *cut.outside, *cut.replicas)
     total = local = encode_shared(dw_DF, (*cut.data, *others), 1.0 if mu is None else mu)
-    overflow, underflow = _lost(dw_DF, 1 / local.scale_inv, local.code, E4M3)
+    overflow = jnp.zeros(())
     if cut.data and mu is None:
         total = two_shot(local, cut.data, cut.gathered, cut.dim, others)
     elif cut.data:
         total, overflow = ring(local, cut.data, cut.gathered, cut.dim, others)
-    seen = jnp.stack([jnp.abs(dw_DF).max(), overflow, underflow])
+    seen = jnp.stack([amax(dw_DF), overflow, _underflow(dw_DF, local.code)])
     return dx, (total.code, total.scale_inv, collectives.largest(seen, (*cut.data, *others)))
 
 
