@@ -6,6 +6,7 @@ the rows later than the checkpoint it starts from, since it will write them agai
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,12 @@ class MetricsLog:
         self._file.flush()  # so that the file can be followed
         for key, value in row.items():
             if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+
+    def details(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for TensorBoard only: too many for a row."""
+        if self.enabled:
+            for key, value in values.items():
                 self._board.add_scalar(key, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:

@@ -1,0 +1,52 @@
+"""What a step says of its FP8 products (numerics/levels.py, `report`), as numbers for the log.
+
+The JSONL row has the worst of all matrices; TensorBoard also has each matrix of each layer, as
+fp8/amax/input/03/self_attn/q_proj.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from easylm_plus.numerics.fp8 import SEEN, TENSORS
+
+
+def worst(report: Mapping[str, Any]) -> dict[str, float]:
+    """The largest shares of values that overflowed and that became 0, by tensor, and the smallest mu."""
+    if not report:
+        return {}
+    seen = np.stack([np.asarray(taps).reshape(-1, len(TENSORS), len(SEEN)).max(0) for taps in report["seen"].values()])
+    row = {
+        f"fp8/{what}/{tensor}": float(seen[:, TENSORS.index(tensor), SEEN.index(what)].max())
+        for what in ("overflow", "underflow")
+        for tensor in TENSORS
+    }
+    if report["mu"]:
+        row["fp8/mu"] = min(float(np.min(mu)) for mu in report["mu"].values())
+    return row
+
+
+def each(report: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure of every matrix, under a name for TensorBoard."""
+    values: dict[str, float] = {}
+    for name, taps in report.get("seen", {}).items():
+        taps, scales = np.asarray(taps), np.asarray(report["scale"][name])
+        stack = taps.shape[:-2]
+        for index in itertools.product(*map(range, stack)):
+            place = _place(name, index)
+            for row, tensor in enumerate(TENSORS):
+                for column, what in enumerate(SEEN):
+                    values[f"fp8/{what}/{tensor}/{place}"] = float(taps[(*index, row, column)])
+                values[f"fp8/scale/{tensor}/{place}"] = float(scales[(*index, row)])
+            if name in report["mu"]:
+                values[f"fp8/mu/{place}"] = float(np.asarray(report["mu"][name])[index])
+    return values
+
+
+def _place(name: str, index: tuple[int, ...]) -> str:
+    """layers/self_attn/q_proj/kernel and (3,), or layers/3/self_attn/q_proj/kernel -> 03/self_attn/q_proj."""
+    parts = name.removesuffix("/kernel").split("/")[1:]
+    layer, *rest = [*map(str, index), *parts]
+    return "/".join([layer.zfill(2), *rest])
