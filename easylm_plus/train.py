@@ -24,6 +24,7 @@ from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.evaluation.samples import make_sampler
 from easylm_plus.models.config import train_flops_per_token
 from easylm_plus.models.transformer import init_parameters
+from easylm_plus.numerics.rules import attach
 from easylm_plus.parallel import cluster, sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.lowered import matmul_formats
@@ -131,7 +132,8 @@ def main() -> int:
         compiled.add_row("attention", run.model.config.attention)
         if run.model.config.num_experts:
             compiled.add_row("experts", f"{run.model.config.num_experts}, products {run.model.config.grouped}")
-        compiled.add_row("FP8", run.numerics.describe())
+        if config.numerics.fp8_level != "none":
+            compiled.add_row("FP8", run.numerics.describe())
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)
@@ -153,7 +155,7 @@ def main() -> int:
 
         def evaluate(step: int) -> None:
             """Held-out loss and a few sampled answers, into the log."""
-            params = state.params if state.ema is None else state.ema
+            params = attach(state.params if state.ema is None else state.ema, config.numerics.rules)
             scores.update(evaluate_loss(params, (put(b) for b in data_module.heldout_batches(config, data, rows))))
             log.write(step, scores)
             texts = sampler(params)

@@ -218,11 +218,16 @@ def _rows(x: jax.Array) -> jax.Array:
 # --- what is differentiated ---
 
 
+def new_handle(shape: tuple[int, ...]) -> Fp8Handle:
+    """The handle of a weight [..., D, F]."""
+    stack = shape[:-2]
+    tap = jnp.zeros((*stack, len(TENSORS), len(SEEN)))
+    return Fp8Handle(jnp.zeros(shape, E4M3.dtype), jnp.zeros(stack), tap, jnp.zeros(stack))
+
+
 @handles.handle_of.register
 def _(leaf: Fp8) -> Fp8Handle:
-    stack = leaf.weight.shape[:-2]
-    tap = jnp.zeros((*stack, len(TENSORS), len(SEEN)))
-    return Fp8Handle(jnp.zeros(leaf.weight.shape, E4M3.dtype), jnp.zeros(stack), tap, jnp.zeros(stack))
+    return new_handle(leaf.weight.shape)
 
 
 @handles.hold.register

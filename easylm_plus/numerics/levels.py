@@ -8,7 +8,9 @@
 
 Each level is the one before and something more; no hyper-parameter changes with them. They concern the matrices of the
 blocks (rules.py says which); embeddings, head, norms, biases and routers are left as they are, with masters and moments
-in float32. The released code stores weights in FP16 from O1 on; here that is part of O2, where the memory is won.
+in float32. Matrices that cannot multiply in FP8, those of experts and such whose sides are no multiples of 16, are
+`narrow`: all of the level but the products. The released code stores weights in FP16 from O1 on; here that is part of
+O2, where the memory is won.
 
 A run's parameters are the *stored* ones, float32 arrays or formats.Scaled in FP16. Each step makes its *view* of them,
 the tree of leaves that the model multiplies by; for O3 that includes the weights' E4M3 codes, made once a step from the
@@ -115,10 +117,12 @@ class Numerics:
         if self.size < 1:
             raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
-        if self.level == "none" and "fp8" in self.assigned.values():
-            raise UserError("numerics.rules: found '=fp8', expected numerics.fp8_level = O1, O2 or O3 with it")
-        if self.level != "none" and "fp8" not in self.assigned.values():
-            raise UserError(f"numerics.fp8_level = {self.level!r}: found no matrix that can multiply in FP8")
+        if self.level == "none" and (needy := {"fp8", "narrow"} & set(self.assigned.values())):
+            raise UserError(
+                f"numerics.rules: found '={min(needy)}', expected numerics.fp8_level = O1, O2 or O3 with it"
+            )
+        if self.level != "none" and set(self.assigned.values()) == {"plain"}:
+            raise UserError(f"numerics.fp8_level = {self.level!r}: found no matrix that it concerns")
         self.formats = formats_of(self.level, optimizer)
         self.shapes, self.axes = shapes, axes
         # whether masters are cut over the replicas, so that a step's view has to be brought together
@@ -172,7 +176,9 @@ class Numerics:
                 mu = state["mu"][name] if self.ring else None
                 return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), **own)
             if transform == "ternary":
-                return Ternary(self._copy(kept, axes, self.precision.param))
+                return Ternary(self._copy(kept, axes, self.precision.param, self.level != "none"))
+            if transform == "narrow":
+                return self._copy(kept, axes, self.precision.compute, True)
             if name.endswith(("kernel", "embedding")):
                 return self._copy(kept, axes, self.precision.compute)
             return self._gathered(kept, axes)  # norms and biases: small, and not read by a verb
@@ -191,11 +197,14 @@ class Numerics:
         scale = scale_of(amax(kept), E4M3)
         return self._gathered(kept.astype(self.precision.compute), axes), scale, 1 / scale
 
-    def _copy(self, kept: Any, axes: tuple[str | None, ...], dtype: DTypeLike) -> Any:
-        """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`."""
+    def _copy(self, kept: Any, axes: tuple[str | None, ...], dtype: DTypeLike, narrow: bool = False) -> Any:
+        """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`; `narrow`: with a
+        gradient in E4M3."""
         if isinstance(kept, Scaled):
-            return Copy(Scaled(self._gathered(kept.code, axes), kept.scale_inv))
-        return Copy(self._gathered(kept.astype(dtype), axes)) if self.cut else kept
+            return Copy(Scaled(self._gathered(kept.code, axes), kept.scale_inv), narrow=narrow)
+        if self.cut:
+            return Copy(self._gathered(kept.astype(dtype), axes), narrow=narrow)
+        return Copy(kept, narrow=True) if narrow else kept
 
     def _gathered(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """x on all devices of `replica`, where it was cut over them: the one gather of a step. FP8 travels as bytes."""
@@ -222,15 +231,13 @@ class Numerics:
 
     def describe(self) -> str:
         """One line: what multiplies in FP8, and what does not, and why."""
-        if self.level == "none":
-            return "none"
         leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
         total = sum(x.size for _, x in leaves)
         sizes = Counter({"fp8": 0})
         for path, x in leaves:
             name = path_name(path)
             transform = self.assigned[name]
-            sizes[transform if transform != "plain" else not_fp8(name, x.shape) or "by rule"] += x.size
+            sizes["fp8" if transform == "fp8" else not_fp8(name, x.shape) or f"{transform} by rule"] += x.size
         own = sizes.pop("fp8")
         rest = ", ".join(f"{reason} {size / total:.1%}" for reason, size in sizes.most_common())
         return f"{self.level}: {own / total:.1%} of the weights multiply in FP8; not: {rest}"

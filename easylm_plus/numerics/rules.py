@@ -18,7 +18,7 @@ from easylm_plus.numerics.formats import is_scaled
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
-TRANSFORMS = ("plain", "ternary", "fp8")
+TRANSFORMS = ("plain", "ternary", "fp8", "narrow")  # narrow: all of an FP8 level but its products
 MATRIX = r"^layers/(?!.*/router/).*/kernel$"
 BITNET = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)  # all linear layers of the blocks, as in the paper
 
@@ -35,10 +35,10 @@ def assign(params: Any, rules: Sequence[str], default: str = "plain") -> dict[st
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
         name = path_name(path)
         starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
-        assigned[name] = default if not (default == "fp8" and not_fp8(name, leaf.shape)) else "plain"
         if not re.search(MATRIX, name):
             assigned[name] = "plain"
             continue
+        assigned[name] = "narrow" if default == "fp8" and not_fp8(name, leaf.shape) else default
         for number, (pattern, transform) in enumerate(parsed):
             if pattern.search(name) or pattern.search(starred):
                 used.add(number)

@@ -3,8 +3,8 @@
 A Scaled (formats.py) multiplies as what it decodes to, in the dtype of the activations: how held-out losses and answers
 are computed from masters in 16 bits. It cannot be learned: its codes have no useful gradient.
 
-A Copy is what a step makes of a master for its own use: narrower than the gradient that it needs, which goes to the
-handle instead.
+A Copy is what a step makes of a master for its own use. It multiplies in a float dtype, and its gradient goes to a
+handle: in float32, or in E4M3 codes as that of an FP8 product (fp8.py).
 """
 
 import dataclasses
@@ -16,25 +16,35 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
-from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.formats import Scaled, amax, decode
+from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8Handle, new_handle
 from easylm_plus.numerics.grouped import Groups
+from easylm_plus.numerics.reduction import encode_shared
+from easylm_plus.parallel import collectives
+from easylm_plus.parallel.sharding import manual_axes
 
 
 @struct.dataclass
 class Copy:
-    """A weight whose gradient is the cotangent of the handle, an array of the same shape that is never read."""
+    """A weight whose gradient is the cotangent of its handle, whose values are never read."""
 
     value: Any  # an array or a Scaled
-    handle: jax.Array | None = None
+    handle: Any = None  # float32 of the same shape, or an Fp8Handle; None: nothing is learned
+    narrow: bool = struct.field(pytree_node=False, default=False)  # gradients in E4M3
 
 
 @jax.custom_vjp
-def _copied(value: Any, handle: jax.Array | None) -> jax.Array:
+def _copied(value: Any, handle: Any) -> jax.Array:
     return decode(value)
 
 
-def _copied_backward(handle: jax.Array | None, gradient: jax.Array) -> Any:
-    return None, None if handle is None else gradient.astype(handle.dtype)
+def _copied_backward(handle: Any, gradient: jax.Array) -> Any:
+    if not isinstance(handle, Fp8Handle):
+        return None, None if handle is None else gradient.astype(handle.dtype)
+    narrow = encode_shared(gradient, manual_axes())
+    largest = collectives.largest(amax(gradient), manual_axes())
+    tap = jnp.zeros(handle.tap.shape).at[..., TENSORS.index("gradient"), SEEN.index("amax")].set(largest)
+    return None, Fp8Handle(narrow.code, narrow.scale_inv, tap, jnp.ones_like(narrow.scale_inv))
 
 
 _copied.defvjp(lambda value, handle: (decode(value), handle), _copied_backward)
@@ -79,8 +89,8 @@ def _(w: Copy, x: jax.Array) -> jax.Array:
 
 
 @handles.handle_of.register
-def _(leaf: Copy) -> jax.Array:
-    return jnp.zeros(leaf.value.shape)
+def _(leaf: Copy) -> Any:
+    return new_handle(leaf.value.shape) if leaf.narrow else jnp.zeros(leaf.value.shape)
 
 
 @handles.hold.register
@@ -90,4 +100,4 @@ def _(leaf: Copy, handle: Any) -> Copy:
 
 @handles.cotangent_of.register
 def _(leaf: Copy, handle: Any) -> Copy:
-    return Copy(None, handle)
+    return Copy(None, handle, leaf.narrow)

@@ -101,3 +101,8 @@ def _(leaf: Ternary) -> Any:
 @handles.hold.register
 def _(leaf: Ternary, handle: Any) -> Ternary:
     return Ternary(handles.hold(leaf.latent, handle))
+
+
+@handles.cotangent_of.register
+def _(leaf: Ternary, handle: Any) -> Ternary:
+    return Ternary(handles.cotangent_of(leaf.latent, handle))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from easylm_plus.errors import UserError
 from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import Scaled, decode
-from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
+from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8, Fp8Handle
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.parallel.sharding import axes_in, island, mesh_axis_size, spec_of, stored_spec
 from easylm_plus.tree import path_name
@@ -108,14 +108,15 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
         spec, kept = spec_of(axes[name], shape), stored_spec(axes[name], shape)
         kept = kept if numerics.cut else spec
         before: Any = PartitionSpec(REPLICA, *spec)
-        if not isinstance(viewed, Fp8):
+        mu = viewed.mu if isinstance(viewed, Fp8) else None
+        if not isinstance(jax.eval_shape(handles.handle_of, viewed), Fp8Handle):
             return island(partial(_sum, _cut_dim(kept)), (before,), kept)(grad)
-        whole = PartitionSpec()
+        stack = PartitionSpec(*spec[:-2])
         if isinstance(grad, Scaled):
-            before = Scaled(before, PartitionSpec(REPLICA))  # type: ignore[arg-type]
-        after = Scaled(kept, whole)  # type: ignore[arg-type]
-        region = partial(_sum_fp8, _cut_dim(kept), len(shape), axes_in(spec))
-        total, share = island(region, (before, whole), (after, whole))(grad, viewed.mu)
+            before = Scaled(before, PartitionSpec(REPLICA, *stack))  # type: ignore[arg-type]
+        after = Scaled(kept, stack)  # type: ignore[arg-type]
+        region = partial(_sum_fp8, _cut_dim(kept), len(shape), axes_in(spec[-2:]))
+        total, share = island(region, (before, stack), (after, stack))(grad, mu)
         if share is not None:
             saturated[name] = share
         return total
