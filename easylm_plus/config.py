@@ -65,7 +65,15 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "rules": (),  # "regex=plain|ternary|fp8": matrices that are otherwise than the level says
                 "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
             },
-            "mesh": {"stage": 1, "replica": 1, "fsdp": -1, "sequence": 1, "expert": 1, "tensor": 1},
+            "mesh": {
+                "stage": 1,
+                "replica": 1,
+                "fsdp": -1,
+                "sequence": 1,
+                "expert": 1,
+                "tensor": 1,
+                "sequence_parallel": False,  # tensor also cuts the length of what lies between the matrices
+            },
             "optimizer": {
                 "learning_rate": 2e-5,
                 "end_learning_rate": 0.0,

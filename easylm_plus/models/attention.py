@@ -71,7 +71,7 @@ class Attention(nn.Module):
         if c.sub_norms:
             y = norm(c, self.precision, name="attn_sub_norm")(y)
         out = Projection(D, ("heads", "embed"), initializer(c, "residual"), self.precision, c.o_bias, name="o_proj")
-        return constrain(out(y), "batch", "length", "act_embed"), cache
+        return constrain(out(y), "batch", "residual", "act_embed"), cache
 
     def _filtered(
         self, x_BTD: jax.Array, layout: Layout, cache: LayerCache | None

@@ -28,6 +28,7 @@ CHOICES = {  # keys that take one of a few names
     "router": ("softmax", "attention"),
     "attention": ATTENTIONS,
     "grouped": ("auto", "ragged", "tiled"),
+    "gather": ("compute", "e4m3"),
 }
 
 
@@ -83,6 +84,7 @@ class ModelConfig:
     # --- how it is run ---
     attention: str = "auto"  # auto | xla | blocked | cudnn | splash
     grouped: str = "auto"  # how experts multiply: auto | ragged | tiled
+    gather: str = "compute"  # what travels where tensor cuts the length: compute | e4m3 (numerics/sequence.py)
     scan_layers: bool = True  # one compiled layer instead of num_layers; weights are stacked
     remat: str = "none"  # a name in models/transformer.py's REMAT
 

@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         down = Projection(
             x_BTD.shape[-1], ("mlp", "embed"), initializer(c, "residual"), p, c.mlp_bias, name="down_proj"
         )
-        return constrain(down(h_BTF), "batch", "length", "act_embed")
+        return constrain(down(h_BTF), "batch", "residual", "act_embed")
 
 
 @partial(jax.checkpoint, static_argnums=0)

@@ -68,7 +68,7 @@ class MixtureOfExperts(nn.Module):
         self.sow("router", "stats", stats, reduce_fn=lambda _, new: new)
         ids_BTK = jnp.where(kept_BTK, ids_BTK, c.num_experts)  # nobody's
         y_BTD = dispatched(x_BTD, weights_BTK, ids_BTK, ExpertWeights(c, p, name="experts")(), c)
-        return constrain(y_BTD, "batch", "length", "act_embed")
+        return constrain(y_BTD, "batch", "residual", "act_embed")
 
 
 class ExpertWeights(nn.Module):

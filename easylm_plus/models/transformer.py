@@ -30,6 +30,7 @@ from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotations
 from easylm_plus.models.weights import Embedding, Projection
 from easylm_plus.numerics.precision import POLICIES, Precision
+from easylm_plus.numerics.sequence import whole_length
 from easylm_plus.parallel.sharding import constrain
 
 # What a block keeps for its backward pass; everything else is computed again.
@@ -63,12 +64,12 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Carries x through the block; the cache rides along as the scan's per-layer input and output."""
         c, p = self.config, self.precision
-        h_BTD = norm(c, p, name="input_layernorm")(x_BTD)
+        h_BTD = whole_length(norm(c, p, name="input_layernorm")(x_BTD), c.gather)
         y_BTD, new_cache = Attention(c, p, name="self_attn")(h_BTD, layout, cache)
         if c.parallel_block:
             return x_BTD + y_BTD + self._feedforward(h_BTD, layout), new_cache
         x_BTD = x_BTD + y_BTD
-        h_BTD = norm(c, p, name="post_attention_layernorm")(x_BTD)
+        h_BTD = whole_length(norm(c, p, name="post_attention_layernorm")(x_BTD), c.gather)
         return x_BTD + self._feedforward(h_BTD, layout), new_cache
 
     def _feedforward(self, h_BTD: jax.Array, layout: Layout) -> jax.Array:
@@ -149,7 +150,7 @@ class Transformer(nn.Module):
             x_BTD = self.embed_tokens(tokens_BT)
             if self.config.positions == "learned":
                 x_BTD = x_BTD + self.embed_positions(positions_BT)
-            x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+            x_BTD = constrain(x_BTD, "batch", "residual", "act_embed")
             x_BTD, layers = self.layers(x_BTD, layout, None if cache is None else cache.layers)
             x_BTD = self.norm(x_BTD)
         return x_BTD if cache is None else (x_BTD, cache._replace(layers=layers))

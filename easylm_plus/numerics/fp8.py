@@ -84,23 +84,25 @@ class Cut(NamedTuple):
     gathered: tuple[str, ...]  # those of them that cut the weight, which has to be brought together
     dim: int  # the side of the weight that they cut, -2 or -1
     inside: tuple[str, ...]  # axes that cut the in-features of x and w: y is summed over them
+    scattered: bool  # ... and cut along the length, instead of the same on all of them (sequence.py)
     outside: tuple[str, ...]  # axes that cut the out-features of w and y: dx is summed over them
     replicas: tuple[str, ...]  # axes along which this code sees one device's part already
 
 
 def cut_of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], axes: tuple[str | None, str | None]) -> Cut:
     """The cut of x[..., D] times w[D, F] on the mesh in context."""
-    tokens = ("batch", "length")[: len(x_shape) - 1]
-    w = spec_of(axes, w_shape)
-    x = spec_of((*tokens, MEETS[axes[0]]), x_shape)
-    y = spec_of((*tokens, MEETS[axes[1]]), (*x_shape[:-1], w_shape[1]))
+    y_shape = (*x_shape[:-1], w_shape[1])
+    lie = lambda length, side, shape: spec_of((*("batch", length)[: len(shape) - 1], MEETS[axes[side]]), shape)
+    w, x, y = spec_of(axes, w_shape), lie("length", 0, x_shape), lie("length", 1, y_shape)
     data = axes_in(x[:-1])
     sides = [axes_in(w[:1]), axes_in(w[1:])]
     gathered = tuple(axis for axis in (*sides[0], *sides[1]) if axis in data)
     inside, outside = (tuple(axis for axis in side if axis not in data) for side in sides)
     assert (inside, outside) == (axes_in(x[-1:]), axes_in(y[-1:])), f"{x} times {w} gives {y}"
+    pieces = lie("residual", 1, y_shape)
+    scattered = inside != () and axes_in(pieces[:-1]) == (*data, *inside)
     dim = -1 if gathered and gathered[0] in sides[1] else -2
-    return Cut(x, w, y, data, gathered, dim, inside, outside, manual_axes())
+    return Cut(x, w, pieces if scattered else y, data, gathered, dim, inside, scattered, outside, manual_axes())
 
 
 @verbs._project.register
@@ -168,8 +170,10 @@ def _product(
 ) -> jax.Array:
     """One device's y[..., F] of x's codes [..., D]."""
     y_NF = _dot(_rows(x), _codes(cut, weight, scale), (1, 0), dtype, FAST) * back.astype(dtype)
-    y_NF = jax.lax.psum(y_NF, cut.inside) if cut.inside else y_NF
-    return y_NF.reshape(*x.shape[:-1], -1)
+    y = y_NF.reshape(*x.shape[:-1], -1)
+    if cut.scattered:
+        return jax.lax.psum_scatter(y, cut.inside, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(y, cut.inside) if cut.inside else y
 
 
 def _backwards(
@@ -177,6 +181,7 @@ def _backwards(
     dx_back: jax.Array, dw_back: jax.Array, mu: jax.Array | None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """One device's dx[..., D], and (codes, factor, SEEN) of its block of the gradient, summed over `data`."""
+    dy = collectives.all_gather_codes(dy, cut.inside, 1) if cut.scattered else dy
     dx_ND = _dot(_rows(dy), _codes(cut, weight, scale), (1, 1), dtype, FULL) * dx_back.astype(dtype)
     dx_ND = jax.lax.psum(dx_ND, cut.outside) if cut.outside else dx_ND
     dx = dx_ND.reshape(*dy.shape[:-1], -1)

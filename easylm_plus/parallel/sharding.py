@@ -31,6 +31,7 @@ RULES: Mapping[str, MeshAxes] = {
     # activations
     "batch": ("replica", "fsdp", "expert"),
     "length": "sequence",
+    "residual": "sequence",  # the length, between attention and feed-forward
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -42,15 +43,19 @@ _rules: ContextVar[Mapping[str, MeshAxes]] = ContextVar("sharding_rules", defaul
 _device: ContextVar[jax.Device | None] = ContextVar("device", default=None)
 
 
-def rules_for(mesh: Mesh, num_heads: int, num_kv_heads: int) -> Mapping[str, MeshAxes]:
-    """RULES, with heads left whole where their *count* does not divide: half a head is of no use to anyone."""
+def rules_for(mesh: Mesh, num_heads: int, num_kv_heads: int, cut_residual: bool = False) -> Mapping[str, MeshAxes]:
+    """RULES, with heads left whole where their *count* does not divide: half a head is of no use to anyone.
+
+    `cut_residual`: sequence parallelism, `tensor` cuts the length where it cuts nothing else.
+    """
     tensor = mesh.shape["tensor"]
     whole: dict[str, MeshAxes] = {}
     if num_heads % tensor:
         whole |= {"heads": None, "act_heads": None}
     if num_kv_heads % tensor:
         whole |= {"kv_heads": None, "act_kv_heads": None}
-    return {**RULES, **whole}
+    residual: dict[str, MeshAxes] = {"residual": ("sequence", "tensor")} if cut_residual else {}
+    return {**RULES, **whole, **residual}
 
 
 @contextmanager

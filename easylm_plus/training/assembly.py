@@ -51,9 +51,10 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
     shape = ModelConfig(**config.model)
     attention = resolve(shape.attention, platform, policy.compute, shape.head_dim)
     grouped = resolve_grouped(shape.grouped, platform)
-    model = Transformer(dataclasses.replace(shape, attention=attention, grouped=grouped), policy)
+    gather = "e4m3" if config.numerics.fp8_level == "O3" and config.mesh.sequence_parallel else "compute"
+    model = Transformer(dataclasses.replace(shape, attention=attention, grouped=grouped, gather=gather), policy)
     objective = LanguageModel(model, sources, **config.objective)
-    rules = sharding.rules_for(mesh, shape.num_heads, shape.num_kv_heads)
+    rules = sharding.rules_for(mesh, shape.num_heads, shape.num_kv_heads, config.mesh.sequence_parallel)
     with sharding.use(mesh, rules):
         shapes, axes = abstract_parameters(model)
         param_shardings = sharding.shardings(axes, shapes, mesh)
