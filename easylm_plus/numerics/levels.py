@@ -50,7 +50,7 @@ from easylm_plus.numerics.rules import assign, not_fp8
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.windows import new_window, observed, scale_now
-from easylm_plus.parallel.sharding import DATA_AXES, constrain, mesh_axis_size
+from easylm_plus.parallel.sharding import DATA_AXES, constrain, mesh_axis_size, stored_spec
 from easylm_plus.tree import path_name
 
 
@@ -207,12 +207,17 @@ class Numerics:
         return Copy(kept, narrow=True) if narrow else kept
 
     def _gathered(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """x on all devices of `replica`, where it was cut over them: the one gather of a step. FP8 travels as bytes."""
+        """x on all devices of `replica`, where it was cut over them: the one gather of a step. FP8 travels as bytes.
+
+        What travels is pinned before as well: the partitioner may gather whatever it was made of, which is wider.
+        """
         if not self.cut:
             return x
-        if x.dtype.itemsize > 1:
-            return constrain(x, *axes)
-        return jax.lax.bitcast_convert_type(constrain(jax.lax.bitcast_convert_type(x, jnp.uint8), *axes), x.dtype)
+        is_fp8 = x.dtype.itemsize == 1
+        travels = jax.lax.bitcast_convert_type(x, jnp.uint8) if is_fp8 else x
+        travels = jax.lax.with_sharding_constraint(travels, stored_spec(axes, x.shape))
+        travels = constrain(travels, *axes)
+        return jax.lax.bitcast_convert_type(travels, x.dtype) if is_fp8 else travels
 
     # --- what a person is told ---
 
