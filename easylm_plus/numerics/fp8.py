@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
-from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, amax, as_bytes, cast, from_bytes
+from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, amax, as_bytes, cast, from_bytes, scale_of
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.numerics.windows import Window, scale_now
 from easylm_plus.parallel import collectives
@@ -43,6 +43,7 @@ from easylm_plus.parallel.sharding import axes_in, island, manual_axes, spec_of
 
 # the axis of the activations that meets a side of a weight
 MEETS = {"embed": "act_embed", "heads": "act_heads", "kv_heads": "act_kv_heads", "mlp": "act_mlp", None: None}
+UNIT = Format("unit", jnp.float32, 1.0)  # for powers of two at most 1 / x
 FAST, FULL = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
 TENSORS, SEEN = ("input", "output_grad", "gradient"), ("amax", "overflow", "underflow")  # rows and columns of a tap
 
@@ -69,6 +70,7 @@ class Fp8:
     output_grad: Window | None
     mu: jax.Array | None  # float32[...]: gradients are summed by the ring, with this factor; None: by two shots
     axes: tuple[str | None, str | None] = struct.field(pytree_node=False)  # logical axes of the matrix
+    smooth: bool = struct.field(pytree_node=False, default=False)  # in-features that stand out are evened out
 
 
 NOT_LEARNED = ("weight", "scale", "scale_inv", "input", "output_grad", "mu")  # fields of Fp8 that have no gradient
@@ -86,6 +88,7 @@ class Cut(NamedTuple):
     inside: tuple[str, ...]  # axes that cut the in-features of x and w: y is summed over them
     scattered: bool  # ... and cut along the length, instead of the same on all of them (sequence.py)
     outside: tuple[str, ...]  # axes that cut the out-features of w and y: dx is summed over them
+    feature: PartitionSpec  # of something that x's in-features have, [D]
     replicas: tuple[str, ...]  # axes along which this code sees one device's part already
 
 
@@ -99,10 +102,13 @@ def cut_of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], axes: tuple[str |
     gathered = tuple(axis for axis in (*sides[0], *sides[1]) if axis in data)
     inside, outside = (tuple(axis for axis in side if axis not in data) for side in sides)
     assert (inside, outside) == (axes_in(x[-1:]), axes_in(y[-1:])), f"{x} times {w} gives {y}"
+    x_feature = PartitionSpec(x[-1] if len(x) == len(x_shape) else None)
     pieces = lie("residual", 1, y_shape)
     scattered = inside != () and axes_in(pieces[:-1]) == (*data, *inside)
     dim = -1 if gathered and gathered[0] in sides[1] else -2
-    return Cut(x, w, pieces if scattered else y, data, gathered, dim, inside, scattered, outside, manual_axes())
+    return Cut(
+        x, w, pieces if scattered else y, data, gathered, dim, inside, scattered, outside, x_feature, manual_axes()
+    )
 
 
 @verbs._project.register
@@ -117,25 +123,26 @@ def _fp8_project(x: jax.Array, w: Fp8) -> jax.Array:
 
 def _forward(x: jax.Array, w: Fp8) -> Any:
     cut = cut_of(x.shape, w.weight.shape, w.axes)
-    code, x_inv, seen = narrowed(x, E4M3, w.input)
+    even = evened(x) if w.smooth else None
+    code, x_inv, seen = narrowed(x if even is None else x * even.astype(x.dtype), E4M3, w.input)
     whole = PartitionSpec()
-    product = island(partial(_product, cut, x.dtype), (cut.x, cut.w, whole, whole), cut.y)
-    y = product(code, w.weight, w.scale, x_inv * w.scale_inv)
-    return y, (as_bytes(code), x_inv, seen, w)
+    product = island(partial(_product, cut, x.dtype), (cut.x, cut.w, whole, cut.feature, whole), cut.y)
+    y = product(code, w.weight, w.scale, even, x_inv * w.scale_inv)
+    return y, (as_bytes(code), x_inv, seen, even, w)
 
 
 def _backward(residuals: Any, dy: jax.Array) -> Any:
-    x_bytes, x_inv, x_seen, w = residuals
+    x_bytes, x_inv, x_seen, even, w = residuals
     x_code = from_bytes(x_bytes, E4M3)
     cut = cut_of(x_code.shape, w.weight.shape, w.axes)
     code, dy_inv, dy_seen = narrowed(dy, E5M2, w.output_grad)
     whole = PartitionSpec()
     backwards = island(
         partial(_backwards, cut, dy.dtype, w.handle is not None),
-        (cut.x, cut.w, whole, cut.y, whole, whole, whole),
+        (cut.x, cut.w, whole, cut.feature, cut.y, whole, whole, whole),
         (cut.x, (cut.w, whole, whole) if w.handle else None),
     )
-    dx, learned = backwards(x_code, w.weight, w.scale, code, dy_inv * w.scale_inv, x_inv * dy_inv, w.mu)
+    dx, learned = backwards(x_code, w.weight, w.scale, even, code, dy_inv * w.scale_inv, x_inv * dy_inv, w.mu)
     handle = None
     if learned is not None:
         gradient, scale_inv, dw_seen = learned
@@ -165,11 +172,26 @@ def _underflow(x: jax.Array, code: jax.Array) -> jax.Array:
     return ((code.astype(jnp.float32) == 0) & (x != 0)).mean(dtype=jnp.float32)
 
 
+def evened(x: jax.Array) -> jax.Array:
+    """Powers of two, float32[D], that in-features of x are multiplied by and rows of the weight divided by.
+
+    Late in training a few features of SwiGLU's product grow by orders of magnitude, and under their scale all others
+    become 0 (Smooth-SwiGLU, Fishman et al. 2024, arXiv:2409.12517). There every feature is brought to one size, and its
+    weights take all of the difference; here they share it, square root each (SmoothQuant, Xiao et al. 2022,
+    arXiv:2211.10438, alpha 0.5), since E4M3 has room for 2^14 on either side.
+    """
+    largest_D = collectives.largest(amax(x, tuple(range(x.ndim - 1))), manual_axes())
+    ratio = largest_D.max() / jnp.where(largest_D > 0, largest_D, largest_D.max())
+    return scale_of(1 / jnp.sqrt(ratio), UNIT)
+
+
 def _product(
-    cut: Cut, dtype: DTypeLike, x: jax.Array, weight: jax.Array, scale: jax.Array, back: jax.Array
-) -> jax.Array:
+    cut: Cut, dtype: DTypeLike, x: jax.Array, weight: jax.Array, scale: jax.Array, even: jax.Array | None,
+    back: jax.Array,
+) -> jax.Array:  # fmt: skip
     """One device's y[..., F] of x's codes [..., D]."""
-    y_NF = _dot(_rows(x), _codes(cut, weight, scale), (1, 0), dtype, FAST) * back.astype(dtype)
+    w_DF, factor = _codes(cut, weight, scale, even)
+    y_NF = _dot(_rows(x), w_DF, (1, 0), dtype, FAST) * (back * factor).astype(dtype)
     y = y_NF.reshape(*x.shape[:-1], -1)
     if cut.scattered:
         return jax.lax.psum_scatter(y, cut.inside, scatter_dimension=1, tiled=True)
@@ -177,17 +199,20 @@ def _product(
 
 
 def _backwards(
-    cut: Cut, dtype: DTypeLike, learned: bool, x: jax.Array, weight: jax.Array, scale: jax.Array, dy: jax.Array,
-    dx_back: jax.Array, dw_back: jax.Array, mu: jax.Array | None,
+    cut: Cut, dtype: DTypeLike, learned: bool, x: jax.Array, weight: jax.Array, scale: jax.Array,
+    even: jax.Array | None, dy: jax.Array, dx_back: jax.Array, dw_back: jax.Array, mu: jax.Array | None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """One device's dx[..., D], and (codes, factor, SEEN) of its block of the gradient, summed over `data`."""
     dy = collectives.all_gather_codes(dy, cut.inside, 1) if cut.scattered else dy
-    dx_ND = _dot(_rows(dy), _codes(cut, weight, scale), (1, 1), dtype, FULL) * dx_back.astype(dtype)
+    w_DF, factor = _codes(cut, weight, scale, even)
+    dx_ND = _dot(_rows(dy), w_DF, (1, 1), dtype, FULL) * (dx_back * factor).astype(dtype)
+    dx_ND = dx_ND if even is None else dx_ND * even.astype(dtype)
     dx_ND = jax.lax.psum(dx_ND, cut.outside) if cut.outside else dx_ND
     dx = dx_ND.reshape(*dy.shape[:-1], -1)
     if not learned:
         return dx, None
     dw_DF = _dot(_rows(x), _rows(dy), (0, 0), jnp.float32, FULL) * dw_back
+    dw_DF = dw_DF if even is None else dw_DF / even[:, None]
     others = (*cut.inside, *cut.outside, *cut.replicas)
     total = local = encode_shared(dw_DF, (*cut.data, *others), 1.0 if mu is None else mu)
     overflow = jnp.zeros(())
@@ -199,10 +224,16 @@ def _backwards(
     return dx, (total.code, total.scale_inv, collectives.largest(seen, (*cut.data, *others)))
 
 
-def _codes(cut: Cut, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    """The weight's E4M3 codes, brought together from the devices that cut it."""
+def _codes(
+    cut: Cut, weight: jax.Array, scale: jax.Array, even: jax.Array | None
+) -> tuple[jax.Array, jax.Array | float]:
+    """(the weight's E4M3 codes, brought together from the devices that cut it, a factor that they lack)."""
     weight = collectives.all_gather_codes(weight, cut.gathered, cut.dim)
-    return weight if weight.dtype == E4M3.dtype else cast(weight, scale, E4M3)
+    if even is not None:  # rows divided by it, and a scale for what comes out
+        rows_DF = weight.astype(jnp.float32) * scale / even[:, None]
+        own = scale_of(collectives.largest(amax(rows_DF), (*cut.inside, *cut.outside)), E4M3)
+        return cast(rows_DF, own, E4M3), 1 / own
+    return weight if weight.dtype == E4M3.dtype else cast(weight, scale, E4M3), 1.0
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike, precision: Any) -> jax.Array:

@@ -114,6 +114,7 @@ class Numerics:
                 "numerics.fp8_reduction = 'ring': sums over mesh.replica or over the other axes that cut the batch, not"
                 " over both; expected one of them to be 1, or two_shot"
             )
+        self.smooth = section["fp8_smooth"]
         if self.size < 1:
             raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
@@ -174,7 +175,8 @@ class Numerics:
                 weight, scale, scale_inv = self._codes(kept, axes)
                 own = {kind: remembered.get(name) for kind, remembered in windows.items()}
                 mu = state["mu"][name] if self.ring else None
-                return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), **own)
+                smooth = self.smooth and name.endswith("/down_proj/kernel")
+                return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), smooth=smooth, **own)
             if transform == "ternary":
                 return Ternary(self._copy(kept, axes, self.precision.param, self.level != "none"))
             if transform == "narrow":
