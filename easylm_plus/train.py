@@ -9,6 +9,7 @@ story of a run.
 
 import datetime
 import time
+import warnings
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -118,7 +119,9 @@ def main() -> int:
                 params, taken = restore.warm_start(params, config.init_from.path, run.model, config.init_from.rename)
                 origin = f"weights of {config.init_from.path}"
                 console.print(restore.table(taken))
-            state = jax.jit(run.make_state, out_shardings=run.shardings, donate_argnums=0)(params)
+            with warnings.catch_warnings():  # where masters are narrower, nothing can take the place of what is given
+                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                state = jax.jit(run.make_state, out_shardings=run.shardings, donate_argnums=0)(params)
             del params  # the state has them; a second copy would live as long as this function
         start = start or 0
 

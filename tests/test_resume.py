@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -10,12 +11,14 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 from easylm_plus.training.checkpoint import steps as checkpoint_steps
 from easylm_plus.training.metrics import read_rows
 from easylm_plus.training.preemption import Preemption
+from easylm_plus.tree import path_name
 
 STEPS = 40
 RUN = {"train__steps": STEPS, "train__ema": 0.9, "checkpoint__every": 6, "log__params_hash": True, "eval__every": 15}
@@ -31,10 +34,10 @@ def training(folder):
     return [row for row in rows(folder) if "loss" in row]
 
 
-def whole(folder, **values):
+def whole(folder, devices=1, **values):
     """An uninterrupted run."""
     folder.mkdir(exist_ok=True)
-    status, output = tiny.run(f"--config={tiny.write_config(folder, **{**RUN, **values})}")
+    status, output = tiny.run(f"--config={tiny.write_config(folder, **{**RUN, **values})}", devices=devices)
     assert status == 0, output
     return folder
 
@@ -76,13 +79,13 @@ def saving(folder):
     return any("tmp" in path.name for path in (folder / "checkpoints").glob("[0-9]*"))
 
 
-def interrupt(folder, number, step, or_when=lambda folder: False):
+def interrupt(folder, number, step, or_when=lambda folder: False, devices=1):
     """Starts the run, sends it a signal when its log has come to a step, or before; returns its exit status."""
     told = folder / "told"
     told.unlink(missing_ok=True)
     config = folder / "tiny_config.py"
     (folder / "waiting.py").write_text(config.read_text() + WAIT.format(step=step, told=str(told)))
-    process = tiny.start(f"--config={folder / 'waiting.py'}")
+    process = tiny.start(f"--config={folder / 'waiting.py'}", devices=devices)
     while process.poll() is None and not reached(folder, step) and not or_when(folder):
         time.sleep(0.003)
     process.send_signal(number)
@@ -92,8 +95,8 @@ def interrupt(folder, number, step, or_when=lambda folder: False):
     return process.returncode
 
 
-def finish(folder):
-    status, output = tiny.run(f"--config={folder / 'tiny_config.py'}")
+def finish(folder, devices=1):
+    status, output = tiny.run(f"--config={folder / 'tiny_config.py'}", devices=devices)
     assert status == 0 and "starts from step" in output, output
     return output
 
@@ -112,6 +115,35 @@ def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
     assert [row["step"] for row in training(tmp_path)] == list(range(1, STEPS + 1))
     assert {"loss", "examples", "params_hash", "grad_norm"} <= set(training(tmp_path)[-1])
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_a_killed_run_in_fp8_continues_exactly(tmp_path):
+    """O3 with windows, weights cut over replicas: codes, factors and windows come back from the disk, bit for bit."""
+    values = {
+        "numerics__fp8_level": "O3", "numerics__fp8_window": 16, "optimizer__zero": "sharded", "mesh__replica": 2,
+        "model__scan_layers": True, "train__steps": 8, "train__ema": 0.0, "eval__every": 8, "checkpoint__every": 2,
+    }  # fmt: skip
+    alone, killed = whole(tmp_path / "alone", devices=4, **values), tmp_path / "killed"
+    killed.mkdir()
+    tiny.write_config(killed, **{**RUN, **values})
+    assert interrupt(killed, signal.SIGKILL, 5, devices=4) == -signal.SIGKILL
+    assert re.search(r"starts from step [24] of", finish(killed, devices=4)), "of which the last may be half written"
+    assert rows(killed) == rows(alone) and len({row["params_hash"] for row in training(killed)}) == 8
+    last = [read(folder / "checkpoints/8/state") for folder in (killed, alone)]
+    assert bits(last[0]) == bits(last[1])
+    assert bits(last[0]) != bits(read(alone / "checkpoints/6/state")), "another state would be told apart"
+
+
+def read(state):
+    """All arrays of a checkpoint, on the host."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        names = reader.metadata(state).item_metadata.tree
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        return reader.restore(state, args=ocp.args.PyTreeRestore(restore_args=how))
+
+
+def bits(tree):
+    return {path_name(path): x.tobytes() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = ""
     config, original = meta["config"], meta.get("config.json")  # of the folder that it was converted from, if it was
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    params = attach(params, stated_rules(original, f"{directory}/{step}: config.json") if original else ())
+    stated = stated_rules(original, f"{directory}/{step}: config.json") if original else ()
+    params = attach(params, stated or config["numerics"].get("rules", ()))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)
