@@ -5,6 +5,7 @@ All of it is set through the environment, before anything imports JAX, so that t
 the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 CACHE = Path(os.environ.get("EASYLM_PLUS_CACHE") or Path.home() / ".cache" / "easylm_plus") / "xla_tests"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NO_PEER = "parity tests need EASYLM_PLUS_PEER = a Python interpreter with torch and transformers"
+COMPILERS = {"gpu": "jax_cuda13_plugin", "tpu": "libtpu"}
+NO_COMPILER = "compiling for a machine that is not here needs, beside jax: "
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -41,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"no {DATA}"))
         if item.get_closest_marker("parity") and peer_interpreter() is None:
             item.add_marker(pytest.mark.skip(reason=NO_PEER))
+        if (aot := item.get_closest_marker("aot")) and not importlib.util.find_spec(COMPILERS[aot.args[0]]):
+            item.add_marker(pytest.mark.skip(reason=NO_COMPILER + COMPILERS[aot.args[0]]))
     if "slow" not in config.option.markexpr:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
@@ -51,6 +56,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if count := sum(NO_PEER in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"NOT COMPARED with torch: {count} test(s) skipped; {NO_PEER}", red=True, bold=True)
+    for platform, package in COMPILERS.items():
+        if count := sum(NO_COMPILER + package in str(report.longrepr) for report in skipped):
+            told = f"NOT COMPILED for a {platform.upper()}: {count} test(s) skipped; {NO_COMPILER}{package}"
+            terminalreporter.write_line(told, red=True, bold=True)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ goes in says where the counter starts.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from easylm_plus.planning.hlo import Computation, Instruction, Program
@@ -81,3 +82,27 @@ def _value(program: Program, computation: Computation, name: str, arguments: tup
             fused = program.computations[instruction.called("calls", "to_apply")[0]]
             return _value(program, fused, fused.root, tuple(of(i) for i in range(len(instruction.operands))))
     return None
+
+
+def executions(
+    program: Program, name: str = "", times: int | None = 1
+) -> Iterator[tuple[Computation, Instruction, Any]]:
+    """(computation, instruction, how often it is executed) of the whole program; None where that is not known.
+
+    Of a conditional, all branches count.
+    """
+    computation = program.computations[name or program.entry]
+    for it in computation.instructions.values():
+        yield computation, it, times
+        if it.opcode == "while":
+            (condition,), (body,) = it.called("condition"), it.called("body")
+            try:
+                rounds = None if times is None else times * trip_count(program, computation, it)
+            except ValueError:
+                rounds = None
+            yield from executions(program, condition, None if rounds is None else rounds + 1)
+            yield from executions(program, body, rounds)
+        elif not it.opcode.endswith(("-done", "-update")):  # of an asynchronous call, which the start has counted
+            for called in it.called("calls", "to_apply", "called_computations", "branch_computations",
+                                    "true_computation", "false_computation"):  # fmt: skip
+                yield from executions(program, called, times)

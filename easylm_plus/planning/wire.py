@@ -154,6 +154,8 @@ def _times(found: list[Collective], trips: int) -> list[Collective]:
 
 def _own(program: Program, computation: Computation, it: Instruction, kind: str) -> list[Collective]:
     ranks = group_size(it.attributes, program.devices)
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # TPU: fused with the slice that follows, of which only the name tells
     return [
         Collective(kind, array.dtype, array.dims, ranks, 1, it.source, (computation.name, name))
         for name in it.operands

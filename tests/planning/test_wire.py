@@ -257,6 +257,40 @@ def test_asynchronous_forms_count_once():
     }
 
 
+def test_a_fused_scatter_of_a_tpu_counts_as_one():
+    """XLA for TPUs writes it as a sum and a slice, in a computation with a name of its own."""
+    sliced = ASYNCHRONOUS.replace("%wrapped", "%all-reduce-scatter.1").replace(
+        "all-gather(%p), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}",
+        "all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add",
+    )
+    assert wire_bytes(sliced)["reduce-scatter", "bf16"] == Traffic(1, 256.0, 192.0)
+    plain = sliced.replace("%all-reduce-scatter.1", "%fused")
+    assert wire_bytes(plain)["all-reduce", "bf16"] == Traffic(1, 256.0, 384.0)
+
+
+def test_attributes_may_go_on_in_the_next_line():
+    """As those of Pallas kernels do, with a line that begins like the end of a computation."""
+    broken = ASYNCHRONOUS.replace(
+        "), calls=%wrapped\n  %gu", '), frontend_attributes={a={\n"b":"c"\n}}, calls=%wrapped\n  %gu'
+    )
+    assert broken != ASYNCHRONOUS
+    assert wire_bytes(broken) == wire_bytes(ASYNCHRONOUS)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("copy(%rd)", "copy(%nobody)", "has an operand 'nobody' that is not there"),
+        ("ROOT %o", "%o", "computation main has no ROOT"),
+        ("copy(%rd)\n}", "copy(%rd)", "computation main has no end"),
+    ],
+)
+def test_a_text_that_is_not_read_right_is_an_error(old, new, message):
+    assert old in ASYNCHRONOUS
+    with pytest.raises(ValueError, match=message):
+        wire_bytes(ASYNCHRONOUS.replace(old, new))
+
+
 def test_what_cannot_be_counted_is_an_error():
     ragged = ASYNCHRONOUS.replace("copy(%rd)", "ragged-all-to-all(%rd), replica_groups={}")
     with pytest.raises(ValueError, match="ragged-all-to-all o"):
