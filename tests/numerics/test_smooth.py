@@ -60,8 +60,8 @@ def test_other_features_keep_their_precision(outlier, left):
     assert sqnr(plain[0], exact) < left
     dw = np.einsum("btd,btf->df", x, dy)
     assert sqnr(without(5, product(x, w, dy, True)[1], -1), without(5, dy @ w.T, -1)) > 23
-    # kept in E4M3 with one scale, the gradient's small rows are lost whatever x's codes are; of the large one, 32 numbers
-    # of about 24 dB each, the figure scatters by 2 dB
+    # kept in E4M3 with one scale, the gradient's small rows are lost whatever x's codes are; of the large one, 32
+    # numbers of about 24 dB each, the figure scatters by 2 dB
     assert sqnr(product(x, w, dy, True)[2][5], dw[5]) > 20
 
 
