@@ -76,9 +76,13 @@ class Run:
     def start(self, seed=0):
         """With fresh parameters."""
         with sharding.use(self.mesh, self.parts.rules):
-            params = jax.device_put(parameters(self.parts.model, seed), self.parts.param_shardings)
+            params = jax.device_put(self.parameters(seed), self.parts.param_shardings)
             self.state = jax.jit(self.parts.make_state, out_shardings=self.parts.shardings)(params)
         return self
+
+    def parameters(self, seed=0):
+        """Fresh ones, on the host."""
+        return parameters(self.parts.model, seed)
 
     def batch(self, seed=0):
         """The same on every mesh."""

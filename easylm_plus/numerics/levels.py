@@ -59,6 +59,7 @@ class Plain:
 
     axes: Any = None
     cut = False
+    sums = "float32"
 
     def store(self, params: Any) -> Any:
         return params
@@ -114,7 +115,11 @@ class Numerics:
                 "numerics.fp8_reduction = 'ring': sums over mesh.replica or over the other axes that cut the batch, not"
                 " over both; expected one of them to be 1, or two_shot"
             )
-        self.smooth = section["fp8_smooth"]
+        self.smooth, self.sums = section["fp8_smooth"], section["fp8_accumulate"]
+        if self.sums not in ("float32", "e4m3"):
+            raise UserError(f"numerics.fp8_accumulate = {self.sums!r}: expected float32 or e4m3")
+        if self.ring and self.sums == "e4m3":
+            raise UserError("numerics.fp8_accumulate = 'e4m3': expected float32 with numerics.fp8_reduction = 'ring'")
         if self.size < 1:
             raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")

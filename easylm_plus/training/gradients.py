@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics import handles
-from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.formats import FORMATS, Scaled, decode, encode
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8, Fp8Handle
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
-from easylm_plus.parallel.sharding import axes_in, island, mesh_axis_size, spec_of, stored_spec
+from easylm_plus.parallel.sharding import axes_in, island, manual_axes, mesh_axis_size, spec_of, stored_spec
 from easylm_plus.tree import path_name
 
 Batch = dict[str, jax.Array]
@@ -35,10 +35,10 @@ def gradients(objective: Any, view: Any, batch: Batch, parts: int, numerics: Any
     """
     denominators = objective.denominators(batch)
     if mesh_axis_size(REPLICA) == 1:
-        return accumulate(objective, view, batch, denominators, parts)
+        return accumulate(objective, view, batch, denominators, parts, numerics.sums)
 
     def of_replica(view: Any, batch: Batch, denominators: Any) -> Any:
-        grads, seen, loss, sums = accumulate(objective, view, batch, denominators, parts)
+        grads, seen, loss, sums = accumulate(objective, view, batch, denominators, parts, numerics.sums)
         stacked = jax.tree.map(lambda x: x[None], (grads, seen))
         return stacked, jax.lax.psum((loss, sums), REPLICA)
 
@@ -53,9 +53,12 @@ def gradients(objective: Any, view: Any, batch: Batch, parts: int, numerics: Any
 
 
 def accumulate(
-    objective: Callable, view: Any, batch: Batch, denominators: Any, parts: int
+    objective: Callable, view: Any, batch: Batch, denominators: Any, parts: int, sums_in: str = "float32"
 ) -> tuple[Any, Any, jax.Array, Any]:
     """The same of this replica's rows: sums of gradients in at least float32, observations by their maximum.
+
+    `sums_in`: float32 | e4m3, of gradients that are FP8 codes. E4M3 is what FP8-LM has, 1 byte a weight instead of 4,
+    and rounds once more for every micro-batch.
 
     Micro-batch i takes every parts-th row, so that each device's rows stay on that device. Shares of the loss add
     up, because they are divided by the denominators of the whole batch.
@@ -77,16 +80,23 @@ def accumulate(
         grads, seen, *rest = of_part(part)
         add = lambda a, b: a + b.astype(a.dtype)
         return (
-            jax.tree.map(lambda a, g: add(a, decode(g)), total[0], grads),
+            jax.tree.map(_plus, total[0], grads, is_leaf=_is_scaled),
             jax.tree.map(jnp.maximum, total[1], seen),
             *jax.tree.map(add, total[2:], tuple(rest)),
         ), None
 
     grads, seen, loss, sums = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro))
     wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))  # 16 bits are too few for a sum
-    grads = jax.tree.map(lambda g: jnp.zeros(g.shape) if isinstance(g, Scaled) else wide(g), grads, is_leaf=_is_scaled)
-    start = (grads, *jax.tree.map(wide, (seen, loss, sums)))
+    nothing = lambda g: encode(jnp.zeros(g.shape), FORMATS[sums_in]) if isinstance(g, Scaled) else wide(g)
+    start = (jax.tree.map(nothing, grads, is_leaf=_is_scaled), *jax.tree.map(wide, (seen, loss, sums)))
     return jax.lax.scan(body, start, micro)[0]
+
+
+def _plus(total: Any, grad: Any) -> Any:
+    """The sum of both, stored as `total` is; codes get the scale of their largest sum over all replicas."""
+    if isinstance(total, Scaled):
+        return encode_shared(decode(total) + decode(grad), manual_axes())
+    return total + decode(grad).astype(total.dtype)
 
 
 def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Array]]:
