@@ -62,6 +62,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "fp8_level": "none",  # none | O1 | O2 | O3 (docs/precision.md)
                 "fp8_window": 1,  # steps that scales look back (FP8-LM 16); 1: scales from the tensor at hand
                 "fp8_reduction": "two_shot",  # two_shot | ring (FP8-LM's, with its factor mu)
+                "lora": (),  # "regex=rank": only low-rank adapters of these matrices learn; (): all weights do
+                "lora_alpha": 16.0,  # adapters are multiplied by lora_alpha / rank
                 "fp8_accumulate": "float32",  # float32 | e4m3 (FP8-LM's): sums of FP8 gradients over micro-batches
                 "fp8_smooth": False,  # features of the feed-forward's product that stand out are evened out
                 "rules": (),  # "regex=plain|ternary|fp8": matrices that are otherwise than the level says

@@ -23,6 +23,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from easylm_plus.numerics.formats import (
     E4M3,
     E5M2,
     FORMATS,
+    FP16,
     NARROW,
     WIDE,
     Formats,
@@ -45,8 +47,9 @@ from easylm_plus.numerics.formats import (
     scale_of,
 )
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
+from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
-from easylm_plus.numerics.rules import assign, not_fp8
+from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.windows import new_window, observed, scale_now
@@ -59,6 +62,7 @@ class Plain:
 
     axes: Any = None
     cut = False
+    assigned: Mapping[str, str] = MappingProxyType({})
     sums = "float32"
 
     def store(self, params: Any) -> Any:
@@ -66,6 +70,12 @@ class Plain:
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def trained(self, stored: Any) -> Any:
+        return stored
+
+    def merged(self, stored: Any, trained: Any) -> Any:
+        return trained
 
     def view(self, stored: Any, state: dict[str, Any]) -> Any:
         return stored
@@ -78,6 +88,7 @@ class Plain:
 
 
 PLAIN = Plain()
+ADAPTERS = 1  # the stream of random numbers that adapters start from
 LEVELS = ("none", "O1", "O2", "O3")
 
 
@@ -92,16 +103,27 @@ def formats_of(level: str, optimizer: Mapping[str, Any]) -> Formats:
     return dataclasses.replace(usual, **named)
 
 
+def _is_kept(x: Any) -> bool:
+    return isinstance(x, Scaled | LowRank)
+
+
 class Numerics:
     """The transforms of one run.
 
     Args:
       section, optimizer: the sections `numerics` and `optimizer` of a config.
       shapes, axes: of the parameters, by models.transformer.abstract_parameters.
+      seed: of the run, for adapters.
     """
 
     def __init__(
-        self, section: Mapping[str, Any], optimizer: Mapping[str, Any], precision: Precision, shapes: Any, axes: Any
+        self,
+        section: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        precision: Precision,
+        shapes: Any,
+        axes: Any,
+        seed: int = 0,
     ):
         self.level, self.size, self.precision = section["fp8_level"], section["fp8_window"], precision
         if self.level not in LEVELS:
@@ -130,21 +152,53 @@ class Numerics:
         if self.level != "none" and set(self.assigned.values()) == {"plain"}:
             raise UserError(f"numerics.fp8_level = {self.level!r}: found no matrix that it concerns")
         self.formats = formats_of(self.level, optimizer)
-        self.shapes, self.axes = shapes, axes
+        self.shapes, self.axes, self.seed = shapes, axes, seed
+        self.alpha, self.ranks_of = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
         # whether masters are cut over the replicas, so that a step's view has to be brought together
         self.cut = optimizer["zero"] == "sharded" and mesh_axis_size("replica") > 1
 
     def narrow(self, name: str) -> bool:
         """Whether this weight's master and moments are in the level's formats."""
-        return self.assigned[name] != "plain"
+        return self.assigned.get(name, "plain") != "plain" and not self.ranks_of
 
     # --- what is kept ---
 
     def store(self, params: Any) -> Any:
         """Fresh or loaded parameters as the run keeps them."""
         master = FORMATS[self.formats.master]
-        keep = lambda path, p: encode(p, master) if self.narrow(path_name(path)) and master.name != "float32" else p
+        key = jax.random.fold_in(jax.random.key(self.seed), ADAPTERS)
+
+        def keep(path: Any, p: jax.Array) -> Any:
+            name = path_name(path)
+            if not self.ranks_of:
+                return encode(p, master) if self.narrow(name) and master.name != "float32" else p
+            base = self._frozen(name, p)
+            if name not in self.ranks_of:
+                return base
+            number = sorted(self.ranks_of).index(name)
+            return new_adapter(jax.random.fold_in(key, number), base, self.ranks_of[name], self.alpha)
+
         return jax.tree_util.tree_map_with_path(keep, params)
+
+    def _frozen(self, name: str, p: jax.Array) -> Any:
+        """A weight that does not learn, as narrow as it is multiplied."""
+        if self.assigned[name] == "fp8":
+            return encode(p, E4M3 if self.level == "O3" else FP16)
+        return p.astype(self.precision.compute) if name.endswith(("kernel", "embedding")) else p
+
+    def trained(self, stored: Any) -> Any:
+        """What the optimizer moves: the stored parameters, or of a run with adapters those, and None for the rest."""
+        if not self.ranks_of:
+            return stored
+        adapter = lambda leaf: {"a": leaf.a, "b": leaf.b} if isinstance(leaf, LowRank) else None
+        return jax.tree.map(adapter, stored, is_leaf=_is_kept)
+
+    def merged(self, stored: Any, trained: Any) -> Any:
+        """The stored parameters with what the optimizer has made of its part."""
+        if not self.ranks_of:
+            return trained
+        put = lambda leaf, new: leaf if new is None else dataclasses.replace(leaf, **new)
+        return jax.tree.map(put, stored, trained, is_leaf=_is_kept)
 
     def state(self) -> dict[str, Any]:
         """What is remembered between steps, before the first one."""
@@ -174,6 +228,11 @@ class Numerics:
         windows = {kind: state.get(kind, {}) for kind in ("input", "output_grad")}
 
         def leaf(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
+            if isinstance(kept, LowRank):
+                return dataclasses.replace(kept, base=base(path, kept.base, axes))
+            return Frozen(base(path, kept, axes)) if self.ranks_of else base(path, kept, axes)
+
+        def base(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             name = path_name(path)
             transform = self.assigned[name]
             if transform == "fp8":
@@ -190,13 +249,13 @@ class Numerics:
                 return self._copy(kept, axes, self.precision.compute)
             return self._gathered(kept, axes)  # norms and biases: small, and not read by a verb
 
-        is_stored = lambda x: isinstance(x, Scaled)
-        return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=is_stored)
+        return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=_is_kept)
 
     def _codes(self, kept: Any, axes: tuple[str | None, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(what travels, its factor to E4M3 codes, their factor to values) of a matrix that multiplies in FP8."""
-        if self.level == "O3" or self.formats.master == "e4m3":
-            codes = encode(decode(kept), E4M3)
+        is_code = isinstance(kept, Scaled) and kept.code.dtype == E4M3.dtype
+        if self.level == "O3" or is_code:
+            codes = kept if is_code else encode(decode(kept), E4M3)
             return self._gathered(codes.code, axes), jnp.ones_like(codes.scale_inv), codes.scale_inv
         if isinstance(kept, Scaled):
             scale = scale_of(amax(kept.code) * kept.scale_inv, E4M3)

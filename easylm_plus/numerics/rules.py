@@ -34,13 +34,12 @@ def assign(params: Any, rules: Sequence[str], default: str = "plain") -> dict[st
     assigned = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
         name = path_name(path)
-        starred = re.sub(r"^layers/(\d+/)?", "layers/*/", name)
         if not re.search(MATRIX, name):
             assigned[name] = "plain"
             continue
         assigned[name] = "narrow" if default == "fp8" and not_fp8(name, leaf.shape) else default
         for number, (pattern, transform) in enumerate(parsed):
-            if pattern.search(name) or pattern.search(starred):
+            if _matches(pattern, name):
                 used.add(number)
                 assigned[name] = transform
                 if transform == "fp8" and (reason := not_fp8(name, leaf.shape)):
@@ -66,6 +65,26 @@ def not_fp8(name: str, shape: tuple[int, ...]) -> str:
     return ""
 
 
+def adapter_ranks(params: Any, rules: Sequence[str]) -> dict[str, int]:
+    """{name: rank} of the matrices that rules like "self_attn/(q|v)_proj=8" give a low-rank adapter.
+
+    Raises UserError for a rank that is no positive number, and for a rule that no matrix matches.
+    """
+    ranks: dict[str, int] = {}
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule in rules:
+        pattern, _, rank = rule.rpartition("=")
+        if not rank.isdecimal() or int(rank) < 1:
+            raise UserError(f"numerics.lora: found {rule!r}, expected 'regular expression=rank'")
+        matched = [name for name in names if re.search(MATRIX, name) and _matches(_compiled(rule, pattern), name)]
+        if not matched:
+            raise UserError(f"numerics.lora: found {rule!r}, which matches no matrix of the blocks")
+        if experts := [name for name in matched if "/experts/" in name]:
+            raise UserError(f"numerics.lora: found {rule!r}, which matches {experts[0]}: experts take no adapters")
+        ranks = {**dict.fromkeys(matched, int(rank)), **ranks}
+    return ranks
+
+
 def attach(params: Any, rules: Sequence[str]) -> Any:
     """The tree with the weights that rules name turned into typed leaves; gradients pass through to the arrays.
 
@@ -82,7 +101,16 @@ def _parse(rule: str) -> tuple[re.Pattern[str], str]:
     if not separator or name not in TRANSFORMS:
         known = ", ".join(TRANSFORMS)
         raise UserError(f"numerics.rules: found {rule!r}, expected 'regular expression=transform' with one of {known}")
+    return _compiled(rule, pattern), name
+
+
+def _compiled(rule: str, pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern), name
+        return re.compile(pattern)
     except re.error as error:
         raise UserError(f"numerics.rules: found {rule!r}, not a regular expression ({error})") from None
+
+
+def _matches(pattern: re.Pattern[str], name: str) -> bool:
+    """Whether a rule means this weight, by its name or by that with a star for the layer."""
+    return bool(pattern.search(name) or pattern.search(re.sub(r"^layers/(\d+/)?", "layers/*/", name)))

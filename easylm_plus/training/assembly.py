@@ -58,7 +58,7 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
     with sharding.use(mesh, rules):
         shapes, axes = abstract_parameters(model)
         param_shardings = sharding.shardings(axes, shapes, mesh)
-        numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes)
+        numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes, config.train.seed)
         optimizer = make_optimizer(config.optimizer, steps, numerics, config.train.seed)
         make_state = lambda params: new_state(params, optimizer, config.train.ema > 0, numerics)
         abstract = jax.eval_shape(make_state, shapes)

@@ -19,6 +19,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import FORMATS, Scaled, decode, encode
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8, Fp8Handle
+from easylm_plus.numerics.lora import Frozen, LowRank
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.parallel.sharding import axes_in, island, manual_axes, mesh_axis_size, spec_of, stored_spec
 from easylm_plus.tree import path_name
@@ -112,15 +113,17 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
         for path, names in jax.tree_util.tree_leaves_with_path(numerics.axes, is_leaf=lambda x: isinstance(x, tuple))
     }
 
-    def leaf(path: Any, grad: Any, viewed: Any) -> Any:
+    def leaf(path: Any, viewed: Any, grad: Any) -> Any:
         name = path_name(path)
+        if name not in axes or isinstance(viewed, LowRank | Frozen):  # adapters: small, and not cut
+            return jax.tree.map(lambda x: x.sum(0), grad)
         shape = grad.shape[1:]
         spec, kept = spec_of(axes[name], shape), stored_spec(axes[name], shape)
         kept = kept if numerics.cut else spec
         before: Any = PartitionSpec(REPLICA, *spec)
-        mu = viewed.mu if isinstance(viewed, Fp8) else None
         if not isinstance(jax.eval_shape(handles.handle_of, viewed), Fp8Handle):
             return island(partial(_sum, _cut_dim(kept)), (before,), kept)(grad)
+        mu = viewed.mu if isinstance(viewed, Fp8) else None
         stack = PartitionSpec(*spec[:-2])
         if isinstance(grad, Scaled):
             before = Scaled(before, PartitionSpec(REPLICA, *stack))  # type: ignore[arg-type]
@@ -131,7 +134,7 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
             saturated[name] = share
         return total
 
-    return jax.tree_util.tree_map_with_path(leaf, grads, view, is_leaf=_is_scaled), saturated
+    return jax.tree_util.tree_map_with_path(leaf, view, grads, is_leaf=handles.is_typed), saturated
 
 
 def with_saturated(taps: jax.Array, share: jax.Array | None) -> jax.Array:

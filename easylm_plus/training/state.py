@@ -42,16 +42,16 @@ def new_state(params: Any, optimizer: Optimizer, ema: bool, numerics: Any = PLAI
     wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))
     copy = jax.tree.map(wide, params) if ema else None
     stored = numerics.store(params)
-    return TrainState(zero(), stored, optimizer.init(stored), numerics.state(), copy, guard)
+    return TrainState(zero(), stored, optimizer.init(numerics.trained(stored)), numerics.state(), copy, guard)
 
 
 def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:
     """NamedShardings for a whole (abstract) state: what mirrors a parameter is sharded like it.
 
     A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA, and the
-    codes of either); scalars and everything else are replicated.
+    codes of either, and the base of an adapter); scalars and everything else are replicated.
     """
-    place = lambda path: path_name(path).removesuffix("/code")
+    place = lambda path: path_name(path).removesuffix("/code").removesuffix("/base")
     shapes = {place(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     known = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)}
     whole = NamedSharding(mesh, PartitionSpec())

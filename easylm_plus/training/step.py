@@ -30,7 +30,9 @@ def make_train_step(
         norm = global_norm(grads)
         ok, guard = judge(state.guard, loss, norm, config["spike_factor"])
         # a step that does not count changes nothing but the count
-        params, opt_state, metrics = optimizer.step(grads, state.opt_state, state.params, norm, ok)
+        trained = numerics.trained(state.params)
+        trained, opt_state, metrics = optimizer.step(grads, state.opt_state, trained, norm, ok)
+        params = numerics.merged(state.params, trained)
         ema = average(state.ema, params, config["ema"], ok)
         remembered = numerics.observe(state.numerics, seen, ok)
         return TrainState(state.step + 1, params, opt_state, remembered, ema, guard), {
