@@ -20,7 +20,6 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,16 +29,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from easylm_plus.errors import UserError
 from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
 from easylm_plus.numerics.formats import (
     E4M3,
     E5M2,
     FORMATS,
     FP16,
-    NARROW,
-    WIDE,
-    Formats,
     Scaled,
     amax,
     decode,
@@ -50,10 +45,11 @@ from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
 from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
+from easylm_plus.numerics.settings import check, check_transforms, formats_of, rings, summed_over
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.windows import new_window, observed, scale_now
-from easylm_plus.parallel.sharding import DATA_AXES, constrain, mesh_axis_size, stored_spec
+from easylm_plus.parallel.sharding import constrain, mesh_axis_size, stored_spec
 from easylm_plus.tree import path_name
 
 
@@ -89,18 +85,6 @@ class Plain:
 
 PLAIN = Plain()
 ADAPTERS = 1  # the stream of random numbers that adapters start from
-LEVELS = ("none", "O1", "O2", "O3")
-
-
-def formats_of(level: str, optimizer: Mapping[str, Any]) -> Formats:
-    """The level's formats, each replaced by the key of the `optimizer` section that names another."""
-    usual = NARROW if level in ("O2", "O3") else WIDE
-    keys = {"master": "master", "first": "first_moment", "second": "second_moment"}
-    named = {field: optimizer[key] for field, key in keys.items() if optimizer[key]}
-    for field, name in named.items():
-        if name not in FORMATS:
-            raise UserError(f"optimizer.{keys[field]} = {name!r}: expected one of {', '.join(FORMATS)}")
-    return dataclasses.replace(usual, **named)
 
 
 def _is_kept(x: Any) -> bool:
@@ -125,41 +109,20 @@ class Numerics:
         axes: Any,
         seed: int = 0,
     ):
+        check(section)
         self.level, self.size, self.precision = section["fp8_level"], section["fp8_window"], precision
-        if self.level not in LEVELS:
-            raise UserError(f"numerics.fp8_level = {self.level!r}: expected one of {', '.join(LEVELS)}")
-        if section["fp8_reduction"] not in ("two_shot", "ring"):
-            raise UserError(f"numerics.fp8_reduction = {section['fp8_reduction']!r}: expected two_shot or ring")
-        self.ring = section["fp8_reduction"] == "ring"
-        self.ranks = math.prod(mesh_axis_size(axis) for axis in DATA_AXES)  # that gradients are summed over
-        if self.ring and mesh_axis_size("replica") not in (1, self.ranks):
-            raise UserError(
-                "numerics.fp8_reduction = 'ring': sums over mesh.replica or over the other axes that cut the batch, not"
-                " over both; expected one of them to be 1, or two_shot"
-            )
-        self.smooth, self.sums = section["fp8_smooth"], section["fp8_accumulate"]
-        if self.sums not in ("float32", "e4m3"):
-            raise UserError(f"numerics.fp8_accumulate = {self.sums!r}: expected float32 or e4m3")
-        if self.ring and self.sums == "e4m3":
-            raise UserError("numerics.fp8_accumulate = 'e4m3': expected float32 with numerics.fp8_reduction = 'ring'")
-        if self.size < 1:
-            raise UserError(f"numerics.fp8_window = {self.size}: expected 1 (the tensor at hand) or more steps")
-        self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
-        if self.level == "none" and (needy := {"fp8", "narrow"} & set(self.assigned.values())):
-            raise UserError(
-                f"numerics.rules: found '={min(needy)}', expected numerics.fp8_level = O1, O2 or O3 with it"
-            )
-        if self.level != "none" and set(self.assigned.values()) == {"plain"}:
-            raise UserError(f"numerics.fp8_level = {self.level!r}: found no matrix that it concerns")
+        self.smooth, self.sums, self.ring = section["fp8_smooth"], section["fp8_accumulate"], rings(section)
         self.formats = formats_of(self.level, optimizer)
         self.shapes, self.axes, self.seed = shapes, axes, seed
-        self.alpha, self.ranks_of = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
+        self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
+        check_transforms(self.level, set(self.assigned.values()))
+        self.alpha, self.adapters = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
         # whether masters are cut over the replicas, so that a step's view has to be brought together
         self.cut = optimizer["zero"] == "sharded" and mesh_axis_size("replica") > 1
 
     def narrow(self, name: str) -> bool:
         """Whether this weight's master and moments are in the level's formats."""
-        return self.assigned.get(name, "plain") != "plain" and not self.ranks_of
+        return self.assigned.get(name, "plain") != "plain" and not self.adapters
 
     # --- what is kept ---
 
@@ -170,13 +133,13 @@ class Numerics:
 
         def keep(path: Any, p: jax.Array) -> Any:
             name = path_name(path)
-            if not self.ranks_of:
+            if not self.adapters:
                 return encode(p, master) if self.narrow(name) and master.name != "float32" else p
             base = self._frozen(name, p)
-            if name not in self.ranks_of:
+            if name not in self.adapters:
                 return base
-            number = sorted(self.ranks_of).index(name)
-            return new_adapter(jax.random.fold_in(key, number), base, self.ranks_of[name], self.alpha)
+            number = sorted(self.adapters).index(name)
+            return new_adapter(jax.random.fold_in(key, number), base, self.adapters[name], self.alpha)
 
         return jax.tree_util.tree_map_with_path(keep, params)
 
@@ -188,14 +151,14 @@ class Numerics:
 
     def trained(self, stored: Any) -> Any:
         """What the optimizer moves: the stored parameters, or of a run with adapters those, and None for the rest."""
-        if not self.ranks_of:
+        if not self.adapters:
             return stored
         adapter = lambda leaf: {"a": leaf.a, "b": leaf.b} if isinstance(leaf, LowRank) else None
         return jax.tree.map(adapter, stored, is_leaf=_is_kept)
 
     def merged(self, stored: Any, trained: Any) -> Any:
         """The stored parameters with what the optimizer has made of its part."""
-        if not self.ranks_of:
+        if not self.adapters:
             return trained
         put = lambda leaf, new: leaf if new is None else dataclasses.replace(leaf, **new)
         return jax.tree.map(put, stored, trained, is_leaf=_is_kept)
@@ -207,7 +170,7 @@ class Numerics:
         windows = lambda: {name: new_window(stack, self.size) for name, stack in stacks.items()}
         state: dict[str, Any] = {"input": windows(), "output_grad": windows()} if self.size > 1 else {}
         if self.ring and stacks:
-            state["mu"] = {name: initial_mu(self.ranks, stack) for name, stack in stacks.items()}
+            state["mu"] = {name: initial_mu(summed_over(), stack) for name, stack in stacks.items()}
         return state
 
     def observe(self, state: dict[str, Any], seen: Mapping[str, jax.Array], ok: jax.Array) -> dict[str, Any]:
@@ -230,7 +193,7 @@ class Numerics:
         def leaf(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             if isinstance(kept, LowRank):
                 return dataclasses.replace(kept, base=base(path, kept.base, axes))
-            return Frozen(base(path, kept, axes)) if self.ranks_of else base(path, kept, axes)
+            return Frozen(base(path, kept, axes)) if self.adapters else base(path, kept, axes)
 
         def base(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             name = path_name(path)
