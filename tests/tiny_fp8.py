@@ -26,6 +26,19 @@ ROWS, LENGTH, VOCAB, STEPS = 16, 32, 64, 100
 MODEL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
          "num_kv_heads": 2, "head_dim": 8, "max_length": 64, "init": "fan_in", "attention": "xla"}  # fmt: skip
 
+KEYS = {
+    "level": "numerics.fp8_level",
+    "precision": "numerics.precision",
+    "window": "numerics.fp8_window",
+    "reduction": "numerics.fp8_reduction",
+    "rules": "numerics.rules",
+    "accumulate": "train.accumulate",
+    "zero": "optimizer.zero",
+    "rate": "optimizer.learning_rate",
+    "sequence_parallel": "mesh.sequence_parallel",
+    "chunk": "objective.chunk",
+}
+
 
 def sqnr(got, expected):
     """Signal to error, in dB."""
@@ -64,7 +77,7 @@ def forward_and_backward(w, x, dy, jit=jax.jit):
 # --- a run ---
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run:
     """A run on a mesh, before its first step."""
 
@@ -91,6 +104,13 @@ class Run:
 
     def gradients(self, seed=0):
         """(loss, {name: gradient as the optimizer gets it}, {name: what was seen}) of a batch."""
+        with sharding.use(self.mesh, self.parts.rules):
+            grads, seen, loss, _ = self.compiled_gradients()(self.state, self.batch(seed))
+        return float(loss), by_name(grads), seen
+
+    @functools.cache  # noqa: B019 runs are few
+    def compiled_gradients(self):
+        """(state, batch) -> what training.gradients.gradients gives, the making of the view included."""
         numerics = self.parts.numerics
 
         def run(state, batch):
@@ -98,8 +118,7 @@ class Run:
             return gradients(self.parts.objective, view, batch, self.accumulate, numerics)
 
         with sharding.use(self.mesh, self.parts.rules):
-            grads, seen, loss, _ = jax.jit(run)(self.state, self.batch(seed))
-        return float(loss), by_name(grads), seen
+            return jax.jit(run).lower(self.parts.state, self.batch()).compile()
 
     def steps(self, count):
         """Losses of that many steps; the state is that after them."""
@@ -123,15 +142,17 @@ def parameters(model, seed):
         return jax.tree.map(np.asarray, jax.jit(lambda: init_parameters(model, jax.random.key(seed)))())
 
 
-def run_of(level, sizes=None, accumulate=1, precision="float32", window=1, zero="none", rules=(), rate=3e-3, **model):
-    """A run at a level on a mesh of these axes; `model` changes MODEL."""
+def run_of(level, sizes=None, **options):
+    """A run at a level on a mesh of these axes; `options` are names in KEYS, or change MODEL."""
     sizes = sizes or {}
-    config = base("debug", **(MODEL | model))
-    config.numerics.update({"precision": precision, "fp8_level": level, "fp8_window": window, "rules": rules})
-    config.optimizer.update({"learning_rate": rate, "weight_decay": 0.1, "schedule": "constant", "zero": zero})
-    config.train.accumulate, config.objective.chunk = accumulate, 64
+    config = base("debug", **(MODEL | {name: value for name, value in options.items() if name not in KEYS}))
+    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.1, "schedule": "constant"})
+    for name, value in ({"level": level, "precision": "float32", "chunk": 64} | options).items():
+        if name in KEYS:
+            section, key = KEYS[name].split(".")
+            config[section][key] = value
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()) or [1]))])
-    return Run(assemble(config, mesh, 2, STEPS), mesh, accumulate)
+    return Run(assemble(config, mesh, 2, STEPS), mesh, config.train.accumulate)
 
 
 def by_name(tree):
