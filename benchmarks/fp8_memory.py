@@ -97,9 +97,9 @@ def fits(found: dict[str, Any]) -> bool:
     return memory is not None and (found["limit"] is None or memory["peak"] <= found["limit"])
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` for which it holds, if it holds up to there; 0: for none."""
-    good, bad = 0, 1
+def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest n up to `most` for which it holds, 0 for none; what holds for n holds for fewer."""
+    good, bad = 0, start
     while bad <= most and fits(bad):
         good, bad = bad, 2 * bad
     bad = min(bad, most + 1)
@@ -122,15 +122,15 @@ def rows() -> None:
         for layout in LAYOUTS.value:
             for level in LEVELS.value:
                 at = lambda n: fits(result(size=size, layout=layout, level=level, rows=n, parts=2))  # noqa: B023
-                print(f"{size} {layout} {level}: {largest(at, 256)} rows")
+                print(f"{size} {layout} {level}: {largest(at, 2, 256)} rows")
 
 
 def models() -> None:
-    """Heads in steps of 4, one row a device, blocks recomputed."""
+    """Heads in steps of 8, one row a device, blocks recomputed."""
     for layout in LAYOUTS.value:
         for level in LEVELS.value:
-            at = lambda n: fits(result(size=str(4 * n), layout=layout, level=level, rows=1, parts=2))  # noqa: B023
-            print(f"{layout} {level}: {4 * largest(at, 48)} layers and heads")
+            at = lambda n: fits(result(size=str(8 * n), layout=layout, level=level, rows=1, parts=2))  # noqa: B023
+            print(f"{layout} {level}: {8 * largest(at, 4, 24)} layers and heads")
 
 
 # --- tables ---
