@@ -93,6 +93,29 @@ def test_the_first_step_is_that_of_one_device(level, mesh):
             np.testing.assert_allclose(seen[name][:, :2, 0], one_seen[name][:, :2, 0], rtol=rounded)
 
 
+NARROW = {  # matrices that have all of the level but the products, and the model they are of
+    "experts": ("experts", {"num_experts": 4, "experts_per_token": 2}),
+    "ternary": ("mlp", {"rules": ("mlp/.*_proj=ternary",)}),
+    "odd sides": ("mlp", {"intermediate_size": 40}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["experts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ternary", "odd sides"))]
+)
+def test_narrow_gradients_too(kind):
+    """Sums over fsdp and experts are in float, so that only replicas add roundings to that of the codes."""
+    where, model = NARROW[kind]
+    loss, gradients, _ = run_on("O3", "copies, zero", **model).start().gradients()
+    one_loss, one, _ = run_on("O3", "one", **model).start().gradients()
+    assert loss == pytest.approx(one_loss, abs=1e-5)
+    narrow = [name for name in one if f"/{where}/" in name and name.endswith("kernel") and "router" not in name]
+    assert len(narrow) == 3
+    for name in narrow:
+        assert isinstance(gradients[name], Scaled)
+        assert sqnr(decode(gradients[name]), decode(one[name])) > least("fsdp")
+
+
 @pytest.mark.parametrize("mesh", ("replica", "replica, zero"))
 def test_replicas_are_fsdp_with_other_places(mesh):
     """The same four parts of the batch, rounded and summed by the same rule: the same codes."""
