@@ -117,6 +117,15 @@ def test_the_step_of_eight_gpus(level, mesh):
     assert narrow == rounds * (3 if "fsdp" in mesh else 2) * MATRICES
 
 
+@pytest.mark.aot("gpu")
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
+def test_an_activation_stays_out_of_fp8_products(activation):
+    """XLA fuses a GELU that is written with tanh into the product before it, and cannot emit that in FP8."""
+    found, config = machine("h100:1x1x1"), experiment("O3")
+    config.model.update(activation=activation, gated=False, remat="full")
+    assert '"__cublas$lt$matmul$f8"' in compile_step(config, found.devices, found.options).hlo
+
+
 @pytest.mark.aot("tpu")
 @pytest.mark.parametrize("level", ["none", "O3"])
 def test_the_step_of_a_tpu(level):
