@@ -24,7 +24,7 @@ DO = flags.DEFINE_enum("do", "table", ["steps", "rows", "models", "table"], "wha
 MACHINE = flags.DEFINE_string("machine", "h100:1x4x8", "a name of planning/topology.py")
 SIZES = flags.DEFINE_list("sizes", ["7b", "13b"], "of the paper's GPTs")
 LAYOUTS = flags.DEFINE_list("layouts", ["paper", "fsdp"], "how they lie on the machine")
-LEVELS = flags.DEFINE_list("levels", ["none", "O1", "O2", "O3"], "FP8 levels")
+LEVELS = flags.DEFINE_list("levels", ["none", "O1", "O2", "O3", "O3-e4m3"], "FP8 levels, and how gradients are summed")
 FOLDER = flags.DEFINE_string("folder", "runs/fp8_memory", "of the results")
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,8 @@ def experiment(key: dict[str, Any], devices: int) -> Any:
     ranks = devices // tensor
     config.mesh.update({"fsdp": 1, "tensor": tensor, "replica" if layout == "paper" else "fsdp": ranks})
     config.optimizer.zero = "sharded" if layout == "paper" and ranks > 1 else "none"
-    config.numerics.fp8_level = key["level"]
+    config.numerics.fp8_level, _, sums = key["level"].partition("-")
+    config.numerics.fp8_accumulate = sums or "float32"
     config.train.accumulate = key["parts"] or STEP_ROWS // (rows * ranks)
     config.data.batch_size = rows * ranks * config.train.accumulate
     if size not in TENSOR:  # "64": layers and heads of 128, with the proportions of the paper's GPTs
@@ -158,8 +159,8 @@ def print_steps() -> None:
         if key["layout"] == "paper":
             ratios = [f"{sent * tensor / (size * r['parameters']):.1%}" for size in (6, 4)]
             bf16, fp8 = PAPER[key["size"]]
-            if key["level"] in ("none", "O3"):
-                memory_gb, sent_gb = fp8 if key["level"] == "O3" else bf16
+            if key["level"] in ("none", "O3", "O3-e4m3"):
+                memory_gb, sent_gb = bf16 if key["level"] == "none" else fp8
                 paper = [f"{memory_gb} GB ({memory_gb / bf16[0] - 1:+.0%})", f"{sent_gb} ({sent_gb / bf16[1]:.1%})"]
         names = [key[name] for name in ("machine", "size", "layout", "level")]
         cells = [

@@ -57,8 +57,7 @@ class Compiled:
     executable: Any  # jax.stages.Compiled
     seconds: float
     view: Any  # abstract: the weights as the step multiplies by them
-    gradients: Any  # abstract: those of one micro-batch
-    parts: int  # micro-batches
+    gradients: list[Any]  # abstract: of one micro-batch, and their sum so far where there are several
 
     @property
     def hlo(self) -> str:
@@ -72,7 +71,7 @@ class Compiled:
             self._kept(a.state.params),
             self._kept((a.state.opt_state, a.state.ema)),
             self._made(self.view, lambda name, leaf: (leaf.dtype, self._weights[name][1]) != self._stored[name]),
-            self._made(self.gradients) + (self._made(a.shapes) if self.parts > 1 else np.zeros(2, int)),
+            np.sum([self._made(tree) for tree in self.gradients], axis=0),
         ]
         own, vocabulary = [int(tree[0]) for tree in trees], int(sum(tree[1] for tree in trees))
         peak = found.peak_memory_in_bytes
@@ -158,7 +157,10 @@ def compile_step(
 
     def made(state: Any, batch: Any) -> Any:
         view = a.numerics.view(state.params, state.numerics)
-        return view, accumulate(a.objective, view, batch, a.objective.denominators(batch), 1)[0]
+        grads = lambda parts: accumulate(
+            a.objective, view, batch, a.objective.denominators(batch), parts, a.numerics.sums
+        )[0]
+        return view, [grads(1), grads(parts)] if parts > 1 else [grads(1)]
 
     with _told():
         a = assemble(config, mesh, sources, STEPS)
@@ -166,4 +168,4 @@ def compile_step(
             batch = batch_shapes(config, batch_sharding(config, mesh))
             executable = a.step.lower(a.state, batch).compile(options or None)
             view, gradients = jax.eval_shape(made, a.state, batch)
-    return Compiled(a, executable, time.perf_counter() - started, view, gradients, parts)
+    return Compiled(a, executable, time.perf_counter() - started, view, gradients)

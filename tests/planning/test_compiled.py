@@ -16,7 +16,7 @@ VOCABULARY = 2 * V * D
 N = 8  # devices
 
 
-def compiled(level="none", parts=2, zero="none", ema=0.0, **mesh):
+def compiled(level="none", parts=2, zero="none", ema=0.0, sums="float32", **mesh):
     config = base(
         "debug", vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=L, num_heads=2, num_kv_heads=2,
         head_dim=16, max_length=T, attention="xla", remat="full", scan_layers=True,
@@ -24,7 +24,7 @@ def compiled(level="none", parts=2, zero="none", ema=0.0, **mesh):
     config.data.length, config.data.batch_size = T, 8 * parts
     config.train.accumulate, config.train.ema = parts, ema
     config.numerics.precision = "float32"
-    config.numerics.fp8_level, config.optimizer.zero = level, zero
+    config.numerics.fp8_level, config.numerics.fp8_accumulate, config.optimizer.zero = level, sums, zero
     config.mesh.fsdp = 1
     config.mesh.update(mesh)
     return compile_step(config, jax.devices()[:N])
@@ -71,6 +71,11 @@ def test_o3_over_replicas(o3):
     assert memory.copies == MATRICES, "codes; norms are whole everywhere"
     assert memory.gradients == MATRICES + 4 * NORMS + 4 * (MATRICES + NORMS), "of a micro-batch, and their sum"
     assert memory.vocabulary == (1 + 2) * 4 * VOCABULARY / N + (1 + 1 + 1) * 4 * VOCABULARY
+
+
+def test_sums_in_fp8():
+    memory = compiled("O3", zero="sharded", sums="e4m3", replica=N).memory()
+    assert memory.gradients == 2 * (MATRICES + 4 * NORMS), "of a micro-batch, and their sum, a byte a weight each"
 
 
 def test_o3_takes_half_of_the_baseline_between_steps(o3):
