@@ -13,7 +13,7 @@ from tiny_fp8 import by_name, codes, flat, run_of, sqnr
 from easylm_plus.errors import UserError
 from easylm_plus.models.transformer import unstack_layers
 from easylm_plus.numerics import verbs
-from easylm_plus.numerics.formats import E4M3, FP16, Scaled, decode, encode
+from easylm_plus.numerics.formats import E4M3, E5M2, FP16, Scaled, decode, encode, scale_of
 from easylm_plus.numerics.fp8 import Fp8
 from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.stored import Copy
@@ -245,9 +245,10 @@ def test_windows_remember_what_steps_saw():
     state = numerics.state()
     assert sorted(state) == ["input", "output_grad"] and sorted(state["input"]) == KERNELS
     after = numerics.observe(state, seen, jnp.bool_(True))
-    for kind, row in (("input", 0), ("output_grad", 1)):
+    for kind, row, fmt in (("input", 0, E4M3), ("output_grad", 1, E5M2)):
         for name, window in after[kind].items():
             assert window.history.shape == (2, 4)
+            np.testing.assert_array_equal(window.scale, scale_of(seen[name][:, row, 0], fmt))
             np.testing.assert_array_equal(window.history[:, 1], seen[name][:, row, 0])
             assert (window.count == 1).all() and (seen[name][:, row, 0] > 0).all()
     skipped = numerics.observe(state, jax.tree.map(lambda x: x * jnp.nan, seen), jnp.bool_(False))
