@@ -37,6 +37,7 @@ KEYS = {
     "rate": "optimizer.learning_rate",
     "sequence_parallel": "mesh.sequence_parallel",
     "chunk": "objective.chunk",
+    "lora": "numerics.lora",
 }
 
 

@@ -14,6 +14,7 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 """
 
 import dataclasses
+from functools import singledispatch
 from typing import Any
 
 import jax
@@ -82,9 +83,15 @@ def is_scaled(x: Any) -> bool:
     return isinstance(x, Scaled)
 
 
+@singledispatch
 def decode(x: Any) -> Any:
     """The value of a Scaled in float32, on the host if its arrays are NumPy's; of an array, itself."""
-    return x.code.astype(jnp.float32) * per_matrix(x.scale_inv) if isinstance(x, Scaled) else x
+    return x
+
+
+@decode.register
+def _(x: Scaled) -> Any:
+    return x.code.astype(jnp.float32) * per_matrix(x.scale_inv)
 
 
 def encode(x: jax.Array, fmt: Format) -> Any:

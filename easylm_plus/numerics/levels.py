@@ -42,7 +42,7 @@ from easylm_plus.numerics.formats import (
     scale_of,
 )
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
-from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
+from easylm_plus.numerics.lora import Frozen, LowRank, is_kept, new_adapter
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
 from easylm_plus.numerics.settings import check, check_transforms, formats_of, rings, summed_over
@@ -85,10 +85,6 @@ class Plain:
 
 PLAIN = Plain()
 ADAPTERS = 1  # the stream of random numbers that adapters start from
-
-
-def _is_kept(x: Any) -> bool:
-    return isinstance(x, Scaled | LowRank)
 
 
 class Numerics:
@@ -154,14 +150,14 @@ class Numerics:
         if not self.adapters:
             return stored
         adapter = lambda leaf: {"a": leaf.a, "b": leaf.b} if isinstance(leaf, LowRank) else None
-        return jax.tree.map(adapter, stored, is_leaf=_is_kept)
+        return jax.tree.map(adapter, stored, is_leaf=is_kept)
 
     def merged(self, stored: Any, trained: Any) -> Any:
         """The stored parameters with what the optimizer has made of its part."""
         if not self.adapters:
             return trained
         put = lambda leaf, new: leaf if new is None else dataclasses.replace(leaf, **new)
-        return jax.tree.map(put, stored, trained, is_leaf=_is_kept)
+        return jax.tree.map(put, stored, trained, is_leaf=is_kept)
 
     def state(self) -> dict[str, Any]:
         """What is remembered between steps, before the first one."""
@@ -212,7 +208,7 @@ class Numerics:
                 return self._copy(kept, axes, self.precision.compute)
             return self._gathered(kept, axes)  # norms and biases: small, and not read by a verb
 
-        return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=_is_kept)
+        return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=is_kept)
 
     def _codes(self, kept: Any, axes: tuple[str | None, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(what travels, its factor to E4M3 codes, their factor to values) of a matrix that multiplies in FP8."""

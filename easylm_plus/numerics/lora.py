@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from easylm_plus.numerics import handles, verbs
+from easylm_plus.numerics.formats import Scaled, decode
 
 
 @struct.dataclass
@@ -31,6 +33,15 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
+
+    def __getitem__(self, index: Any) -> "LowRank":
+        """Matrices of a stack, by an index of its stack axes."""
+        return LowRank(self.base[index], self.a[index], self.b[index], self.scale)
+
+
+def is_kept(x: Any) -> bool:
+    """For tree functions: what is stored of a weight is one leaf, if it is more than an array."""
+    return isinstance(x, Scaled | LowRank)
 
 
 @struct.dataclass
@@ -52,16 +63,16 @@ def _(w: LowRank, x: jax.Array) -> jax.Array:
     return verbs.project(x, w.base) + verbs.project(verbs.project(x, w.a), w.b) * w.scale
 
 
+@decode.register
+def _(x: LowRank) -> Any:
+    """Base and adapter merged, in float32; on the host if the arrays are NumPy's."""
+    with jax.default_matmul_precision("highest"):
+        return decode(x.base).astype(jnp.float32) + x.a @ x.b * np.float32(x.scale)
+
+
 @verbs._dense.register
 def _(w: LowRank) -> jax.Array:
-    """Base and adapter merged, in float32."""
-    with jax.default_matmul_precision("highest"):
-        pair = jax.vmap(verbs.project)(_flat(w.a), _flat(w.b)).reshape(w.base.shape)
-    return verbs.dense(w.base).astype(jnp.float32) + pair * w.scale
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, *x.shape[-2:])
+    return decode(w)
 
 
 @handles.handle_of.register

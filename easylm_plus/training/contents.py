@@ -14,10 +14,11 @@ import numpy as np
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import Scaled
+from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.windows import Window
 from easylm_plus.tree import path_name
 
-LEAVES: dict[str, type] = {kind.__name__: kind for kind in (Scaled, Window)}  # typed leaves that a state may hold
+LEAVES: dict[str, type] = {kind.__name__: kind for kind in (Scaled, Window, LowRank)}  # those that a state may hold
 
 # Keys that may change between a checkpoint and its resumption: where things are and what is shown, never what is
 # computed. Everything else must be the same, or the resumed run would be neither of the two.
@@ -38,12 +39,16 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
 def leaf_types(tree: Any) -> dict[str, dict[str, Any]]:
     """path -> {type, static fields} of every typed leaf of a tree; its arrays are those whose names start so."""
     is_typed = lambda x: type(x) in LEAVES.values()
-    static = lambda x: [f.name for f in dataclasses.fields(x) if not f.metadata.get("pytree_node", True)]
-    return {
-        path_name(path): {"type": type(x).__name__, **{name: getattr(x, name) for name in static(x)}}
-        for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_typed)
-        if is_typed(x)
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_typed):
+        if not is_typed(leaf):
+            continue
+        name, values = path_name(path), {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)}
+        static = {f.name for f in dataclasses.fields(leaf) if not f.metadata.get("pytree_node", True)}
+        found[name] = {"type": type(leaf).__name__, **{key: values[key] for key in sorted(static)}}
+        within = leaf_types({key: value for key, value in values.items() if key not in static})
+        found |= {f"{name}/{key}": info for key, info in within.items()}
+    return found
 
 
 def compare_arrays(found: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
@@ -112,7 +117,8 @@ def put_together(node: Any, leaves: Mapping[str, Mapping[str, Any]], path: str =
         own = dict(leaves[path])
         if (kind := own.pop("type")) not in LEAVES:
             raise UserError(f"{path}: found a leaf of type {kind!r}, expected one of {', '.join(LEAVES)}")
-        return LEAVES[kind](**node, **own)
+        parts = {key: put_together(child, leaves, f"{path}/{key}") for key, child in node.items()}
+        return LEAVES[kind](**parts, **own)
     if not isinstance(node, dict):
         return node
     return {key: put_together(child, leaves, f"{path}/{key}" if path else key) for key, child in node.items()}

@@ -15,7 +15,8 @@ from easylm_plus.errors import UserError
 from easylm_plus.interop.huggingface import load_parameters, read_config
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.transformer import Transformer, stack_layers, unstack_layers
-from easylm_plus.numerics.formats import Scaled, decode, is_scaled
+from easylm_plus.numerics.formats import decode
+from easylm_plus.numerics.lora import is_kept
 from easylm_plus.training.checkpoint import locate, read_parameters
 from easylm_plus.tree import path_name
 
@@ -66,7 +67,7 @@ def warm_start(params: Any, path: str | Path, model: Transformer, rename: Sequen
 def read_weights(path: str | Path, model: Transformer, place: Callable[[str, Any], None]) -> None:
     """Hands the weights of a checkpoint of any kind we read to `place`, stacked or not as `model` has them.
 
-    They are arrays of the host, or Scaled of such arrays.
+    They are arrays of the host, or leaves of such arrays, to be decoded.
     """
     path = Path(path)
     scan = model.config.scan_layers
@@ -76,7 +77,7 @@ def read_weights(path: str | Path, model: Transformer, place: Callable[[str, Any
     params = jax.device_get(load_llama2c(path)[1] if path.is_file() else read_parameters(*locate(path)))
     if ("0" not in params["layers"]) != scan:
         params = stack_layers(params) if scan else unstack_layers(params)
-    for name, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_kept):
         place(path_name(name), leaf)
 
 
@@ -84,12 +85,13 @@ def _put(found: Any, like: jax.Array) -> jax.Array:
     """A weight of the host on the devices, typed and sharded as another; decoded matrix by matrix."""
 
     def part(index: Any) -> np.ndarray:
-        if not is_scaled(found):
+        if not is_kept(found):
             return np.asarray(found[index], like.dtype)
-        own = Scaled(found.code[index], found.scale_inv[index[:-2]])
-        values = np.empty(own.shape, like.dtype)
+        stack, sides = index[:-2], index[-2:]
+        own = found[stack]
+        values = np.empty(like.sharding.shard_shape(like.shape), like.dtype)
         for matrix in np.ndindex(own.shape[:-2]):
-            values[matrix] = decode(own[matrix])
+            values[matrix] = decode(own[matrix])[sides]
         return values
 
     return jax.make_array_from_callback(like.shape, like.sharding, part)

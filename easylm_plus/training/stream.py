@@ -37,7 +37,8 @@ from easylm_plus.interop.weights import (
     workers,
 )
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.numerics.formats import decode, is_scaled
+from easylm_plus.numerics.formats import decode
+from easylm_plus.numerics.lora import is_kept
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 from easylm_plus.training.contents import declared, put_together
 from easylm_plus.tree import path_name
@@ -153,7 +154,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     meta = read_meta(directory, step)
     part = parameters_part(meta["arrays"])
     tree = put_together(declared(meta["arrays"], part), meta.get("leaves", {}))[part]
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_scaled)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_kept)
     arrays = {path_name(path): jax.eval_shape(decode, leaf) for path, leaf in leaves}
 
     def fetch(name: str) -> Any:
