@@ -76,7 +76,10 @@ def main() -> int:
         ################################### What it will take #########################################
         tokens = config.data.batch_size * config.data.length
         parts, chunk = config.train.accumulate, config.objective.chunk
-        needed = estimate(run.state, run.shardings, run.model.config, run.model.precision, tokens, parts, chunk)
+        policy, cut_residual = run.model.precision, config.mesh.sequence_parallel
+        needed = estimate(
+            run.state, run.shardings, run.model.config, policy, tokens, parts, chunk, run.numerics, cut_residual
+        )
         banner = two_columns()
         weights = sum(x.size for x in jax.tree.leaves(run.shapes))
         banner.add_row("model", f"{weights:,} parameters, {run.model.precision.name}")

@@ -14,9 +14,9 @@ from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.memory import estimate, human, kept_per_token, sharded_bytes
+from easylm_plus.training.gradients import accumulate
 from easylm_plus.training.optimizer import adamw
 from easylm_plus.training.state import new_state, state_shardings
-from easylm_plus.training.step import accumulate
 
 
 def on_first_device(tree):
@@ -109,8 +109,8 @@ def test_the_compiled_step_has_the_second_tree():
     objective, batch = LanguageModel(model, 2, chunk=8), tiny.random_batch(8, 8, 64)
 
     def working_bytes(parts):
-        loss_and_sums = lambda p, micro: objective(p, micro, objective.denominators(batch))
-        program = jax.jit(lambda p, b: accumulate(loss_and_sums, p, b, parts)).lower(params, batch).compile()
+        of_batch = lambda p, b: accumulate(objective, p, b, objective.denominators(b), parts)
+        program = jax.jit(of_batch).lower(params, batch).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     tree = sum(x.nbytes for x in jax.tree.leaves(params))
