@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics import stored  # noqa: F401 how codes multiply
 from easylm_plus.numerics.formats import is_scaled
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import struct
 from fp8_runs import Run, bits
+from jax.sharding import PartitionSpec as P
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import Scaled, decode, is_scaled
@@ -42,7 +43,7 @@ def after(run, state, first, last):
 
 VARIANTS = {
     "O1, window": ("O1", {"numerics__fp8_window": 16, "train__ema": 0.9}, {}),
-    "O2, accumulated": ("O2", {"train__accumulate": 2}, {"fsdp": 2}),
+    "O2, accumulated, ring": ("O2", {"train__accumulate": 2, "numerics__fp8_reduction": "ring"}, {"fsdp": 2}),
     "O3, cut, accumulated, window": (
         "O3", {"numerics__fp8_window": 16, "train__accumulate": 2, "optimizer__zero": "sharded"}, CUT),
 }  # fmt: skip
@@ -62,6 +63,22 @@ def test_a_stopped_run_continues_exactly(level, values, sizes, tmp_path):
     other = restored(tmp_path, 2, run)
     worse = {"opt_state": run.start().opt_state} if level != "O1" else {"numerics": run.start().numerics}
     assert after(run, other.replace(**worse), 2, 4)[:2] != wanted[:2], "a part that does not come back would be seen"
+
+
+def test_the_weight_average_is_of_values():
+    """Of codes and factors decoded, in float32, and cut as masters are."""
+    run = Run(fp8_runs.config("O3", train__ema=0.5, optimizer__zero="sharded"), CUT)
+    state = run.start()
+    wanted = bare = jax.device_get(state.ema)
+    assert jax.tree.map(lambda x: x.shape, wanted) == jax.tree.map(lambda x: x.shape, run.assembly.shapes)
+    for number in range(2):
+        state, _ = run.steps(state, number, number + 1)
+        params = jax.device_get(state.params)
+        wanted = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * decode(new), wanted, params)
+        bare = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * decode(without_factor(new)), bare, params)
+    off = lambda tree: max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (tree, state.ema)), strict=True))
+    assert off(wanted) < 1e-6 and off(bare) > 1
+    assert state.ema["layers"]["mlp"]["up_proj"]["kernel"].sharding.spec == P(None, ("fsdp", "replica"), None)
 
 
 # --- another mesh ---
