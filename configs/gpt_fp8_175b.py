@@ -1,4 +1,4 @@
-"""GPT 175B of FP8-LM, in bfloat16: configs/gpt_fp8_125m.py at this size.
+"""GPT 175B of FP8-LM: configs/gpt_fp8_125m.py at this size; `:level=O3` trains it in FP8.
 
     python -m easylm_plus.train --config=configs/gpt_fp8_175b.py
 
