@@ -38,7 +38,7 @@ def whole(folder, devices=1, **values):
     """An uninterrupted run."""
     folder.mkdir(exist_ok=True)
     status, output = tiny.run(f"--config={tiny.write_config(folder, **{**RUN, **values})}", devices=devices)
-    assert status == 0, output
+    assert status == 0 and "Warning" not in output, output
     return folder
 
 
