@@ -175,6 +175,7 @@ def test_levels_learn(level, window):
 # --- what is kept, and what a step multiplies by ---
 
 
+@functools.cache
 def kept_and_viewed(level, **options):
     """(parameters, what is kept of them, what a step multiplies by), {name: leaf} each."""
     run = run_of(level, scan_layers=True, **options).start()
@@ -254,6 +255,20 @@ def test_windows_remember_what_steps_saw():
     skipped = numerics.observe(state, jax.tree.map(lambda x: x * jnp.nan, seen), jnp.bool_(False))
     jax.tree.map(np.testing.assert_array_equal, skipped, state)
     assert run_of("O1").parts.numerics.state() == {}
+
+
+def test_mu_follows_the_saturated_share():
+    """Of each matrix of a stack by itself: half of it above 1e-5, a little more of it below."""
+    numerics = run_of("O3", scan_layers=True, reduction="ring").parts.numerics
+    state = numerics.state()
+    assert sorted(state) == ["mu"] and sorted(state["mu"]) == KERNELS
+    mu = state["mu"][KERNELS[0]]
+    np.testing.assert_array_equal(mu, [1, 1])  # 1 / sqrt(ranks)
+    seen = {name: jnp.zeros((2, 3, 3)).at[1, 2, 1].set(1e-4) for name in KERNELS}  # of gradients, in the second layer
+    after = numerics.observe(state, seen, jnp.bool_(True))["mu"]
+    for moved in after.values():
+        np.testing.assert_allclose(moved, [2**0.001, 0.5], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, numerics.observe(state, seen, jnp.bool_(False)), state)
 
 
 def test_steps_move_the_windows():

@@ -38,12 +38,17 @@ MESHES = {
     "replica, zero": {"replica": 4, "zero": "sharded"},
     "copies": {"replica": 2, "fsdp": 2, "tensor": 2},
     "copies, zero": {"replica": 2, "fsdp": 2, "tensor": 2, "zero": "sharded"},
+    "ring": {"fsdp": 4, "reduction": "ring"},
+    "ring of replicas": {"replica": 4, "zero": "sharded", "reduction": "ring"},
 }
-# roundings to E4M3 between the exact gradient and one that was summed: of the partial sums, and of each sum
-ROUNDINGS = {"tensor": 1, "copies": 3, "copies, zero": 3}
+# roundings to E4M3 between the exact gradient and one that was summed: of the partial sums, and of each sum; in a ring
+# at each hop
+ROUNDINGS = {"tensor": 1, "copies": 3, "copies, zero": 3, "ring": 4, "ring of replicas": 4}
 E4M3_NOISE = 0.0265**2  # of the signal: 31.5 dB (test_fp8)
-CASES = list(itertools.product(("O3", "O2", "O1", "none"), MESHES))
-FAST = [("O3", mesh) for mesh in MESHES if mesh not in ("tensor", "sequence", "copies")]
+CASES = [
+    case for case in itertools.product(("O3", "O2", "O1", "none"), MESHES) if case[0] == "O3" or "ring" not in case[1]
+]
+FAST = [("O3", mesh) for mesh in MESHES if mesh not in ("tensor", "sequence", "copies", "ring of replicas")]
 FAST += [("O2", "three"), ("O1", "copies, zero")]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in FAST]
 
@@ -206,10 +211,18 @@ def test_bytes_over_fsdp(level, dtype, size):
     assert payload(text)["all-to-all"] == ELEMENTS
 
 
+def test_bytes_of_the_ring():
+    """A piece of a quarter goes round three times."""
+    text = started("O3", "ring").compiled_gradients().as_text()
+    assert wide(text) == []
+    assert payload(text) == {"all-gather": 2 * ELEMENTS, "collective-permute": 3 * ELEMENTS // 4}
+
+
 @pytest.mark.parametrize("parts", (1, 4))
 def test_replicas_exchange_once_a_step(parts):
     """Weights are brought together and gradients exchanged once, a byte an element each, however many micro-batches."""
-    text = run_on("O3", "replica, zero", accumulate=parts).compiled_gradients().as_text()
+    run = started("O3", "replica, zero") if parts == 1 else run_on("O3", "replica, zero", accumulate=parts)
+    text = run.compiled_gradients().as_text()
     assert wide(text) == []
     assert payload(text) == {"all-gather": ELEMENTS, "all-to-all": ELEMENTS}
     assert {c.trips for c in wire.collectives(text) if c.dtype == "u8"} == {1}
