@@ -122,6 +122,20 @@ def test_codes_without_their_factor_are_another_model(run):
     assert np.abs(logits(opened) - logits(bare)).max() > 0.1
 
 
+def test_ternary_weights_with_latents_in_codes_are_read_as_ternary(tmp_path):
+    """By the run's own held-out evaluation, and by the other doors."""
+    values = {"numerics__fp8_level": "O2", "numerics__rules": ("mlp/.*=ternary",), "train__steps": 3, "eval__every": 3}
+    status, output = tiny.inside(f"--config={tiny.write_config(tmp_path, **values, mesh__fsdp=4, mesh__tensor=2)}")
+    assert status == 0, output[-2000:]
+    figures = tmp_path / "figures.json"
+    options = (f"--checkpoint={tmp_path}", "--examples=4", "--exact=", f"--output={figures}")
+    assert tiny.run(*options, door="easylm_plus.evaluate")[0] == 0
+    assert json.loads(figures.read_text())["eval/loss"] == pytest.approx(evaluations(tmp_path)[-1], abs=1e-5)
+    opened = open_model(tmp_path)
+    latents = opened._replace(params=read_parameters(*locate(tmp_path)))
+    assert np.abs(logits(opened) - logits(latents)).max() > 0.01, "not as their latents"
+
+
 # --- conversion and other runs ---
 
 
