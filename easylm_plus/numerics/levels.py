@@ -9,8 +9,8 @@
 Each level is the one before and something more; no hyper-parameter changes with them. They concern the matrices of the
 blocks (rules.py says which); embeddings, head, norms, biases and routers are left as they are, with masters and moments
 in float32. Matrices that cannot multiply in FP8, those of experts and such whose sides are no multiples of 16, are
-`narrow`: all of the level but the products. The released code stores weights in FP16 from O1 on; here that is part of
-O2, where the memory is won.
+`narrow`: kept as the level says, multiplied (and their gradients summed over `fsdp`) in the compute dtype. The
+released code stores weights in FP16 from O1 on; here that is part of O2, where the memory is won.
 
 A run's parameters are the *stored* ones, float32 arrays or formats.Scaled in FP16. Each step makes its *view* of them,
 the tree of leaves that the model multiplies by; for O3 that includes the weights' E4M3 codes, made once a step from the

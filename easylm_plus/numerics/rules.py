@@ -17,7 +17,7 @@ from easylm_plus.numerics.formats import is_scaled
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
-TRANSFORMS = ("plain", "ternary", "fp8", "narrow")  # narrow: all of an FP8 level but its products
+TRANSFORMS = ("plain", "ternary", "fp8", "narrow")  # narrow: kept as an FP8 level says
 MATRIX = r"^layers/(?!.*/router/).*/kernel$"
 BITNET = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)  # all linear layers of the blocks, as in the paper
 
