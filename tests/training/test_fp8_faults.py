@@ -106,7 +106,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_device(level, window, 
         assert metrics["ok"] and kept(again) == kept(wanted), "the next step is as if nothing had been"
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(again))
     if window > 1:
-        seen = bad["numerics"]
+        seen = bad["numerics"]["seen"]
         moved = run.assembly.numerics.observe(good.numerics, seen, jnp.array(True))
         assert bits(moved) != bits(good.numerics), "without the verdict the windows would have moved"
 
