@@ -63,7 +63,8 @@ looked_up.defvjp(_forward, _backward)
 
 def _rows(cut: Cut, dtype: DTypeLike, w_VD: jax.Array, ids: jax.Array) -> jax.Array:
     """One device's part."""
-    w_VD = jax.lax.all_gather(w_VD, cut.columns, axis=1, tiled=True) if cut.columns else w_VD
+    if cut.columns:  # as narrow as the result is
+        w_VD = jax.lax.all_gather(w_VD.astype(dtype), cut.columns, axis=1, tiled=True)
     at, here = _own(cut, w_VD.shape[0], ids)
     y = jnp.take(w_VD, at, axis=0, mode="clip").astype(dtype)
     return jax.lax.psum(jnp.where(here[..., None], y, 0), cut.rows) if cut.rows else y
