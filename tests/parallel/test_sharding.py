@@ -25,7 +25,7 @@ def mesh(**sizes):
         ({"fsdp": 8}, ("embed", "mlp"), (8, 6), P("fsdp", None)),
         ({"fsdp": 8}, ("vocab", "embed"), (7, 8), P(None, "fsdp")),
         ({"replica": 2, "fsdp": 2, "sequence": 2}, ("batch", "length"), (8, 6), P(("replica", "fsdp"), "sequence")),
-        ({"replica": 2, "fsdp": 2, "sequence": 2}, ("batch", "length"), (6, 5), P(None, None)),
+        ({"replica": 2, "fsdp": 2, "sequence": 2}, ("batch", "length"), (6, 5), P("replica", None)),
         ({"replica": 2, "sequence": 2}, ("batch", "length"), (6, 6), P("replica", "sequence")),
         ({"tensor": 2}, ("heads", "mlp"), (4, 4), P("tensor", None)),
         ({"fsdp": 2}, (None, "embed"), (4, 4), P(None, "fsdp")),
