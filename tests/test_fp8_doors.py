@@ -190,7 +190,8 @@ def test_an_o3_run_starts_from_plain_weights(run, tmp_path):
     (folder := tmp_path / "new").mkdir()
     start = {**VALUES, "train__steps": 3, "eval__samples": 0, "init_from__path": str(tmp_path / "plain")}
     status, output = tiny.inside(f"--config={tiny.write_config(folder, **start)}")
-    assert status == 0 and f"weights of {tmp_path / 'plain'}" in output, output[-2000:]
+    folded = "".join(output.split())  # the table breaks long paths
+    assert status == 0 and f"weightsof{tmp_path / 'plain'}" in folded, output[-2000:]
     first, *_, last = evaluations(folder)
     assert first == pytest.approx(evaluations(run)[-1], abs=1e-5) and last != pytest.approx(first, abs=1e-2)
 
