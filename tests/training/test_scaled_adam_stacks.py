@@ -115,10 +115,9 @@ def compiled(rounding):
     return jax.jit(step, donate_argnums=0).lower(whole, *arguments).compile()
 
 
-@pytest.mark.parametrize("rounding, most", (("nearest", 6), ("stochastic", 8)))
+@pytest.mark.parametrize("rounding, most", (("nearest", 4), ("stochastic", 7)))
 def test_temporaries_are_those_of_one_layer_and_the_stacks_are_updated_in_place(rounding, most, monkeypatch):
-    """In float32 matrices, and the first moment as bytes, which only XLA:CPU copies; it also writes down the bits whose
-    maximum gives a scale (formats.amax), one matrix more.
+    """In float32 matrices, and the first moment as bytes, which only XLA:CPU copies.
 
     (For an H100, ahead of time, at 32 x 4096 x 11008: 1.5 and 2.5 matrices, and no copy.)
     """
@@ -184,4 +183,4 @@ def test_eight_devices_give_the_bits_of_one(rounding):
         re.findall(r"= (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", program)
     )
     assert found and {kind for _, kind in found} == {"all-reduce"}
-    assert all(re.fullmatch(r"u32\[\]|\((u32\[\](, )?)+\)", shape) for shape, _ in found), found  # bits of maxima
+    assert all(re.fullmatch(r"f32\[\]|\((f32\[\](, )?)+\)", shape) for shape, _ in found), found
