@@ -223,8 +223,6 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if "://" in config[section][key]:
             raise UserError(f"{name} = {config[section][key]!r}: expected a path of a file system; mount the bucket")
-    if config.optimizer.zero not in ("none", "sharded"):
-        raise UserError(f"optimizer.zero = {config.optimizer.zero!r}: expected none or sharded")
     if config.mesh.stage != 1:
         raise UserError(f"mesh.stage = {config.mesh.stage}: expected 1; nothing is cut over this axis yet")
     if config.data.length > config.model.max_length:

@@ -104,7 +104,8 @@ def main() -> int:
             if not config.checkpoint.force:
                 place, defaults = f"{saved.directory}/{start}", configs.base().to_dict()
                 contents.compare_runs(saved.meta(start), config.to_dict(), defaults, data.hash, place)
-            state, position = saved.restore(start, run.state)
+            state, position = saved.restore(start, run.saved)
+            state = run.from_saved(state)
             owes_evaluation = position["owes_evaluation"]
             meter_state, origin = position["meter"], f"step {start} of {saved.directory}"
             try:
@@ -161,7 +162,8 @@ def main() -> int:
 
         def evaluate(step: int) -> None:
             """Held-out loss and a few sampled answers, into the log."""
-            params = attach(state.params if state.ema is None else state.ema, config.numerics.rules)
+            kept = run.to_saved(state)
+            params = attach(kept.params if kept.ema is None else kept.ema, config.numerics.rules)
             scores.update(evaluate_loss(params, (put(b) for b in data_module.heldout_batches(config, data, rows))))
             log.write(step, scores)
             texts = sampler(params)
@@ -182,7 +184,7 @@ def main() -> int:
                 "owes_evaluation": bool(stopped and evaluation_due(step)),
             }
             meta = {"config": config.to_dict(), "data_hash": data.hash}
-            saved.save(step, state, position, meta, scores)
+            saved.save(step, run.to_saved(state), position, meta, scores)
 
         ################################### The loop ##################################################
         progress = ProgressLine(console, start, steps, enabled=first)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -243,3 +244,21 @@ def test_where_masters_lie_may_change(run):
     with pytest.raises(UserError, match=r"optimizer\.b1: found 0\.9, now 0\.8"):
         other = tiny.config(run, **moved, optimizer__b1=0.8).to_dict()
         compare_runs(meta, other, defaults, meta["data_hash"], "place")
+
+
+def test_a_run_whose_tensors_are_dealt_out_whole(tmp_path):
+    """Its checkpoints are by name, like all; it continues from one exactly, and so does a run that cuts them."""
+    values = {**VALUES, "optimizer__zero": "whole_tensor", "mesh__replica": 8, "mesh__fsdp": 1, "mesh__tensor": 1,
+              "train__accumulate": 1, "train__steps": 4, "checkpoint__every": 2, "eval__every": 4}  # fmt: skip
+    config = tiny.write_config(tmp_path, **values)
+    status, output = tiny.inside(f"--config={config}")
+    assert status == 0, output[-2000:]
+    last = lambda: jax.tree.leaves(read_parameters(*locate(tmp_path)))
+    wanted, losses = last(), evaluations(tmp_path)
+    place = locate(tmp_path)[0]
+    for zero in ("whole_tensor", "sharded"):
+        shutil.rmtree(place / "4")
+        status, output = tiny.inside(f"--config={config}", f"--config.optimizer.zero={zero}")
+        assert status == 0 and "step 2 of" in output, output[-2000:]
+        assert all((x == y).all() for x, y in zip(last(), wanted)) == (zero == "whole_tensor")
+        assert evaluations(tmp_path)[-1] == pytest.approx(losses[-1], abs=0 if zero == "whole_tensor" else 1e-3)

@@ -136,16 +136,6 @@ def cast(x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:
     return jnp.clip(wide, -fmt.largest, fmt.largest).astype(fmt.dtype)  # type: ignore[operator]
 
 
-def as_bytes(code: jax.Array) -> jax.Array:
-    """FP8 codes as uint8, for what is written into a stack: XLA:CPU would widen the whole stack to write a layer."""
-    return jax.lax.bitcast_convert_type(code, jnp.uint8)
-
-
-def from_bytes(x: jax.Array, fmt: Format) -> jax.Array:
-    """The inverse of `as_bytes`."""
-    return jax.lax.bitcast_convert_type(x, fmt.dtype)
-
-
 def per_matrix(x: jax.Array) -> jax.Array:
     """A number a matrix, [...] -> [..., 1, 1]."""
     return x[..., None, None]

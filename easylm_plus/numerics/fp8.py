@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
-from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, amax, as_bytes, cast, from_bytes, scale_of
+from easylm_plus.numerics.formats import E4M3, E5M2, Format, Scaled, amax, cast, scale_of
 from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
 from easylm_plus.numerics.windows import Window, scale_now
 from easylm_plus.parallel import collectives
@@ -72,9 +72,6 @@ class Fp8:
     smooth: bool = struct.field(pytree_node=False, default=False)  # in-features that stand out are evened out
 
 
-NOT_LEARNED = ("weight", "scale", "scale_inv", "input", "output_grad", "mu")  # fields of Fp8 that have no gradient
-
-
 @verbs._project.register
 def _(w: Fp8, x: jax.Array) -> jax.Array:
     return _fp8_project(x, w)
@@ -92,12 +89,12 @@ def _forward(x: jax.Array, w: Fp8) -> Any:
     whole = PartitionSpec()
     product = island(partial(_product, cut, x.dtype), (cut.x, cut.w, whole, cut.feature, whole), cut.y)
     y = product(code, w.weight, w.scale, even, x_inv * w.scale_inv)
-    return y, (as_bytes(code), x_inv, seen, even, w)
+    return y, (collectives.as_bytes(code), x_inv, seen, even, w)
 
 
 def _backward(residuals: Any, dy: jax.Array) -> Any:
     x_bytes, x_inv, x_seen, even, w = residuals
-    x_code = from_bytes(x_bytes, E4M3)
+    x_code = collectives.from_bytes(x_bytes, E4M3.dtype)
     cut = cut_of(x_code.shape, w.weight.shape, w.axes)
     code, dy_inv, dy_seen = narrowed(dy, E5M2, w.output_grad)
     whole = PartitionSpec()
@@ -111,7 +108,7 @@ def _backward(residuals: Any, dy: jax.Array) -> Any:
     if learned is not None:
         gradient, scale_inv, dw_seen = learned
         handle = Fp8Handle(gradient, scale_inv, jnp.stack([x_seen, dy_seen, dw_seen]), jnp.ones(()))
-    return dx, dataclasses.replace(w, **dict.fromkeys(NOT_LEARNED), handle=handle)
+    return dx, handles.cotangent_of(w, handle)
 
 
 _fp8_project.defvjp(_forward, _backward)
@@ -233,6 +230,12 @@ def _(leaf: Fp8) -> Fp8Handle:
 @handles.hold.register
 def _(leaf: Fp8, handle: Any) -> Fp8:
     return dataclasses.replace(leaf, handle=handle)
+
+
+@handles.cotangent_of.register
+def _(leaf: Fp8, handle: Any) -> Fp8:
+    nothing: Any = None
+    return Fp8(nothing, nothing, nothing, handle, None, None, None, leaf.axes, leaf.smooth)
 
 
 @handles.gradient_of.register

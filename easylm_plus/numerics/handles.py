@@ -7,6 +7,7 @@ cotangent is the gradient, in whatever form suits the leaf. A plain array is its
     view                       arrays and typed leaves, as the model multiplies by them
     handles(view)              what is differentiated, or None where nothing is learned
     held(view, handles)        the view with its handles put in
+    cotangents(view, handles)  of a view, given those of its handles: for a `custom_vjp` that takes leaves
     gradients(cotangents)      the tree of gradients: arrays, or formats.Scaled
     observations(cotangents)   what the backward pass has measured beside them: {name of the weight: array}
 """
@@ -59,6 +60,11 @@ def held(view: Any, handles: Any) -> Any:
 
 def gradients(cotangents: Any) -> Any:
     return jax.tree.map(gradient_of, cotangents, is_leaf=is_typed)
+
+
+def cotangents(view: Any, handles: Any) -> Any:
+    """What a `custom_vjp` returns for a view, given its handles' cotangents."""
+    return jax.tree.map(cotangent_of, view, handles, is_leaf=is_typed)
 
 
 def observations(cotangents: Any) -> dict[str, Any]:

@@ -21,12 +21,13 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
@@ -45,11 +46,13 @@ from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
 from easylm_plus.numerics.lora import Frozen, LowRank, is_kept, new_adapter
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
-from easylm_plus.numerics.settings import check, check_transforms, formats_of, rings, summed_over
+from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.windows import new_window, observed, scale_now
+from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.sharding import constrain, mesh_axis_size, stored_spec
+from easylm_plus.parallel.zero import DEALT, Deal
 from easylm_plus.tree import path_name
 
 
@@ -58,6 +61,7 @@ class Plain:
 
     axes: Any = None
     cut = False
+    deal = None
     assigned: Mapping[str, str] = MappingProxyType({})
     sums = "float32"
 
@@ -73,6 +77,12 @@ class Plain:
     def merged(self, stored: Any, trained: Any) -> Any:
         return trained
 
+    def laid(self, tree: Any) -> Any:
+        return tree
+
+    def named(self, tree: Any) -> Any:
+        return tree
+
     def view(self, stored: Any, state: dict[str, Any]) -> Any:
         return stored
 
@@ -84,6 +94,8 @@ class Plain:
 
 
 PLAIN = Plain()
+Axes = tuple[str | None, ...] | None
+READERS = ("q_proj", "k_proj", "v_proj", "qk_proj", "gate_proj", "up_proj", "router")  # of what a block's norms write
 ADAPTERS = 1  # the stream of random numbers that adapters start from
 
 
@@ -105,20 +117,31 @@ class Numerics:
         axes: Any,
         seed: int = 0,
     ):
-        check(section)
+        check(section, optimizer)
         self.level, self.size, self.precision = section["fp8_level"], section["fp8_window"], precision
         self.smooth, self.sums, self.ring = section["fp8_smooth"], section["fp8_accumulate"], rings(section)
         self.formats = formats_of(self.level, optimizer)
         self.shapes, self.axes, self.seed = shapes, axes, seed
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
-        check_transforms(self.level, set(self.assigned.values()))
         self.alpha, self.adapters = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
+        check_transforms(self.level, optimizer, set(self.assigned.values()), bool(self.adapters))
         # whether masters are cut over the replicas, so that a step's view has to be brought together
-        self.cut = optimizer["zero"] == "sharded" and mesh_axis_size("replica") > 1
+        self.cut = optimizer["zero"] != "none" and mesh_axis_size("replica") > 1
+        self.deal = None  # or whose they are, of those that are dealt out whole
+        if deals(section, optimizer, self.formats, bool(self.adapters)):
+            kinds = {name: transform for name, transform in self.assigned.items() if self.narrow(name)}
+            self.deal = Deal(shapes, kinds, mesh_axis_size("replica"))
 
     def narrow(self, name: str) -> bool:
         """Whether this weight's master and moments are in the level's formats."""
         return self.assigned.get(name, "plain") != "plain" and not self.adapters
+
+    @property
+    def gathers(self) -> str:
+        """What activations travel as under sequence parallelism: the codes that FP8 products read, if all do."""
+        is_reader = lambda name: name.endswith("/kernel") and set(READERS) & set(name.split("/"))
+        read = {transform for name, transform in self.assigned.items() if is_reader(name)}
+        return "e4m3" if self.level == "O3" and read == {"fp8"} else "compute"
 
     # --- what is kept ---
 
@@ -137,7 +160,21 @@ class Numerics:
             number = sorted(self.adapters).index(name)
             return new_adapter(jax.random.fold_in(key, number), base, self.adapters[name], self.alpha)
 
-        return jax.tree_util.tree_map_with_path(keep, params)
+        return self.laid(jax.tree_util.tree_map_with_path(keep, params))
+
+    def laid(self, tree: Any) -> Any:
+        """A tree like the parameters as the state has it (parallel/zero.py); `named` is its inverse."""
+        return self.deal.lay(tree) if self.deal else tree
+
+    def named(self, tree: Any) -> Any:
+        return self.deal.named(tree) if self.deal else tree
+
+    def placed(self, stored: Any, mesh: Mesh) -> Any:
+        """Shardings of the parameters by name, as they are kept -> of the state's."""
+        if not self.deal:
+            return stored
+        own = NamedSharding(mesh, PartitionSpec("replica"))
+        return self.deal.set_aside(stored, dict.fromkeys(self.deal.stacks, own))
 
     def _frozen(self, name: str, p: jax.Array) -> Any:
         """A weight that does not learn, as narrow as it is multiplied."""
@@ -184,6 +221,8 @@ class Numerics:
 
     def view(self, stored: Any, state: dict[str, Any]) -> Any:
         """The leaves of this step."""
+        dealt: Collection[str] = self.deal.shapes if self.deal else ()
+        stored = self._brought_together(stored) if self.deal else stored
         windows = {kind: state.get(kind, {}) for kind in ("input", "output_grad")}
 
         def leaf(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
@@ -194,23 +233,38 @@ class Numerics:
         def base(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             name = path_name(path)
             transform = self.assigned[name]
+            cut = None if name in dealt else axes
             if transform == "fp8":
-                weight, scale, scale_inv = self._codes(kept, axes)
+                weight, scale, scale_inv = self._codes(kept, cut)
                 own = {kind: remembered.get(name) for kind, remembered in windows.items()}
                 mu = state["mu"][name] if self.ring else None
                 smooth = self.smooth and name.endswith("/down_proj/kernel")
                 return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), smooth=smooth, **own)
             if transform == "ternary":
-                return Ternary(self._copy(kept, axes, self.precision.param, self.level != "none"))
+                return Ternary(self._copy(kept, cut, self.precision.param, self.level != "none"))
             if transform == "narrow":
-                return self._copy(kept, axes, self.precision.compute, True)
+                return self._copy(kept, cut, self.precision.compute, True)
             if name.endswith(("kernel", "embedding")):
                 return self._copy(kept, axes, self.precision.compute)
             return self._gathered(kept, axes)  # norms and biases: small, and not read by a verb
 
         return jax.tree_util.tree_map_with_path(leaf, stored, self.axes, is_leaf=is_kept)
 
-    def _codes(self, kept: Any, axes: tuple[str | None, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _brought_together(self, laid: Any) -> Any:
+        """By name, on all devices, what was dealt out: as the codes that travel at this level, cast by their owners."""
+
+        def everywhere(x: jax.Array) -> jax.Array:
+            own = jax.lax.with_sharding_constraint(as_bytes(x), PartitionSpec("replica"))
+            return from_bytes(jax.lax.with_sharding_constraint(own, PartitionSpec()), x.dtype)
+
+        def of_stack(key: str, kept: Any) -> Any:
+            is_code = self.level == "O3" and key.startswith("fp8_")
+            return jax.tree.map(everywhere, encode(decode(kept), E4M3) if is_code else kept)
+
+        stacks = {key: of_stack(key, kept) for key, kept in laid[DEALT].items()}
+        return self.deal.put_back(laid, self.deal.unpack(stacks))  # type: ignore[union-attr]
+
+    def _codes(self, kept: Any, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(what travels, its factor to E4M3 codes, their factor to values) of a matrix that multiplies in FP8."""
         is_code = isinstance(kept, Scaled) and kept.code.dtype == E4M3.dtype
         if self.level == "O3" or is_code:
@@ -222,7 +276,7 @@ class Numerics:
         scale = scale_of(amax(kept), E4M3)
         return self._gathered(kept.astype(self.precision.compute), axes), scale, 1 / scale
 
-    def _copy(self, kept: Any, axes: tuple[str | None, ...], dtype: DTypeLike, narrow: bool = False) -> Any:
+    def _copy(self, kept: Any, axes: Axes, dtype: DTypeLike, narrow: bool = False) -> Any:
         """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`; `narrow`: with a
         gradient in E4M3."""
         if isinstance(kept, Scaled):
@@ -231,18 +285,16 @@ class Numerics:
             return Copy(self._gathered(kept.astype(dtype), axes), narrow=narrow)
         return Copy(kept, narrow=True) if narrow else kept
 
-    def _gathered(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    def _gathered(self, x: jax.Array, axes: Axes) -> jax.Array:
         """x on all devices of `replica`, where it was cut over them: the one gather of a step. FP8 travels as bytes.
+        `axes`: its logical axes, or None for what is everywhere already.
 
         What travels is pinned before as well: the partitioner may gather whatever it was made of, which is wider.
         """
-        if not self.cut:
+        if not self.cut or axes is None:
             return x
-        is_fp8 = x.dtype.itemsize == 1
-        travels = jax.lax.bitcast_convert_type(x, jnp.uint8) if is_fp8 else x
-        travels = jax.lax.with_sharding_constraint(travels, stored_spec(axes, x.shape))
-        travels = constrain(travels, *axes)
-        return jax.lax.bitcast_convert_type(travels, x.dtype) if is_fp8 else travels
+        before = jax.lax.with_sharding_constraint(as_bytes(x), stored_spec(axes, x.shape))
+        return from_bytes(constrain(before, *axes), x.dtype)
 
     # --- what a person is told ---
 

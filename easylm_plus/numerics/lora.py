@@ -85,6 +85,11 @@ def _(leaf: LowRank, handle: dict[str, jax.Array]) -> LowRank:
     return dataclasses.replace(leaf, a=handle["a"], b=handle["b"])
 
 
+@handles.cotangent_of.register
+def _(leaf: LowRank, handle: dict[str, jax.Array]) -> LowRank:
+    return LowRank(None, handle["a"], handle["b"], leaf.scale)
+
+
 @handles.handle_of.register
 def _(leaf: Frozen) -> None:
     return None

@@ -65,6 +65,14 @@ def owned_sum(local: Scaled, axes: tuple[str, ...], cut: tuple[str, ...] = (), d
     return collectives.exchange(chunks, (*cut, *copies)).astype(jnp.float32).sum(0)
 
 
+def owned_matrices(stack: Scaled, axis: str) -> Scaled:
+    """Sum over the ranks of what `encode_shared` gave, of the matrices that this rank owns: [N, C, D, F] by owner
+    (parallel/zero.py) -> [C, D, F], in E4M3. A scale is that of a whole matrix, so no rank has to know of another's."""
+    codes = collectives.exchange(stack.code, axis).astype(jnp.float32).sum(0)
+    own = stack.scale_inv[jax.lax.axis_index(axis)]
+    return encode_shared(codes * per_matrix(own), ())
+
+
 def ring(
     local: Scaled, axes: tuple[str, ...], cut: tuple[str, ...] = (), dim: int = -2, others: tuple[str, ...] = ()
 ) -> tuple[Scaled, jax.Array]:

@@ -11,8 +11,9 @@ Legend: B batch, T length, D embed.
 import jax
 import jax.numpy as jnp
 
-from easylm_plus.numerics.formats import E4M3, as_bytes, from_bytes
+from easylm_plus.numerics.formats import E4M3
 from easylm_plus.numerics.fp8 import narrowed
+from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.sharding import constrain
 
 
@@ -27,7 +28,7 @@ def _gathered(x_BTD: jax.Array) -> jax.Array:
     # both constraints are needed: with the second alone the partitioner gathers before it casts
     pieces = constrain(as_bytes(code), "batch", "residual", "act_embed")
     whole = constrain(pieces, "batch", "length", "act_embed")
-    return (from_bytes(whole, E4M3).astype(jnp.float32) * back).astype(x_BTD.dtype)
+    return (from_bytes(whole, E4M3.dtype).astype(jnp.float32) * back).astype(x_BTD.dtype)
 
 
 def _backward(_: None, dy_BTD: jax.Array) -> tuple[jax.Array]:

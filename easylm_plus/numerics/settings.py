@@ -7,41 +7,69 @@ from typing import Any
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import FORMATS, NARROW, WIDE, Formats
+from easylm_plus.parallel.mesh import AXES
 from easylm_plus.parallel.sharding import DATA_AXES, mesh_axis_size
 
 CHOICES = {
-    "fp8_level": ("none", "O1", "O2", "O3"),
-    "fp8_reduction": ("two_shot", "ring"),
-    "fp8_accumulate": ("float32", "e4m3"),
+    "numerics": {
+        "fp8_level": ("none", "O1", "O2", "O3"),
+        "fp8_reduction": ("two_shot", "ring"),
+        "fp8_accumulate": ("float32", "e4m3"),
+    },
+    "optimizer": {
+        "master": ("", *FORMATS),
+        "first_moment": ("", *FORMATS),
+        "second_moment": ("", *FORMATS),
+        "rounding": ("nearest", "stochastic"),
+        "zero": ("none", "sharded", "whole_tensor"),
+    },
 }
+FIELDS = {"master": "master", "first": "first_moment", "second": "second_moment"}  # of Formats: keys of `optimizer`
 
 
 def formats_of(level: str, optimizer: Mapping[str, Any]) -> Formats:
     """The level's formats, each replaced by the key of the `optimizer` section that names another."""
     usual = NARROW if level in ("O2", "O3") else WIDE
-    keys = {"master": "master", "first": "first_moment", "second": "second_moment"}
-    named = {field: optimizer[key] for field, key in keys.items() if optimizer[key]}
-    for field, name in named.items():
-        if name not in FORMATS:
-            raise UserError(f"optimizer.{keys[field]} = {name!r}: expected one of {', '.join(FORMATS)}")
-    return dataclasses.replace(usual, **named)
+    return dataclasses.replace(usual, **{field: optimizer[key] for field, key in FIELDS.items() if optimizer[key]})
 
 
-def check(section: Mapping[str, Any]) -> None:
-    """Raises UserError for a value of the `numerics` section that is none."""
-    for key, known in CHOICES.items():
-        if section[key] not in known:
-            raise UserError(f"numerics.{key} = {section[key]!r}: expected one of {', '.join(known)}")
+def check(section: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """Raises UserError for a value of the sections `numerics` and `optimizer` that is none."""
+    for name, values in (("numerics", section), ("optimizer", optimizer)):
+        for key, known in CHOICES[name].items():
+            if values[key] not in known:
+                expected = ", ".join(choice for choice in known if choice)
+                raise UserError(f"{name}.{key} = {values[key]!r}: expected one of {expected}")
     if section["fp8_window"] < 1:
         raise UserError(f"numerics.fp8_window = {section['fp8_window']}: expected 1 (the tensor at hand) or more steps")
 
 
-def check_transforms(level: str, found: set[str]) -> None:
-    """Raises UserError where the level and what the rules make of the weights do not go together."""
+def check_transforms(level: str, optimizer: Mapping[str, Any], found: set[str], adapters: bool) -> None:
+    """Raises UserError where level and formats do not go together with what the rules make of the weights."""
+    if named := [key for key in FIELDS.values() if optimizer[key]]:
+        reason = "adapters are kept in float32" if adapters else "no matrix that it concerns; see numerics.fp8_level"
+        if adapters or found == {"plain"}:
+            raise UserError(f"optimizer.{named[0]} = {optimizer[named[0]]!r}: found {reason}")
     if level == "none" and (needy := {"fp8", "narrow"} & found):
         raise UserError(f"numerics.rules: found '={min(needy)}', expected numerics.fp8_level = O1, O2 or O3 with it")
     if level != "none" and found == {"plain"}:
         raise UserError(f"numerics.fp8_level = {level!r}: found no matrix that it concerns")
+
+
+def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], formats: Formats, adapters: bool) -> bool:
+    """Whether whole tensors are dealt out to the replicas; UserError where they cannot be."""
+    if optimizer["zero"] != "whole_tensor":
+        return False
+    found = {axis: mesh_axis_size(axis) for axis in AXES if mesh_axis_size(axis) > 1}
+    expected = {
+        "no mesh axis but mesh.replica larger than 1; sharded goes with all": set(found) <= {"replica"},
+        "numerics.fp8_level = O2 or O3, without adapters": formats != WIDE and not adapters,
+        "numerics.fp8_reduction = two_shot with it": section["fp8_reduction"] == "two_shot",
+    }
+    for what, holds in expected.items():
+        if not holds:
+            raise UserError(f"optimizer.zero = 'whole_tensor': expected {what}")
+    return bool(found)
 
 
 def rings(section: Mapping[str, Any]) -> bool:

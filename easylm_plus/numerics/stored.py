@@ -4,7 +4,7 @@ A Scaled (formats.py) multiplies as what it decodes to, in the dtype of the acti
 are computed from masters in 16 bits. It cannot be learned: its codes have no useful gradient.
 
 A Copy is what a step makes of a master for its own use. It multiplies in a float dtype, and its gradient goes to a
-handle: in float32, or in E4M3 codes as that of an FP8 product (fp8.py).
+handle: in that dtype, or in E4M3 codes as that of an FP8 product (fp8.py).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Copy:
     """A weight whose gradient is the cotangent of its handle, whose values are never read."""
 
     value: Any  # an array or a Scaled
-    handle: Any = None  # float32 of the same shape, or an Fp8Handle; None: nothing is learned
+    handle: Any = None  # an array like the decoded value, or an Fp8Handle; None: nothing is learned
     narrow: bool = struct.field(pytree_node=False, default=False)  # gradients in E4M3
 
 
@@ -90,7 +90,10 @@ def _(w: Copy, x: jax.Array) -> jax.Array:
 
 @handles.handle_of.register
 def _(leaf: Copy) -> Any:
-    return new_handle(leaf.value.shape) if leaf.narrow else jnp.zeros(leaf.value.shape)
+    if leaf.narrow:
+        return new_handle(leaf.value.shape)
+    value = jax.eval_shape(decode, leaf.value)
+    return jnp.zeros(value.shape, value.dtype)
 
 
 @handles.hold.register

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from easylm_plus.numerics import handles
 from easylm_plus.parallel.sharding import axes_in, spec_of
 
 Head = Callable[[Any, jax.Array], jax.Array]  # (head parameters, x[C, D]) -> logits float32[C, V]
@@ -91,24 +92,27 @@ def _local(
     count = _chunks(B * T, chunk)
     split = lambda a: a.reshape(count, B * T // count, *a.shape[2:])
 
+    learned = handles.handles(head_params)
+
     def body(head_gradient: Any, inputs: Any) -> Any:
         x, targets, weights, z_weights = inputs
-        loss = partial(_chunk_loss, head, targets=targets, weights=weights, z_weights=z_weights)
+        of_tokens = partial(_chunk_loss, head, targets=targets, weights=weights, z_weights=z_weights)
+        loss = lambda learned, x: of_tokens(handles.held(head_params, learned), x)
         if not with_gradients:
-            value, (nll, lse) = loss(head_params, x)
+            value, (nll, lse) = loss(learned, x)
             return head_gradient, (value, nll, lse, jnp.zeros((), x.dtype))
-        value, vjp, (nll, lse) = jax.vjp(loss, head_params, x, has_aux=True)
+        value, vjp, (nll, lse) = jax.vjp(loss, learned, x, has_aux=True)
         d_head, d_x = vjp(jnp.ones_like(value))
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), head_gradient, d_head), (value, nll, lse, d_x)
 
     wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # sums need more than 16 bits
-    zeros = jax.tree.map(wide, head_params) if with_gradients else None
+    zeros = jax.tree.map(wide, learned) if with_gradients else None
     d_head, (values, nll, lse, d_x) = jax.lax.scan(body, zeros, (split(x_BTD), *map(split, tokens)))
     outputs = (total(values.sum()), nll.reshape(B, T), lse.reshape(B, T))
     if not with_gradients:
         return outputs, (jnp.zeros(()), jnp.zeros((B, T)))
-    d_head = jax.tree.map(lambda g, p: g.astype(p.dtype), total(d_head), head_params)
-    return outputs, (d_head, d_x.reshape(B, T, D))
+    d_head = jax.tree.map(lambda g, p: g.astype(p.dtype), total(d_head), learned)
+    return outputs, (handles.cotangents(head_params, d_head), d_x.reshape(B, T, D))
 
 
 def _chunk_loss(

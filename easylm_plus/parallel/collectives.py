@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Axes = str | tuple[str, ...]
 
@@ -22,16 +23,31 @@ def ranks(axes: Axes) -> int:
     return math.prod(jax.lax.axis_size(axis) for axis in _tuple(axes))
 
 
+def as_bytes(x: jax.Array) -> jax.Array:
+    """FP8 codes as uint8: what travels, and what is written into a stack, of which XLA:CPU would widen the whole to
+    write one layer. Other dtypes as they are."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+
+
+def from_bytes(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """What `as_bytes` was given, of this dtype."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def all_gather_codes(code: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The blocks of all ranks joined along `dim`: n (N - 1), n of a block. Wider dtypes travel as they are."""
     axes = _larger_than_one(axes)
-    return _from_bytes(jax.lax.all_gather(_bytes(code), axes, axis=dim % code.ndim, tiled=True), code) if axes else code
+    if not axes:
+        return code
+    return from_bytes(jax.lax.all_gather(as_bytes(code), axes, axis=dim % code.ndim, tiled=True), code.dtype)
 
 
 def exchange(chunks: jax.Array, axes: Axes) -> jax.Array:
     """Chunk r of each rank goes to rank r: codes [N, ...] -> [N, ...], entry i from rank i. n (N - 1) / N."""
     axes = _larger_than_one(axes)
-    return _from_bytes(jax.lax.all_to_all(_bytes(chunks), axes, 0, 0, tiled=True), chunks) if axes else chunks
+    if not axes:
+        return chunks
+    return from_bytes(jax.lax.all_to_all(as_bytes(chunks), axes, 0, 0, tiled=True), chunks.dtype)
 
 
 def pass_on(code: jax.Array, axes: Axes) -> jax.Array:
@@ -44,7 +60,7 @@ def pass_on(code: jax.Array, axes: Axes) -> jax.Array:
     numbers = np.arange(ranks(axes)).reshape([ranks(axis) for axis in ordered])
     ring = numbers.transpose([ordered.index(axis) for axis in axes]).ravel().tolist()
     around = list(zip(ring, ring[1:] + ring[:1]))
-    return _from_bytes(jax.lax.ppermute(_bytes(code), ordered, around), code)
+    return from_bytes(jax.lax.ppermute(as_bytes(code), ordered, around), code.dtype)
 
 
 def largest(x: jax.Array, axes: Axes) -> jax.Array:
@@ -81,11 +97,3 @@ def _tuple(axes: Axes) -> tuple[str, ...]:
 
 def _larger_than_one(axes: Axes) -> tuple[str, ...]:
     return tuple(axis for axis in _tuple(axes) if jax.lax.axis_size(axis) > 1)
-
-
-def _bytes(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
-
-
-def _from_bytes(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, like.dtype) if like.dtype.itemsize == 1 else x

@@ -71,7 +71,7 @@ def estimate(
         parameters=sharded_bytes(state.params, shardings.params),
         optimizer=sharded_bytes(*between),
         copies=sum(weight.copies for weight in made),
-        gradients=sum(weight.gradient + (weight.sum if accumulate > 1 else 0) for weight in made),
+        gradients=sum(weight.gradients(accumulate) for weight in made),
         activations=int(local * (residual + whole + cut / mesh["tensor"])),
         # a chunk's logits, their exponentials and their gradient; the gathered head and its gradient
         loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + 2 * head),
@@ -98,18 +98,21 @@ def made_by_a_step(state: Any, places: Any, numerics: Any) -> list[Made]:
     """
     view = jax.eval_shape(numerics.view, state.params, state.numerics)
     gradients = jax.eval_shape(lambda view: handles.gradients(handles.handles(view)), view)
-    weights = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_kept)]
+    params = jax.eval_shape(numerics.named, state.params)
+    weights = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_kept)]
     lie = _by_weight(places, weights)
-    kept, viewed, own = (_by_weight(tree, weights) for tree in (state.params, view, gradients))
-    codes = FORMATS[numerics.sums].dtype
+    kept, viewed, own = (_by_weight(tree, weights) for tree in (params, view, gradients))
+    codes, mesh = FORMATS[numerics.sums].dtype, jax.tree.leaves(places)[0].mesh
 
     def of_weight(name: str) -> Made:
-        masters = list(zip(kept[name], lie[name], strict=True))
+        somewhere = [NamedSharding(mesh, PartitionSpec("replica"))] * len(kept[name])  # a weight that is dealt out
+        masters = list(zip(kept[name], lie[name] or somewhere, strict=True))
         here = {x.shape: _on_each_replica(place) for x, place in masters}
         size = lambda x, dtype: math.prod(here[x.shape].shard_shape(x.shape)) * np.dtype(dtype).itemsize
         as_kept = {(x.shape, x.dtype) for x, place in masters if place == here[x.shape]}
-        copies = [x for x in viewed[name] if x.shape in here and (x.shape, x.dtype) not in as_kept]
-        grads = [x for x in own[name] if x.shape in here and len(x.shape) == len(kept[name][0].shape)]
+        matrices = lambda leaves: [x for x in leaves if x.shape in here and len(x.shape) == len(kept[name][0].shape)]
+        copies = [x for x in matrices(viewed[name]) if (x.shape, x.dtype) not in as_kept]
+        grads = matrices(own[name])
         sums = [codes if x.dtype == E4M3.dtype else jnp.promote_types(x.dtype, jnp.float32) for x in grads]
         return Made(
             name, sum(size(x, x.dtype) for x in copies), sum(size(x, x.dtype) for x in grads),
@@ -120,13 +123,14 @@ def made_by_a_step(state: Any, places: Any, numerics: Any) -> list[Made]:
 
 
 def _by_weight(tree: Any, weights: Collection[str]) -> dict[str, list[Any]]:
-    """The leaves that belong to each weight: those in whose path its name comes first."""
+    """The leaves that belong to each weight, those in whose path its name comes first; none if it is dealt out."""
     found: dict[str, list[Any]] = {name: [] for name in weights}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = path_name(path)
         while name and name not in found:
             name = name.rpartition("/")[0]
-        found[name].append(leaf)
+        if name:
+            found[name].append(leaf)
     return found
 
 

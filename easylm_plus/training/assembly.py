@@ -4,6 +4,7 @@ what is compiled ahead of time for machines that are not here (planning/compiled
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import sharding
 from easylm_plus.training.optimizer import Optimizer
 from easylm_plus.training.scaled_adam import make_optimizer
-from easylm_plus.training.state import TrainState, new_state, state_shardings
+from easylm_plus.training.state import TrainState, new_state, relaid, state_shardings
 from easylm_plus.training.step import make_train_step
 
 
@@ -40,6 +41,9 @@ class Assembly:
     state: TrainState  # abstract, with shardings
     shardings: TrainState
     step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
+    saved: TrainState  # the state by name, as it is in a checkpoint: abstract, with shardings
+    to_saved: Callable[[TrainState], TrainState]
+    from_saved: Callable[[TrainState], TrainState]
 
 
 def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assembly:
@@ -51,20 +55,27 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
     shape = ModelConfig(**config.model)
     attention = resolve(shape.attention, platform, policy.compute, shape.head_dim)
     grouped = resolve_grouped(shape.grouped, platform)
-    gather = "e4m3" if config.numerics.fp8_level == "O3" and config.mesh.sequence_parallel else "compute"
-    model = Transformer(dataclasses.replace(shape, attention=attention, grouped=grouped, gather=gather), policy)
-    objective = LanguageModel(model, sources, **config.objective)
+    model = Transformer(dataclasses.replace(shape, attention=attention, grouped=grouped), policy)
     rules = sharding.rules_for(mesh, shape.num_heads, shape.num_kv_heads, config.mesh.sequence_parallel)
     with sharding.use(mesh, rules):
         shapes, axes = abstract_parameters(model)
         param_shardings = sharding.shardings(axes, shapes, mesh)
         numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes, config.train.seed)
+        if config.mesh.sequence_parallel:
+            model = Transformer(dataclasses.replace(model.config, gather=numerics.gathers), policy)
+        objective = LanguageModel(model, sources, **config.objective)
         optimizer = make_optimizer(config.optimizer, steps, numerics, config.train.seed)
         make_state = lambda params: new_state(params, optimizer, config.train.ema > 0, numerics)
         abstract = jax.eval_shape(make_state, shapes)
         stored = sharding.shardings(axes, shapes, mesh, sharding.stored_spec) if numerics.cut else param_shardings
-        shardings = state_shardings(abstract, stored, mesh)
-    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        shardings = state_shardings(abstract, numerics.placed(stored, mesh), mesh)
+        by_name = jax.eval_shape(partial(relaid, way=numerics.named), abstract) if numerics.deal else abstract
+        saved_shardings = state_shardings(by_name, stored, mesh)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    to_saved, from_saved = (
+        jax.jit(partial(relaid, way=way), out_shardings=there) if numerics.deal else lambda state: state
+        for way, there in ((numerics.named, saved_shardings), (numerics.laid, shardings))
+    )
     step = jax.jit(
         make_train_step(objective, optimizer, config.train, numerics),
         donate_argnums=0,
@@ -72,5 +83,6 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
     )
     return Assembly(
         model, objective, numerics, optimizer, rules, shapes, axes, param_shardings, make_state,
-        jax.tree.map(placed, abstract, shardings), shardings, step,
+        jax.tree.map(place, abstract, shardings), shardings, step,
+        jax.tree.map(place, by_name, saved_shardings), to_saved, from_saved,
     )  # fmt: skip

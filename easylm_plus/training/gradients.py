@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics import handles
-from easylm_plus.numerics.formats import FORMATS, Scaled, decode, encode
+from easylm_plus.numerics.formats import FORMATS, Scaled, decode, encode, is_scaled
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8, Fp8Handle
 from easylm_plus.numerics.lora import Frozen, LowRank
-from easylm_plus.numerics.reduction import encode_shared, ring, two_shot
+from easylm_plus.numerics.reduction import encode_shared, owned_matrices, ring, two_shot
 from easylm_plus.parallel.sharding import axes_in, island, manual_axes, mesh_axis_size, spec_of, stored_spec
+from easylm_plus.parallel.zero import Deal
 from easylm_plus.tree import path_name
 
 Batch = dict[str, jax.Array]
@@ -81,7 +82,7 @@ def accumulate(
         grads, seen, *rest = of_part(part)
         add = lambda a, b: a + b.astype(a.dtype)
         return (
-            jax.tree.map(_plus, total[0], grads, is_leaf=_is_scaled),
+            jax.tree.map(_plus, total[0], grads, is_leaf=is_scaled),
             jax.tree.map(jnp.maximum, total[1], seen),
             *jax.tree.map(add, total[2:], tuple(rest)),
         ), None
@@ -89,7 +90,7 @@ def accumulate(
     grads, seen, loss, sums = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro))
     wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))  # 16 bits are too few for a sum
     nothing = lambda g: encode(jnp.zeros(g.shape), FORMATS[sums_in]) if isinstance(g, Scaled) else wide(g)
-    start = (jax.tree.map(nothing, grads, is_leaf=_is_scaled), *jax.tree.map(wide, (seen, loss, sums)))
+    start = (jax.tree.map(nothing, grads, is_leaf=is_scaled), *jax.tree.map(wide, (seen, loss, sums)))
     return jax.lax.scan(body, start, micro)[0]
 
 
@@ -108,6 +109,7 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
     if numerics.axes is None:  # nothing is known of the weights: the partitioner sums
         return jax.tree.map(lambda x: x.sum(0), grads), {}
     saturated: dict[str, jax.Array] = {}
+    dealt = numerics.deal.shapes if numerics.deal else {}
     axes = {
         path_name(path): names
         for path, names in jax.tree_util.tree_leaves_with_path(numerics.axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -115,7 +117,9 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
 
     def leaf(path: Any, viewed: Any, grad: Any) -> Any:
         name = path_name(path)
-        if name not in axes or isinstance(viewed, LowRank | Frozen):  # adapters: small, and not cut
+        if name in dealt:
+            return None
+        if isinstance(viewed, LowRank | Frozen):  # adapters: small, and not cut
             return jax.tree.map(lambda x: x.sum(0), grad)
         shape = grad.shape[1:]
         spec, kept = spec_of(axes[name], shape), stored_spec(axes[name], shape)
@@ -134,7 +138,23 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
             saturated[name] = share
         return total
 
-    return jax.tree_util.tree_map_with_path(leaf, view, grads, is_leaf=handles.is_typed), saturated
+    total = jax.tree_util.tree_map_with_path(leaf, view, grads, is_leaf=handles.is_typed)
+    if dealt:
+        total = numerics.deal.set_aside(total, _summed_by_owners(numerics.deal, grads))
+    return total, saturated
+
+
+def _summed_by_owners(deal: Deal, grads: Any) -> dict[str, Scaled]:
+    """Gradients of each replica, of which those of matrices that are dealt out are sent to their owners: stacks in
+    E4M3, [N, C, D, F]."""
+    named = {path_name(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_scaled)}
+    own = PartitionSpec(REPLICA)
+
+    def of_owner(named: dict[str, Any]) -> dict[str, Scaled]:
+        stacks = deal.pack({name: _shared(grad) for name, grad in named.items()})
+        return {key: jax.tree.map(lambda x: x[None], owned_matrices(s, REPLICA)) for key, s in stacks.items()}
+
+    return island(of_owner, (own,), own)({name: named[name] for name in deal.shapes})
 
 
 def with_saturated(taps: jax.Array, share: jax.Array | None) -> jax.Array:
@@ -153,20 +173,20 @@ def _sum(dim: int | None, grad: jax.Array) -> jax.Array:
 
 def _sum_fp8(dim: int | None, ndim: int, others: tuple[str, ...], grad: Any, mu: jax.Array | None) -> Any:
     """One device's part. Codes of a single micro-batch have the scale of all replicas already, and mu in it."""
-    if isinstance(grad, Scaled):
-        local = Scaled(grad.code[0], grad.scale_inv[0])
-    else:
-        local = encode_shared(grad[0], (REPLICA, *others), 1.0 if mu is None else mu)
+    local = _shared(grad, others, mu)
     cut, dim = ((), -2) if dim is None else ((REPLICA,), dim - ndim)
     if mu is None:
         return two_shot(local, (REPLICA,), cut, dim, others), None
     return ring(local, (REPLICA,), cut, dim, others)
 
 
+def _shared(grad: Any, others: tuple[str, ...] = (), mu: jax.Array | None = None) -> Scaled:
+    """This replica's gradient [1, ...] as codes with a scale that all replicas share."""
+    if isinstance(grad, Scaled):
+        return Scaled(grad.code[0], grad.scale_inv[0])
+    return encode_shared(grad[0], (REPLICA, *others), 1.0 if mu is None else mu)
+
+
 def _cut_dim(spec: PartitionSpec) -> int | None:
     """The dimension that `replica` cuts."""
     return next((dim for dim in range(len(spec)) if REPLICA in axes_in(spec[dim : dim + 1])), None)
-
-
-def _is_scaled(x: Any) -> bool:
-    return isinstance(x, Scaled)

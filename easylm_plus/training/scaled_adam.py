@@ -16,12 +16,14 @@ Memory. A stack of layers is updated layer by layer in a loop that writes into t
 temporaries are those of one layer. Which weights are narrow is the caller's choice; the others have float32 moments.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from easylm_plus.errors import UserError
@@ -39,11 +41,12 @@ from easylm_plus.numerics.formats import (
     per_matrix,
     scale_of,
 )  # fmt: skip
+from easylm_plus.parallel.collectives import as_bytes, from_bytes
+from easylm_plus.parallel.zero import DEALT, Deal
 from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
 
-ROUNDINGS = ("nearest", "stochastic")
 FORMAT_OF = {jnp.dtype(f.dtype): f for f in FORMATS.values()}
 Leaf = Any  # an array or a Scaled
 Triple = tuple[Leaf, Leaf, Leaf]  # parameter, first moment, second moment
@@ -76,6 +79,7 @@ def scaled_adamw(
     formats: Formats = NARROW,
     rounding: str = "stochastic",
     seed: int = 0,
+    deal: Deal | None = None,
 ) -> Optimizer:
     """AdamW of a config's `optimizer` section with narrow masters and moments; logs the learning rate it applied.
 
@@ -83,16 +87,16 @@ def scaled_adamw(
         `formats.master`, [..., D, F]. Other weights are arrays, with float32 moments.
     rounding: of masters with fewer than 32 bits, "nearest" or "stochastic" (a function of seed, step and weight,
         the same on any mesh).
-    Raises UserError for an unknown format or rounding, and in `init` for a weight that is not stored as said.
+    deal: whose the narrow weights are, where they are dealt out whole: trees are laid then (parallel/zero.py).
+    Raises UserError in `init` for a weight that is not stored as said.
     """
-    check(formats, rounding)
     rate, pattern = schedule(config, total_steps), decay_pattern(config)
 
     def init(params: Any) -> AdamState:
         def moments(which: str) -> Any:
             def zeros(path: Any, p: Leaf) -> Leaf:
                 name = path_name(path)
-                if not narrow(name):
+                if not (narrow(name) or name.startswith(f"{DEALT}/")):
                     return jnp.zeros(p.shape, jnp.float32)
                 check_master(name, p, formats.master)
                 return zeros_like(p.shape, FORMATS[which])
@@ -109,16 +113,21 @@ def scaled_adamw(
         rates = Rates(applied, 1 - b1**t, 1 - b2**t, b1, b2, config["eps"])
         factor = clip_factor(norm, config["clip_norm"])
         key = jax.random.fold_in(jax.random.key(seed), state.count) if rounding == "stochastic" else None
+        decays = lambda name: bool(pattern.search(name))
 
         named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_scaled)
         trees = [jax.tree.leaves(tree, is_leaf=is_scaled) for tree in (state.m, state.v, grads)]
+        numbers = deal.number if deal else {path_name(path): number for number, (path, _) in enumerate(named)}
         new: list[Triple] = []
-        for number, ((path, p), m, v, g) in enumerate(zip(named, *trees, strict=True)):
+        for (path, p), m, v, g in zip(named, *trees, strict=True):
             name = path_name(path)
-            decay = 1 - applied * config["weight_decay"] if pattern.search(name) else 1.0
-            one = partial(update, rates=rates, decay=decay, factor=factor, ok=ok)
-            of_leaf = None if key is None else jax.random.fold_in(key, number)
-            new.append(by_layer(one, (p, m, v), g, of_leaf, loop_axis(name, (p, m, v))))
+            if name in numbers:
+                own = Own(float(decays(name)), numbers[name], None)
+            else:
+                own = of_stack(deal, name.removeprefix(f"{DEALT}/"), decays, numbers)  # type: ignore[arg-type]
+            of_layer = partial(own.at, config["weight_decay"] * applied, key)
+            one = partial(update, rates, factor, ok, of_layer)
+            new.append(by_layer(one, (p, m, v), g, loop_axis(name, (p, m, v))))
         params, m, v = (jax.tree.unflatten(treedef, column) for column in zip(*new, strict=True))
         return params, AdamState(state.count + ok, m, v), {"learning_rate": applied}
 
@@ -129,17 +138,36 @@ def make_optimizer(config: Mapping[str, Any], total_steps: int, numerics: Any, s
     """AdamW for weights kept as `numerics` says (numerics/levels.py)."""
     if numerics.formats == WIDE:
         return adamw(config, total_steps)
-    return scaled_adamw(config, total_steps, numerics.narrow, numerics.formats, config["rounding"], seed)
+    return scaled_adamw(config, total_steps, numerics.narrow, numerics.formats, config["rounding"], seed, numerics.deal)
 
 
-def check(formats: Formats, rounding: str) -> None:
-    """Raises UserError for an unknown format or rounding."""
-    keys = {"master": formats.master, "first_moment": formats.first, "second_moment": formats.second}
-    for key, name in keys.items():
-        if name not in FORMATS:
-            raise UserError(f"optimizer.{key} = {name!r}: expected one of {', '.join(FORMATS)}")
-    if rounding not in ROUNDINGS:
-        raise UserError(f"optimizer.rounding = {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+class Own(NamedTuple):
+    """What a leaf's matrices have of their own: whether they decay (0 or 1), and the numbers of weight and layer that
+    their random numbers come from. Of a stack that is dealt out, arrays [N, C]; else the layer is that of the loop."""
+
+    decays: Any
+    weight: Any
+    layer: Any
+
+    def at(self, decay: jax.Array, key: jax.Array | None, i: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """(factor of the masters, key or keys [N] of random numbers) of layer or slot i; None: of all at once."""
+        slot = lambda x: x if i is None else jnp.asarray(x)[:, i]
+        decays, weight, layer = map(slot, self) if self.layer is not None else (*self[:2], 0 if i is None else i)
+        keep = 1 - decay * decays
+        keep = per_matrix(keep) if jnp.ndim(keep) else keep
+        if key is None:
+            return keep, None
+        of_matrix = lambda weight, layer: jax.random.fold_in(jax.random.fold_in(key, weight), layer)
+        for _ in range(jnp.ndim(weight)):
+            of_matrix = jax.vmap(of_matrix)
+        return keep, of_matrix(weight, layer)
+
+
+def of_stack(deal: Deal, key: str, decays: Callable[[str], bool], numbers: Mapping[str, int]) -> Own:
+    """Of the stack of this name."""
+    layers = {name: np.arange(math.prod(shape[:-2])).reshape(shape[:-2]) for name, shape in deal.shapes.items()}
+    values = {name: float(decays(name)) for name in deal.shapes}, numbers, layers
+    return Own(*(deal.of_matrices(key, value) for value in values))
 
 
 def check_master(name: str, p: Leaf, master: str) -> None:
@@ -167,51 +195,42 @@ def loop_axis(name: str, leaves: Triple) -> int | None:
     return stacks - 1 if stacks > 0 and any(map(is_scaled, leaves)) else None
 
 
-def by_layer(one: Callable[..., Triple], leaves: Triple, grad: Leaf, key: jax.Array | None, axis: int | None) -> Triple:
-    """one(leaves, grad, key) for each layer along `axis`, each with a key of its own, written into the stacks.
+def by_layer(one: Callable[..., Triple], leaves: Triple, grad: Leaf, axis: int | None) -> Triple:
+    """one(leaves, grad, i) for each layer i along `axis`, written into the stacks; of all with i = None if axis is.
 
     The stacks are carried whole, so that XLA updates them in place; as outputs of a scan they would be new ones.
     """
     if axis is None:
-        return one(leaves, grad, key)
+        return one(leaves, grad, None)
 
-    grad_bytes, types = as_bytes(grad), jax.tree.map(lambda x: x.dtype, (leaves, grad))
+    to_bytes = partial(jax.tree.map, as_bytes)
+    grad_bytes, types = to_bytes(grad), jax.tree.map(lambda x: x.dtype, (leaves, grad))
 
     def body(i: jax.Array, stacks: Triple) -> Triple:
         slices = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), (stacks, grad_bytes))
         layer = jax.tree.map(from_bytes, slices, types)
-        new = as_bytes(one(*layer, None if key is None else jax.random.fold_in(key, i)))
+        new = to_bytes(one(*layer, i))
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), stacks, new)
 
-    stacks = jax.lax.fori_loop(0, leaves[0].shape[axis], body, as_bytes(leaves))
+    stacks = jax.lax.fori_loop(0, leaves[0].shape[axis], body, to_bytes(leaves))
     return jax.tree.map(from_bytes, stacks, types[0])
 
 
-def as_bytes(tree: Any) -> Any:
-    """FP8 arrays of a tree as uint8. XLA:CPU would widen a whole stack of FP8 to write one layer of it."""
-    is_fp8 = lambda x: x.dtype.itemsize == 1
-    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8) if is_fp8(x) else x, tree)
-
-
-def from_bytes(x: jax.Array, dtype: Any) -> jax.Array:
-    """The array that `as_bytes` was given."""
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
 def update(
-    leaves: Triple,
-    grad: Leaf,
-    key: jax.Array | None,
-    *,
     rates: Rates,
-    decay: jax.Array | float,
     factor: jax.Array | float,
     ok: jax.Array,
+    own: Callable[[jax.Array | None], tuple[jax.Array, jax.Array | None]],
+    leaves: Triple,
+    grad: Leaf,
+    i: jax.Array | None,
 ) -> Triple:
-    """(p, m, v) [..., D, F] after a step, stored as they were; the old ones, bit for bit, where the step is not ok."""
+    """(p, m, v) [..., D, F] of layer i after a step, stored as they were; the old ones, bit for bit, where the step is
+    not ok. `own`: Own.at of the layer."""
+    keep, key = own(i)
     p, m, v = (decode(x).astype(jnp.float32) for x in leaves)
     g = decode(grad).astype(jnp.float32) * factor
-    p, m, v = adam(p * decay, m, v, g, rates)
+    p, m, v = adam(p * keep, m, v, g, rates)
     previous = 1 / leaves[0].scale_inv if is_scaled(leaves[0]) else 1.0
     new = (store(p, leaves[0], previous, key), store(m, leaves[1]), store(v, leaves[2]))
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, leaves)
@@ -243,7 +262,8 @@ def nearest(x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:
 
 
 def stochastic(key: jax.Array, x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:
-    """x * scale as codes, rounded up or down so that the mean is x * scale; what is too large saturates.
+    """x * scale as codes, rounded up or down so that the mean is x * scale; what is too large saturates. `key` may be
+    an array of keys, for as many leading axes of x.
 
     In units of the last place, floor(y + u) with u uniform over as many bits as float32 has beyond the format (13 for
     FP16; at most 16). That is adding them to float32's mantissa and cutting, but right for subnormals too.
@@ -254,5 +274,8 @@ def stochastic(key: jax.Array, x: jax.Array, scale: jax.Array, fmt: Format) -> j
     # 2^-126: BF16 has smaller ones, but float32 arithmetic takes them for 0
     last_place = jnp.maximum(jnp.maximum(power, float(info.tiny)) * float(info.eps), 2.0**-126)
     bits = min(16, 23 - info.nmant)
-    u = (jax.random.bits(key, x.shape, jnp.uint16) >> (16 - bits)).astype(jnp.float32) * 2.0**-bits
+    draw = lambda one: jax.random.bits(one, x.shape[key.ndim :], jnp.uint16)
+    for _ in range(key.ndim):
+        draw = jax.vmap(draw)
+    u = (draw(key) >> (16 - bits)).astype(jnp.float32) * 2.0**-bits
     return (jnp.floor(y / last_place + u) * last_place).astype(fmt.dtype)

@@ -1,5 +1,7 @@
 """Everything that a step changes, as one pytree: what a checkpoint holds and a restart needs."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,9 +42,17 @@ def new_state(params: Any, optimizer: Optimizer, ema: bool, numerics: Any = PLAI
     guard = Guard(jnp.zeros((), jnp.float32), zero(), zero(), zero())
     # 16 bits would round away the small share that a step adds; jnp.array copies, since the step donates both trees
     wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))
-    copy = jax.tree.map(wide, params) if ema else None
+    copy = numerics.laid(jax.tree.map(wide, params)) if ema else None
     stored = numerics.store(params)
     return TrainState(zero(), stored, optimizer.init(numerics.trained(stored)), numerics.state(), copy, guard)
+
+
+def relaid(state: TrainState, way: Callable[[Any], Any]) -> TrainState:
+    """The state with its trees of parameters by name (`way` is Numerics.named), as checkpoints have them whatever rank
+    owned what; or laid again (Numerics.laid)."""
+    opt_state = dataclasses.replace(state.opt_state, m=way(state.opt_state.m), v=way(state.opt_state.v))
+    ema = None if state.ema is None else way(state.ema)
+    return dataclasses.replace(state, params=way(state.params), opt_state=opt_state, ema=ema)
 
 
 def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:

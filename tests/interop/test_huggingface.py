@@ -189,9 +189,13 @@ def test_a_key_of_another_kind_is_named(folder, keys, message):
         read_config(folder)
 
 
-def test_a_config_that_is_a_list(folder):
-    (folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json: found list, expected an object of keys"):
+@pytest.mark.parametrize(
+    "text, message",
+    (("[]", "found list, expected an object of keys"), ('{"architectures": ["Llama', "damaged JSON file")),
+)
+def test_a_config_that_is_no_object(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.json: .*{message}"):
         read_config(folder)
 
 
@@ -203,12 +207,6 @@ def test_a_missing_config_is_named(tmp_path):
 def test_a_missing_key_is_named(folder):
     change_config(folder, remove=("rms_norm_eps",))
     with pytest.raises(UserError, match=r"config\.json: .*rms_norm_eps"):
-        read_config(folder)
-
-
-def test_a_damaged_config_is_named(folder):
-    (folder / "config.json").write_text('{"architectures": ["Llama')
-    with pytest.raises(UserError, match=r"config\.json: "):
         read_config(folder)
 
 

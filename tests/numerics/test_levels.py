@@ -330,11 +330,32 @@ def test_ternary_latents_are_kept_narrow_and_learn():
         ("O1", {"rules": ("down_proj=fp8",), "intermediate_size": 40}, "matches .*down_proj.*no multiples of 16"),
         ("O1", {"rules": ("layers=plain",)}, "numerics.fp8_level = 'O1': found no matrix"),
         ("none", {"rules": ("down_proj=fp8",)}, "found '=fp8', expected numerics.fp8_level = O1, O2 or O3"),
+        ("O2", {"master": "fp17"}, "optimizer.master = 'fp17': expected one of e4m3, e5m2, fp16, bf16, float32"),
+        ("O1", {"rounding": "up"}, "optimizer.rounding = 'up': expected one of nearest, stochastic"),
+        ("none", {"zero": "all"}, "optimizer.zero = 'all': expected one of none, sharded"),
+        ("none", {"first_moment": "bf16"}, "optimizer.first_moment = 'bf16': found no matrix that it concerns"),
+        ("O2", {"second_moment": "bf16", "lora": ("q_proj=4",)}, "'bf16': found adapters are kept in float32"),
     ),
 )
 def test_what_cannot_be_is_one_clear_error(level, options, message):
     with pytest.raises(UserError, match=message):
         run_of(level, **options)
+
+
+@pytest.mark.parametrize(
+    ("level", "options", "gathers"),
+    (
+        ("O3", {}, "e4m3"),
+        ("O2", {}, "compute"),
+        ("O3", {"rules": ("down_proj=plain",)}, "e4m3"),  # reads what its own device has made
+        ("O3", {"rules": ("up_proj=plain",)}, "compute"),
+        ("O3", {"num_experts": 4, "experts_per_token": 2}, "compute"),
+    ),
+)
+def test_activations_are_gathered_as_codes_where_all_that_read_them_read_codes(level, options, gathers):
+    model = run_of(level, sequence_parallel=True, **options).parts.model
+    assert model.config.gather == gathers
+    assert run_of(level, **options).parts.model.config.gather == "compute"  # nothing is gathered
 
 
 def test_matrices_that_fit_and_that_do_not():

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_plus.numerics import handles
+from easylm_plus.numerics.stored import Copy
+from easylm_plus.numerics.verbs import project
 from easylm_plus.objectives import cross_entropy
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
@@ -54,3 +57,38 @@ def test_a_sum_in_bfloat16_is_seen(monkeypatch):
     monkeypatch.setattr(jnp, "promote_types", lambda kind, least: kind)  # a running sum in the parameters' dtype
     assert error(jnp.float32, {"fsdp": 1}) <= 2 * FLOAT32_SUM
     assert error(jnp.bfloat16, {"fsdp": 1}) > 0.2
+
+
+def scans(jaxpr):
+    """The loops of a traced function, wherever they are in it."""
+    within = [v.jaxpr for e in jaxpr.eqns for v in e.params.values() if hasattr(v, "jaxpr")]
+    return [e for e in jaxpr.eqns if e.primitive.name == "scan"] + [e for inner in within for e in scans(inner)]
+
+
+def test_a_head_that_is_a_copy_has_one_sum():
+    """That of its handle; its value, which is not learned, has none."""
+    x_D, w_DV = case()
+    x_BTD, targets = jnp.broadcast_to(x_D, (ROWS, LENGTH, D)), jnp.full((ROWS, LENGTH), TARGET)
+    weights = jnp.full((ROWS, LENGTH), 1 / targets.size)
+
+    def gradient(head):
+        loss = lambda h: cross_entropy.blocked_cross_entropy(
+            lambda w, x: project(x, w["head"]).astype(jnp.float32),
+            handles.held(head, h),
+            x_BTD,
+            targets,
+            weights,
+            0 * weights,
+            CHUNK,
+        )[0]
+        return jax.grad(loss)
+
+    def sums(head):
+        """How many arrays of the head's shape the loop over chunks carries."""
+        (scan,) = scans(jax.make_jaxpr(gradient(head))(handles.handles(head)).jaxpr)
+        return sum(v.aval.shape == (D, V) for v in scan.outvars)
+
+    plain, copy = {"head": w_DV}, {"head": Copy(w_DV)}
+    found, wanted = (jax.jit(gradient(head))(handles.handles(head))["head"] for head in (copy, plain))
+    np.testing.assert_array_equal(found, wanted)
+    assert sums(copy) == sums(plain) == 1

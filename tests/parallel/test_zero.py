@@ -1,4 +1,4 @@
-"""Algorithm 1 as released, and whole tensors packed so that every rank runs the same program on its own."""
+"""Algorithm 1 as released, and whole matrices dealt out so that every rank runs the same program on its own."""
 
 from pathlib import Path
 
@@ -7,40 +7,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_fp8 import run_of
 
-from easylm_plus.numerics.formats import E4M3, Scaled, cast, decode, scale_of
-from easylm_plus.numerics.reduction import encode_shared, owned_sum
-from easylm_plus.parallel import zero
-from easylm_plus.parallel.collectives import all_gather_codes
+from easylm_plus.errors import UserError
+from easylm_plus.numerics.formats import E4M3, FP16, decode, encode, is_scaled
+from easylm_plus.numerics.reduction import encode_shared, owned_matrices
+from easylm_plus.parallel import sharding, zero
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning import wire
+from easylm_plus.tree import path_name
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8" / "d_zero_greedy.npz")
 SETS = [key.removesuffix("_sizes") for key in GOLDEN.files if key.endswith("_sizes") and not key.startswith("ds_")]
-SHAPES = [(16, 16), (32, 48), (16, 16), (48, 32), (16, 64), (32, 16), (16, 16), (16, 48), (64, 16), (32, 32)]
+SHAPES = {"a": {"b": (3, 16, 32), "c": (5, 2, 32, 16)}, "d": (32, 16), "e": (64,), "f": (4, 16, 16)}
+DEALT = {"a/b": "x", "a/c": "y", "d": "x", "f": "x"}
+RANKS = (1, 3, 8, 16)
 
 
 def golden_plan(name):
     return zero.plan(GOLDEN[f"{name}_sizes"].tolist(), int(GOLDEN[f"{name}_n"]))
 
 
-def tensors(seed=0, shapes=SHAPES):
-    """Each of another magnitude, over twelve orders."""
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [10.0 ** (i - 6) * jax.random.normal(key, shape) for i, (key, shape) in enumerate(zip(keys, shapes))]
+def tree(seed=0, matrix=lambda x: x):
+    """Of the shapes above, each matrix of another magnitude, over several orders."""
+
+    def fill(path, shape):
+        key = jax.random.fold_in(jax.random.key(seed), len(str(path)) * len(shape))
+        x = jax.random.normal(key, shape)
+        if path_name(path) not in DEALT:
+            return x
+        return matrix(x * 10.0 ** jax.random.randint(key, (*shape[:-2], 1, 1), -5, 3))
+
+    return jax.tree_util.tree_map_with_path(fill, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def deal(ranks):
+    return zero.Deal(jax.eval_shape(tree), DEALT, ranks)
 
 
 # --- who owns what ---
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_owners_and_places_are_those_of_the_released_code(name):
+def test_owners_are_those_of_the_released_code(name):
     plan = golden_plan(name)
     np.testing.assert_array_equal(plan.owner, GOLDEN[f"{name}_rank"])
     np.testing.assert_array_equal(plan.load, GOLDEN[f"{name}_load"])
-    np.testing.assert_array_equal(np.bincount(plan.owner, minlength=plan.ranks), GOLDEN[f"{name}_count"])
-    assert plan.width == GOLDEN[f"{name}_shard"]
-    np.testing.assert_array_equal(np.multiply(plan.owner, plan.width) + plan.start, GOLDEN[f"{name}_start"])
+    np.testing.assert_array_equal(np.bincount(plan.owner, minlength=len(plan.load)), GOLDEN[f"{name}_count"])
+    assert max(plan.load) == GOLDEN[f"{name}_shard"]
 
 
 def test_a_second_group_is_dealt_to_those_with_least_of_the_first():
@@ -54,108 +68,196 @@ def test_a_second_group_is_dealt_to_those_with_least_of_the_first():
 
 
 @pytest.mark.parametrize(
-    "name, imbalance, blocks",
-    (("llama7b_n32", 1.0, 193), ("gpt13b_tp2_n16", 1.0, 30), ("gpt125m_n32", 4 / 3, 6), ("lpt_worst_n3", 11 / 9, 11)),
+    "name, imbalance", (("llama7b_n32", 1.0), ("gpt13b_tp2_n16", 1.0), ("gpt125m_n32", 4 / 3), ("lpt_worst_n3", 11 / 9))
 )
-def test_loads_are_even_where_there_are_tensors_enough(name, imbalance, blocks):
+def test_loads_are_even_where_there_are_tensors_enough(name, imbalance):
     plan = golden_plan(name)
-    assert plan.imbalance == pytest.approx(imbalance, abs=1e-9)
-    assert zero.segments(plan).shape == (plan.ranks, blocks)
-    dealt_in_turn = np.bincount(np.arange(len(plan.sizes)) % plan.ranks, plan.sizes)
-    assert dealt_in_turn.max() / dealt_in_turn.mean() >= plan.imbalance
+    even = sum(plan.load) / len(plan.load)
+    assert max(plan.load) / even == pytest.approx(imbalance, abs=1e-9)
+    sizes = GOLDEN[f"{name}_sizes"]
+    dealt_in_turn = np.bincount(np.arange(len(sizes)) % len(plan.load), sizes)
+    assert dealt_in_turn.max() >= max(plan.load)
 
 
-# --- the packed rows ---
+# --- the stacks ---
 
 
-@pytest.mark.parametrize("ranks", (1, 3, 8, 16))
-def test_packing_and_unpacking_are_inverse(ranks):
-    x = tensors()
-    plan = zero.plan([a.size for a in x], ranks)
-    packed = jax.jit(lambda x: zero.pack(plan, x))(x)
-    assert packed.shape == (ranks, max(plan.load))
-    for back, a in zip(jax.jit(lambda packed: zero.unpack(plan, packed))(packed), x, strict=True):
-        assert (back == a.ravel()).all()
-    assert (packed != 0).sum() == sum(plan.sizes)
-    with pytest.raises(TypeError):  # a tensor of another size
-        zero.pack(plan, x[::-1])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("fmt", (None, FP16))
+def test_laying_out_and_naming_are_inverse(ranks, fmt):
+    """Of arrays, and of codes with their factors."""
+    named = tree(matrix=(lambda x: encode(x, fmt)) if fmt else lambda x: x)
+    laid = jax.jit(deal(ranks).lay)(named)
+    assert sorted(laid[zero.DEALT]) == ["x_256", "x_512", "y_512"]
+    assert laid["a"] == {"b": None, "c": None} and laid["d"] is None and (laid["e"] == named["e"]).all()
+    back = jax.jit(deal(ranks).named)(laid)
+    assert jax.tree.structure(back) == jax.tree.structure(named)
+    assert all((x == y).all() for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(named)))
 
 
-@pytest.mark.parametrize("name", ("random200_n7", "fewer_than_ranks", "powers_n5", "equal10_n4"))
-def test_every_block_belongs_to_one_tensor(name):
-    plan = golden_plan(name)
-    ids = np.repeat(zero.segments(plan), plan.block, axis=1)
-    assert ids.shape == (plan.ranks, plan.width)
-    for owner, start, size, number in zip(plan.owner, plan.start, plan.sizes, plan.number):
-        assert (ids[owner, start : start + size] == number).all()
-        assert (ids[owner] == number).sum() == size
-    assert (ids == plan.most).sum() == plan.ranks * plan.width - sum(plan.sizes)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_each_matrix_is_once_with_its_owner(ranks):
+    """In the order of the tree they are those of Algorithm 1; the rest of a stack is zeros, with factors of 1."""
+    dealt = deal(ranks)
+    sizes = [512] * 3 + [512] * 10 + [512] + [256] * 4
+    owner = iter(zero.plan(sizes, ranks).owner)
+    found = {
+        name: iter(dealt._slot[name].ravel() // stack.matrix.shape[1])
+        for stack in dealt.stacks.values()
+        for name in stack.weights
+    }
+    for name, count in (("a/b", 3), ("a/c", 10), ("d", 1), ("f", 4)):
+        assert [next(found[name]) for _ in range(count)] == [next(owner) for _ in range(count)]
+    packed = dealt.pack({name: encode(jnp.ones(shape), E4M3) for name, shape in dealt.shapes.items()})
+    for key, count in (("x_256", 4), ("x_512", 4), ("y_512", 10)):
+        values, slots = decode(packed[key]), dealt.stacks[key].matrix
+        assert slots.shape[0] == ranks and ((values == 1).all((-2, -1)) == (slots < count)).all()
+        assert ((values == 0).all((-2, -1)) == (slots == count)).all() and (slots < count).sum() == count
+        assert (packed[key].scale_inv[slots == count] == 1).all()
 
 
-@pytest.mark.parametrize("ranks", (1, 3, 16))
-def test_a_row_knows_the_amax_of_each_of_its_tensors(ranks):
-    """With 16 ranks six have nothing."""
-    x = tensors()
-    plan = zero.plan([a.size for a in x], ranks)
-    ids = zero.segments(plan)
-    rows = zero.pack(plan, x)
-    amaxes = jax.jit(jax.vmap(lambda row, ids: zero.amax_of_segments(row, ids, plan.most)))(rows, ids)
-    assert amaxes.shape == (ranks, plan.most)
-    expected = np.array([jnp.abs(a).max() for a in x])
-    np.testing.assert_array_equal(zero.of_tensors(plan, amaxes), expected)
-    assert (amaxes > 0).sum() == len(x)
-    wide = jax.vmap(lambda values, ids: zero.spread(values, ids, plan.width))(amaxes, ids)
-    for one, value in zip(zero.unpack(plan, wide), expected):
-        assert (one == value).all()
-    assert (wide != 0).sum() == sum(plan.sizes)
-    shifted = jax.vmap(lambda row, ids: zero.amax_of_segments(row, ids, plan.most))(rows, np.roll(ids, 1, 1))
-    assert (zero.of_tensors(plan, shifted) != expected).any()
+def test_what_is_said_of_a_weight_is_said_of_its_matrices():
+    dealt = deal(3)
+    layers = {"a/b": np.arange(3), "a/c": np.arange(10).reshape(5, 2), "d": 7, "f": np.arange(4)}
+    named = {name: jnp.broadcast_to(jnp.asarray(x)[..., None, None], dealt.shapes[name]) for name, x in layers.items()}
+    for key, stack in dealt.pack(named).items():
+        assert stack.shape[2:] == {"x_256": (16, 16), "x_512": (16, 32), "y_512": (32, 16)}[key]
+        np.testing.assert_array_equal(dealt.of_matrices(key, layers), stack[..., 0, 0])
 
 
 # --- one program on all ranks ---
 
 
-def reduced_to_owners_and_back(plan, ids, gradients):
-    """On one of eight devices: its gradients -> every tensor's sum in E4M3, as [N, W] codes and factors [N, C].
-
-    Codes go to the owners, who add them and cast the sum, each tensor with its own scale; then to all.
-    """
-    axis = ("replica",)
-    local = [encode_shared(g, axis) for g in gradients]
-    code = zero.pack(plan, [tensor.code for tensor in local])
-    total = owned_sum(Scaled(code, jnp.float32(1)), axis, axis)
-    factors = (
-        jnp.zeros((plan.ranks, plan.most))
-        .at[plan.owner, plan.number]
-        .set(jnp.stack([tensor.scale_inv for tensor in local]))
-    )
-    mine = ids[jax.lax.axis_index(axis)]
-    total = total * zero.spread(factors[jax.lax.axis_index(axis)], mine, plan.width)
-    scale = scale_of(zero.amax_of_segments(total, mine, plan.most), E4M3)
-    stored = cast(total, zero.spread(scale, mine, plan.width), E4M3)
-    return all_gather_codes(stored[None], axis, 0), all_gather_codes(1 / scale[None], axis, 0)
-
-
 def test_gradients_are_summed_by_their_owners():
-    """Each tensor with a scale of its own, 10^-6 to 10^3; all devices end alike; a byte an element travels each way."""
-    per_rank = [tensors(seed) for seed in range(8)]
-    stacked = [jnp.stack(g) for g in zip(*per_rank)]
-    plan = zero.plan([g[0].size for g in stacked], 8)
-    ids = jnp.asarray(zero.segments(plan))
-    run = lambda g: jax.tree.map(lambda y: y[None], reduced_to_owners_and_back(plan, ids, [x[0] for x in g]))
+    """Each matrix with a scale of its own; a byte an element travels, and no float but the scales."""
+    dealt, axis = deal(8), "replica"
+    per_rank = [tree(seed) for seed in range(8)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *per_rank)
+    named = lambda t: {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(t) if path_name(p) in DEALT}
+
+    def of_owner(grads):
+        stacks = dealt.pack({name: encode_shared(g[0], (axis,)) for name, g in grads.items()})
+        return {key: jax.tree.map(lambda x: x[None], owned_matrices(s, axis)) for key, s in stacks.items()}
+
     region = jax.jit(
-        jax.shard_map(
-            run, mesh=make_mesh({"replica": 8}), in_specs=P("replica"), out_specs=P("replica"), check_vma=False
-        )
+        jax.shard_map(of_owner, mesh=make_mesh({axis: 8}), in_specs=P(axis), out_specs=P(axis), check_vma=False)
     )
-    code, scale_inv = region(stacked)
-    for device in (0, 7):
-        factors = zero.of_tensors(plan, scale_inv[device])
-        for one, factor, g in zip(zero.unpack(plan, code[device]), factors, stacked):
-            expected = np.asarray(g.sum(0)).ravel()
-            got = np.asarray(decode(Scaled(one[None], factor)))[0]
-            assert 10 * np.log10((expected**2).sum() / ((got - expected) ** 2).sum()) > 27
-    text = region.lower(stacked).compile().as_text()
+    sums = dealt.unpack(region(named(stacked)))
+    for name, gradient in named(stacked).items():
+        wanted = np.asarray(gradient.sum(0), np.float64).reshape(-1, *gradient.shape[-2:])
+        error = np.asarray(decode(sums[name])).reshape(wanted.shape) - wanted
+        assert (10 * np.log10((wanted**2).sum((1, 2)) / (error**2).sum((1, 2))) > 27).all(), "matrix by matrix"
+    text = region.lower(named(stacked)).compile().as_text()
     sent = {key: traffic.wire for key, traffic in wire.wire_bytes(text).items() if key[1] == "u8"}
-    assert sent == {("all-to-all", "u8"): 7 * plan.width, ("all-gather", "u8"): 7 * plan.width}
-    assert all(np.prod(dims) <= len(plan.sizes) * plan.most for _, dims, _, _ in wire.float_collectives(text))
+    slots = sum(stack.matrix.shape[1] * (256 if key == "x_256" else 512) for key, stack in dealt.stacks.items())
+    assert sent == {("all-to-all", "u8"): 7 * slots}
+    assert all(np.prod(dims) <= 10 for _, dims, _, _ in wire.float_collectives(text))
+
+
+# --- runs ---
+
+SHARDED, WHOLE = {"zero": "sharded"}, {"zero": "whole_tensor"}
+
+
+def run(level, zero, **options):
+    values = {"scan_layers": True, "clip": 0.0, **zero, **options}
+    return run_of(level, {"replica": 4}, **values).start()
+
+
+def by_name(run):
+    """{name: leaf} of everything that is kept between steps."""
+    with sharding.use(run.mesh, run.parts.rules):
+        saved = run.parts.to_saved(run.state)
+    trees = {"params": saved.params, "m": saved.opt_state.m, "v": saved.opt_state.v, "ema": saved.ema}
+    return {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+@pytest.mark.parametrize("level", ("O2", "O3"))
+@pytest.mark.parametrize(
+    "options",
+    ({"rounding": "nearest"}, {"accumulate": 2, "ema": 0.9},
+     {"rules": ("gate_proj=ternary", "k_proj=narrow"), "decay": "mlp/.*kernel"}),
+    ids=("nearest", "accumulated", "other transforms"),
+)  # fmt: skip
+def test_whole_matrices_learn_what_parts_of_them_learn(level, options):
+    """To the last code, random numbers included: nothing but the places differ (and the sign of some zeros). Without
+    clipping, whose norm is a sum in another order."""
+    ours, theirs = run(level, WHOLE, **options), run(level, SHARDED, **options)
+    assert ours.steps(4) == theirs.steps(4)
+    ours, theirs = by_name(ours), by_name(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert x.dtype == theirs[name].dtype
+        np.testing.assert_array_equal(x.astype(np.float32), theirs[name].astype(np.float32), err_msg=name)
+
+
+def test_layers_of_their_own():
+    """Of a model that is not scanned. Parts are not updated in a loop there, but by another program, whose float32 sums
+    may round differently: a master in a thousand, by a place."""
+    ours, theirs = (run("O3", how, scan_layers=False, window=16) for how in (WHOLE, SHARDED))
+    np.testing.assert_allclose(ours.steps(4), theirs.steps(4), rtol=1e-6)
+    ours, theirs = (by_name(r) for r in (ours, theirs))
+    masters = [name for name, x in ours.items() if x.dtype == np.float16 and name.startswith("params")]
+    flat = lambda kept: np.concatenate([kept[name].ravel() for name in masters]).astype(np.float64)
+    apart = np.abs(flat(ours) - flat(theirs)) / np.abs(flat(theirs)).clip(2.0**-14)
+    assert len(masters) == 14 and (apart > 0).mean() < 1e-3 and apart.max() < 2.0**-9
+
+
+def test_other_random_numbers_are_seen():
+    """And with them, that the test before compares something."""
+    ours = run("O2", WHOLE)
+    other = run("O2", SHARDED, rounding="nearest")
+    ours.steps(2), other.steps(2)
+    assert any(x.tobytes() != y.tobytes() for x, y in zip(by_name(ours).values(), by_name(other).values()))
+
+
+def test_norm_of_gradients_clips_alike():
+    ours, theirs = (run("O3", how, clip=0.1).steps(6) for how in (WHOLE, SHARDED))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    assert abs(np.subtract(ours, run("O3", SHARDED, clip=0.05).steps(6))).max() > 1e-3
+
+
+def test_what_lies_on_a_device():
+    """Its own matrices, and of the rest a fourth."""
+    ours = run("O3", WHOLE)
+    dealt = ours.state.params[zero.DEALT]
+    assert all(is_scaled(x) and x.code.sharding.spec[0] == "replica" for x in dealt.values())
+    elements = sum(x.code.size for x in dealt.values())
+    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert matrices < elements < 1.5 * matrices  # few matrices of a few sizes: there is padding
+    assert all(x.code.addressable_shards[0].data.size == x.code.size / 4 for x in dealt.values())
+    assert sum((decode(x) != 0).sum() for x in dealt.values()) > 0.99 * matrices
+    table = ours.state.params["embed_tokens"]["embedding"]
+    assert table.addressable_shards[0].data.size == table.size / 4
+
+
+def test_weights_travel_once_and_gradients_once_in_bytes():
+    ours = run("O3", WHOLE, accumulate=2)
+    table = wire.wire_bytes(ours.compiled_step())
+    elements = sum(x.code.size for x in ours.state.params[zero.DEALT].values())
+    assert table["all-gather", "u8"].payload == elements
+    assert table["all-to-all", "u8"].payload == elements
+    rest = sum(x.size for x in jax.tree.leaves({**ours.state.params, zero.DEALT: None}))
+    kinds = {kind for kind, _ in table}
+    assert kinds <= {"all-gather", "all-to-all", "all-reduce", "reduce-scatter"}
+    floats = sum(t.payload for (kind, dtype), t in table.items() if dtype == "f32" and kind == "all-gather")
+    assert floats <= 4 * (rest + 100)  # embeddings and head, whose precision is float32 here, and factors
+
+
+@pytest.mark.parametrize(
+    "level, sizes, options, words",
+    (
+        ("O2", {"replica": 2, "fsdp": 2}, {}, "no mesh axis but mesh.replica larger than 1"),
+        ("O1", {"replica": 2}, {}, "numerics.fp8_level = O2 or O3"),
+        ("O2", {"replica": 2}, {"lora": ("q_proj=4",)}, "without adapters"),
+        ("O2", {"replica": 2}, {"reduction": "ring"}, "fp8_reduction = two_shot"),
+    ),
+)
+def test_where_whole_tensors_cannot_be(level, sizes, options, words):
+    with pytest.raises(UserError, match=f"optimizer.zero = 'whole_tensor': expected .*{words}"):
+        run_of(level, sizes, zero="whole_tensor", **options)
+
+
+def test_one_device_owns_all():
+    """Nothing is dealt out, and nothing else is done."""
+    assert run_of("O2", {}, zero="whole_tensor").parts.numerics.deal is None

@@ -73,8 +73,18 @@ def test_what_is_cut_over_replicas_has_to_be_brought_together(level, matrices):
     cut = (whole.parameters - found.parameters) / (whole.parameters - 4 * NORMS - FACTORS * (level != "none"))
     assert cut == 3 / 4
     assert found.copies == matrices * MATRICES + 2 * VOCABULARY, "but norms, which are whole on all"
-    assert found.gradients == whole.gradients
+    in_bf16 = VOCABULARY + (MATRICES if level == "none" else 0)  # a copy's gradient has the copy's dtype
+    assert found.gradients == whole.gradients - 2 * in_bf16
     assert estimated(level, {"fsdp": 4})[0].copies == (MATRICES / 4 if level == "O3" else 0), "fsdp gathers by layer"
+
+
+def test_whole_tensors_that_are_dealt_out():
+    """As where each is cut, but for the padding; with two owners there is none here."""
+    parts, whole = (estimated("O3", {"replica": 2}, optimizer__zero=zero)[0] for zero in ("sharded", "whole_tensor"))
+    assert whole == parts
+    parts, whole = (estimated("O2", {"replica": 8}, optimizer__zero=zero)[0] for zero in ("sharded", "whole_tensor"))
+    assert whole.copies == parts.copies and whole.gradients == parts.gradients
+    assert parts.parameters < whole.parameters < 2 * parts.parameters
 
 
 def test_the_state_of_a_run_with_windows_is_exact():

@@ -83,14 +83,21 @@ BAD = {
 
 
 SLOW = pytest.mark.slow
-OTHERS = [pytest.param("O1", 1, marks=SLOW), pytest.param("O2", 16, marks=SLOW)]  # each is in another pair, too
+OTHERS = [
+    pytest.param("O1", 1, "sharded", marks=SLOW),
+    pytest.param("O2", 16, "sharded", marks=SLOW),
+]  # each is in another pair, too
 
 
-@pytest.mark.parametrize(("level", "window"), [("O1", 16), ("O2", 1), ("O3", 1), ("O3", 16), *OTHERS])
-def test_a_step_that_is_not_finite_changes_nothing_on_any_device(level, window, monkeypatch):
+@pytest.mark.parametrize(
+    ("level", "window", "zero"),
+    [("O1", 16, "sharded"), ("O2", 1, "sharded"), ("O3", 1, "sharded"), ("O3", 16, "sharded"),
+     ("O3", 1, "whole_tensor"), *OTHERS],
+)  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing_on_any_device(level, window, zero, monkeypatch):
     monkeypatch.setattr(assembly, "LanguageModel", Poisoned)
-    config = fp8_runs.config(level, numerics__fp8_window=window, train__ema=0.9, optimizer__zero="sharded")
-    run = Run(config, SIZES)
+    config = fp8_runs.config(level, numerics__fp8_window=window, train__ema=0.9, optimizer__zero=zero)
+    run = Run(config, {"replica": 8} if zero == "whole_tensor" else SIZES)
     good, metrics = stepped(run, run.start(), 0)
     assert metrics["ok"]
     kept = lambda state: bits((state.params, state.opt_state, state.numerics, state.ema))

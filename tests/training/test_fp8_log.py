@@ -1,0 +1,68 @@
+"""What a step has seen of its FP8 products, in a run's log: by matrix in TensorBoard, the worst of all in the rows."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_fp8 import run_of
+
+from easylm_plus.numerics.fp8 import SEEN, TENSORS
+from easylm_plus.parallel import sharding
+from easylm_plus.training import fp8_log
+
+UP, DOWN = "layers/mlp/up_proj/kernel", "layers/mlp/down_proj/kernel"
+
+
+def report(mu=()):
+    """Two matrices of two layers; every figure of every tensor is another one."""
+    figures = np.arange(36, dtype=np.float32).reshape(2, 2, 3, 3)
+    scale = 100 + np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    return {"seen": dict(zip((UP, DOWN), figures)), "scale": dict(zip((UP, DOWN), scale)), "mu": dict(mu)}
+
+
+def test_each_figure_is_found_under_its_name():
+    values = fp8_log.each(report({UP: np.array([0.5, 0.25])}))
+    assert len(values) == 2 * 2 * 3 * (3 + 1) + 2
+    assert values["fp8/amax/input/00/mlp/up_proj"] == 0
+    assert values["fp8/underflow/output_grad/01/mlp/up_proj"] == 9 + 5
+    assert values["fp8/overflow/gradient/01/mlp/down_proj"] == 18 + 9 + 7
+    assert values["fp8/scale/input/01/mlp/down_proj"] == 100 + 6 + 3
+    assert values["fp8/mu/01/mlp/up_proj"] == 0.25 and "fp8/mu/01/mlp/down_proj" not in values
+
+
+def test_layers_of_their_own_have_the_same_names():
+    """Of a model that is not scanned."""
+    stacked = report()
+    alone = {
+        part: {name.replace("layers/", f"layers/{i}/"): x[i] for name, x in stacked[part].items() for i in (0, 1)}
+        for part in ("seen", "scale")
+    }
+    assert fp8_log.each({**alone, "mu": {}}) == fp8_log.each(stacked)
+
+
+def test_the_row_has_the_worst_of_all():
+    row = fp8_log.worst(report({UP: np.array([0.5, 0.25]), DOWN: np.array([1.0, 0.125])}))
+    assert row["fp8/underflow/gradient"] == 35 and row["fp8/overflow/input"] == 28
+    assert row["fp8/mu"] == 0.125
+    assert len(row) == 2 * len(TENSORS) + 1
+    without = fp8_log.worst(report())
+    assert "fp8/mu" not in without and without["fp8/overflow/input"] == 28
+    assert fp8_log.worst({}) == {} == fp8_log.each({})
+
+
+@pytest.mark.parametrize("reduction, sizes", (("two_shot", {}), ("ring", {"fsdp": 2})))
+def test_a_step_reports_what_it_saw(reduction, sizes):
+    """The largest value of a tensor times its scale is below the format's largest, and above half of it."""
+    run = run_of("O2", sizes, scan_layers=True, reduction=reduction).start()
+    with sharding.use(run.mesh, run.parts.rules):
+        _, metrics = run.parts.step(run.state, run.batch())
+    told = jax.device_get(metrics["numerics"])
+    values = fp8_log.each(told)
+    assert ("fp8/mu" in fp8_log.worst(told)) == (reduction == "ring")
+    largest = {"input": 448, "output_grad": 57344, "gradient": 448}
+    for name in [name for name in values if name.startswith("fp8/amax/")]:
+        tensor = name.split("/")[2]
+        code = values[name] * values[name.replace("/amax/", "/scale/")]
+        mu = values.get(name.replace("amax/gradient", "mu"), 1.0) if tensor == "gradient" else 1.0
+        assert largest[tensor] * mu / 2 < code <= largest[tensor] * mu, name
+    assert len(values) == 7 * 2 * len(TENSORS) * (len(SEEN) + 1) + (14 if reduction == "ring" else 0)
+    assert all(0 <= share < 0.5 for name, share in values.items() if "flow/" in name)
