@@ -97,7 +97,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "first_moment": "",
                 "second_moment": "",
                 "rounding": "stochastic",  # of masters in less than 32 bits: stochastic | nearest
-                "zero": "none",  # over mesh.replica: none (copies) | sharded (masters and moments cut, ZeRO-1)
+                "zero": "none",  # over mesh.replica: none (copies) | sharded (ZeRO-1) | whole_tensor (by FP8-LM)
             },
             "objective": {
                 "z_loss": 0.0,

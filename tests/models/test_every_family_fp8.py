@@ -25,6 +25,7 @@ from easylm_plus.training.gradients import gradients
 from easylm_plus.tree import path_name
 
 ZERO = {"mesh.replica": 2, "mesh.fsdp": 2, "optimizer.zero": "sharded"}
+WHOLE = {"mesh.replica": 4, "mesh.fsdp": 1, "optimizer.zero": "whole_tensor"}
 TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2}
 ACCUMULATE, WINDOW, RING = {"train.accumulate": 2}, {"numerics.fp8_window": 16}, {"numerics.fp8_reduction": "ring"}
 PIECES = TENSOR | {"mesh.sequence_parallel": True}
@@ -36,17 +37,17 @@ SMOOTH = {"numerics.fp8_smooth": True}
 CASES = {
     "llama-7b": ("O3", ZERO | ACCUMULATE | SMOOTH),
     "llama2-70b": ("O1", TENSOR | WINDOW),
-    "llama3.2-1b": ("O2", ZERO | WINDOW),
+    "llama3.2-1b": ("O2", WHOLE | WINDOW),
     "mistral-7b": ("O3", PIECES | WINDOW),
     "qwen2-7b": ("O1", ZERO | E4M3_SUMS),
     "yuan-2b": ("O3", TENSOR | ACCUMULATE),
     "yuan-m32": ("O2", EXPERT | ACCUMULATE),
-    "mixtral-8x7b": ("O3", EXPERT | WINDOW),
+    "mixtral-8x7b": ("O3", WHOLE | WINDOW),
     "switch-base-8": ("O1", ZERO),
     "palm-8b": ("O2", PIECES | SMOOTH),
     "gpt3-125m": ("O3", {"mesh.fsdp": 4} | RING),
     "gpt-fp8-125m": ("O2", {"mesh.replica": 4, "mesh.fsdp": 1, "optimizer.zero": "sharded"} | RING | ACCUMULATE),
-    "bitnet-3b": ("O2", ZERO | TERNARY),
+    "bitnet-3b": ("O2", WHOLE | TERNARY),
     "bitnet-2b4t": ("O3", TERNARY | ACCUMULATE),
     "stablelm2-1.6b": ("O3", TENSOR | ADAPTERS),
     "yuan-2b ema": ("O1", TERNARY | E4M3_SUMS),
@@ -85,7 +86,7 @@ class Run:
         def run(state, batch):
             view = numerics.view(state.params, state.numerics)
             grads, _, loss, _ = gradients(self.parts.objective, view, batch, self.accumulate, numerics)
-            return loss, jax.tree.map(decode, grads, is_leaf=is_scaled)
+            return loss, jax.tree.map(decode, numerics.named(grads), is_leaf=is_scaled)
 
         with sharding.use(self.mesh, self.parts.rules):
             loss, grads = run(self.state, self.batch)
@@ -110,7 +111,8 @@ def named(tree):
 
 def kept(run):
     """{name: what is kept of a weight}, with the parts of adapters by themselves."""
-    leaves = jax.tree_util.tree_leaves_with_path(run.state.params, is_leaf=is_scaled)
+    params = run.parts.to_saved(run.state).params
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
