@@ -28,8 +28,8 @@ from easylm_plus.models.transformer import init_parameters
 from easylm_plus.numerics.rules import attach
 from easylm_plus.parallel import cluster, sharding
 from easylm_plus.parallel.mesh import make_mesh
-from easylm_plus.planning.lowered import matmul_formats
 from easylm_plus.planning.memory import estimate
+from easylm_plus.planning.products import matmul_formats
 from easylm_plus.training import checkpoint, contents, restore
 from easylm_plus.training import data as data_module
 from easylm_plus.training.assembly import assemble

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from easylm_plus.planning.lowered import matmul_formats
+from easylm_plus.planning.products import matmul_formats
 
 
 def compiled(dtype, products=2):
