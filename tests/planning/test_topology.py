@@ -118,6 +118,34 @@ def test_the_step_of_eight_gpus(level, mesh):
 
 
 @pytest.mark.aot("gpu")
+@pytest.mark.parametrize("pieces", [False, True])
+def test_gradients_of_activations_are_summed_over_tensor_once_a_block(pieces):
+    """Each product sums its own dx; the compiler adds up those of q, k and v, and of gate and up, before: two sums a
+    layer. Forwards there are two more, or with sequence parallelism a reduce-scatter each."""
+    found, config = machine("h100:1x1x2"), experiment("O3", tensor=2)
+    config.model.remat, config.mesh.sequence_parallel = "none", pieces
+    step = compile_step(config, found.devices, found.options)
+    a_layer = [c for c in collectives(step.hlo) if c.trips == PARTS * L and c.payload >= ROWS // PARTS * T * D]
+    kinds = sorted((c.kind, c.dtype) for c in a_layer)
+    gathers = [("all-gather", "u8")] * 4  # of what is read forwards, and of the gradient of what was written backwards
+    sums = [("all-reduce", "bf16")] * 2 + [("reduce-scatter", "bf16")] * 2
+    assert kinds == (gathers + sums if pieces else [("all-reduce", "bf16")] * 4)
+
+
+@pytest.mark.aot("gpu")
+def test_whole_tensors_over_eight_gpus():
+    """Weights and gradients travel once a step, a byte each, with the padding of the fullest rank."""
+    found, config = machine("h100:1x1x8"), experiment("O3", replica=8)
+    config.optimizer.zero = "whole_tensor"
+    step = compile_step(config, found.devices, found.options)
+    stacks = step.assembly.numerics.deal.stacks.values()
+    elements = sum(stack.matrix.size * math.prod(stack.sides) for stack in stacks)
+    assert elements >= MATRICES and widened_f8(step.hlo) == [] and of_blocks(step.hlo) == []
+    table = {key: t.payload for key, t in wire_bytes(step.hlo).items() if key[1] == "u8"}
+    assert table == {("all-gather", "u8"): elements, ("all-to-all", "u8"): elements}
+
+
+@pytest.mark.aot("gpu")
 @pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
 def test_an_activation_stays_out_of_fp8_products(activation):
     """XLA fuses a GELU that is written with tanh into the product before it, and cannot emit that in FP8."""
