@@ -162,8 +162,7 @@ def main() -> int:
 
         def evaluate(step: int) -> None:
             """Held-out loss and a few sampled answers, into the log."""
-            kept = run.to_saved(state)
-            params = attach(kept.params if kept.ema is None else kept.ema, config.numerics.rules)
+            params = attach(run.named(state.params if state.ema is None else state.ema), config.numerics.rules)
             scores.update(evaluate_loss(params, (put(b) for b in data_module.heldout_batches(config, data, rows))))
             log.write(step, scores)
             texts = sampler(params)
@@ -206,7 +205,7 @@ def main() -> int:
                 scores.clear()  # those of another step say nothing about this one's checkpoint
                 profiler.after(step, state)
                 if config.log.params_hash:
-                    metrics["params_hash"] = params_hash(state.params)
+                    metrics["params_hash"] = params_hash(run.named(state.params))
                 meter.push(step, metrics, {"examples": data_module.digest(batch)})
                 progress.update(step, meter.last)
                 last, stopped = step == steps, preemption.requested(step)

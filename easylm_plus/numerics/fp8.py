@@ -5,8 +5,9 @@ arXiv:2310.18313; the formats are those of Micikevicius et al. 2022, arXiv:2209.
     dx = dy w^T        dy in E5M2, which has the range that gradients need, and less precision
     dw = x^T dy        added up in full, summed over devices in E4M3, kept in E4M3
 
-A tensor has one scale, a power of two, that of the whole tensor over all devices: a result does not depend on the mesh
-but for the order of sums. Under a scan over layers it is one scale a layer. Scales come from the tensor at hand, or
+A tensor has one scale, a power of two, that of the whole tensor over all devices: y and dx do not depend on the mesh
+but for the order of sums (dw is rounded by each device before it is summed). Under a scan over layers it is one scale a
+layer. Scales come from the tensor at hand, or
 with windows from the steps before (windows.py).
 
 Products run in an island, a region that is manual over all axes of the mesh. GSPMD would gather weights and reduce
@@ -125,12 +126,12 @@ def narrowed(x: jax.Array, fmt: Format, window: Window | None) -> tuple[jax.Arra
     back = jnp.where(jnp.isfinite(largest), 1 / scale, jnp.nan)
     # a scale of its own amax lets nothing saturate
     over = jnp.abs(x.astype(jnp.float32)) * scale > fmt.largest if window else jnp.zeros(())  # type: ignore[operator]
-    return code, back, jnp.stack([largest, over.mean(dtype=jnp.float32), _underflow(x, code)])
+    return code, back, jnp.stack([largest, over.mean(dtype=jnp.float32), underflow(x, code)])
 
 
-def _underflow(x: jax.Array, code: jax.Array) -> jax.Array:
-    """Share of x's values that became 0."""
-    return ((code.astype(jnp.float32) == 0) & (x != 0)).mean(dtype=jnp.float32)
+def underflow(x: jax.Array, code: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Share of x's values that became 0, over these axes (None: all)."""
+    return ((code.astype(jnp.float32) == 0) & (x != 0)).mean(axes, dtype=jnp.float32)
 
 
 def evened(x: jax.Array) -> jax.Array:
@@ -181,7 +182,7 @@ def _backwards(
         total = two_shot(local, cut.data, cut.gathered, cut.dim, others)
     elif cut.data:
         total, overflow = ring(local, cut.data, cut.gathered, cut.dim, others)
-    seen = jnp.stack([amax(dw_DF), overflow, _underflow(dw_DF, local.code)])
+    seen = jnp.stack([amax(dw_DF), overflow, underflow(dw_DF, local.code)])
     return dx, (total.code, total.scale_inv, collectives.largest(seen, (*cut.data, *others)))
 
 

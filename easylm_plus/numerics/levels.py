@@ -22,6 +22,7 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -128,7 +129,7 @@ class Numerics:
         # whether masters are cut over the replicas, so that a step's view has to be brought together
         self.cut = optimizer["zero"] != "none" and mesh_axis_size("replica") > 1
         self.deal = None  # or whose they are, of those that are dealt out whole
-        if deals(section, optimizer, self.formats, bool(self.adapters)):
+        if deals(section, optimizer, FORMATS[self.formats.master], bool(self.adapters)):
             kinds = {name: transform for name, transform in self.assigned.items() if self.narrow(name)}
             self.deal = Deal(shapes, kinds, mesh_axis_size("replica"))
 
@@ -163,17 +164,33 @@ class Numerics:
         return self.laid(jax.tree_util.tree_map_with_path(keep, params))
 
     def laid(self, tree: Any) -> Any:
-        """A tree like the parameters as the state has it (parallel/zero.py); `named` is its inverse."""
-        return self.deal.lay(tree) if self.deal else tree
+        """A tree like the parameters as the state has it: laid where whole tensors are dealt out (parallel/zero.py)."""
+        if not self.deal:
+            return tree
+        pinned = lambda spec: lambda leaf: jax.tree.map(partial(_pinned, spec=spec), leaf)
+        laid = self.deal.lay(tree, pinned(PartitionSpec("replica")))
+        return {**laid, DEALT: pinned(PartitionSpec(None, "replica"))(laid[DEALT])}
 
     def named(self, tree: Any) -> Any:
-        return self.deal.named(tree) if self.deal else tree
+        """The inverse of `laid`: by name, and cut as masters are elsewhere."""
+        if not self.deal:
+            return tree
+        # each rank sends its part of a matrix to each other; a side that they do not divide is sent whole
+        part = lambda x: (
+            PartitionSpec(None, "replica") if x.ndim > 1 and not x.shape[1] % x.shape[0] else PartitionSpec()
+        )
+        named = self.deal.named(tree, lambda slot: _pinned(slot, part(slot)))
+
+        def cut(axes: tuple[str | None, ...], leaf: Any) -> Any:
+            return jax.tree.map(lambda x: _pinned(x, stored_spec(axes, x.shape)) if x.ndim == len(axes) else x, leaf)
+
+        return jax.tree.map(cut, self.axes, named, is_leaf=lambda x: isinstance(x, tuple))
 
     def placed(self, stored: Any, mesh: Mesh) -> Any:
         """Shardings of the parameters by name, as they are kept -> of the state's."""
         if not self.deal:
             return stored
-        own = NamedSharding(mesh, PartitionSpec("replica"))
+        own = NamedSharding(mesh, PartitionSpec(None, "replica"))
         return self.deal.set_aside(stored, dict.fromkeys(self.deal.stacks, own))
 
     def _frozen(self, name: str, p: jax.Array) -> Any:
@@ -252,17 +269,11 @@ class Numerics:
 
     def _brought_together(self, laid: Any) -> Any:
         """By name, on all devices, what was dealt out: as the codes that travel at this level, cast by their owners."""
-
-        def everywhere(x: jax.Array) -> jax.Array:
-            own = jax.lax.with_sharding_constraint(as_bytes(x), PartitionSpec("replica"))
-            return from_bytes(jax.lax.with_sharding_constraint(own, PartitionSpec()), x.dtype)
-
-        def of_stack(key: str, kept: Any) -> Any:
-            is_code = self.level == "O3" and key.startswith("fp8_")
-            return jax.tree.map(everywhere, encode(decode(kept), E4M3) if is_code else kept)
-
-        stacks = {key: of_stack(key, kept) for key, kept in laid[DEALT].items()}
-        return self.deal.put_back(laid, self.deal.unpack(stacks))  # type: ignore[union-attr]
+        assert self.deal is not None
+        everywhere = lambda slot: _pinned(_pinned(slot, PartitionSpec("replica")), PartitionSpec())
+        to_fp8 = lambda key: self.level == "O3" and self.deal.stacks[key].kind == "fp8"
+        stacks = {key: encode(decode(s), E4M3) if to_fp8(key) else s for key, s in laid[DEALT].items()}
+        return self.deal.put_back(laid, self.deal.unpack(stacks, everywhere))
 
     def _codes(self, kept: Any, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(what travels, its factor to E4M3 codes, their factor to values) of a matrix that multiplies in FP8."""
@@ -293,7 +304,7 @@ class Numerics:
         """
         if not self.cut or axes is None:
             return x
-        before = jax.lax.with_sharding_constraint(as_bytes(x), stored_spec(axes, x.shape))
+        before = _pinned(as_bytes(x), stored_spec(axes, x.shape))
         return from_bytes(constrain(before, *axes), x.dtype)
 
     # --- what a person is told ---
@@ -322,4 +333,10 @@ class Numerics:
             sizes["fp8" if transform == "fp8" else not_fp8(name, x.shape) or f"{transform} by rule"] += x.size
         own = sizes.pop("fp8")
         rest = ", ".join(f"{reason} {size / total:.1%}" for reason, size in sizes.most_common())
-        return f"{self.level}: {own / total:.1%} of the weights multiply in FP8; not: {rest}"
+        dealt = f"; whole tensors are dealt out to replicas, {self.deal.padding:.1%} padding" if self.deal else ""
+        return f"{self.level}: {own / total:.1%} of the weights multiply in FP8; not: {rest}{dealt}"
+
+
+def _pinned(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """x, to lie so."""
+    return jax.lax.with_sharding_constraint(x, spec)

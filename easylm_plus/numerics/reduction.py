@@ -1,7 +1,7 @@
 """Sums of FP8 gradients over devices, one byte an element on the wire. To be called inside a manual region.
 
 Every rank has a matrix of partial sums. All agree on one scale from the largest amax and cast once (`encode_shared`);
-the codes are then added in one of two ways:
+the codes are then added in one of two ways (whole matrices by their owners, `owned_sum_of_slot`, as in the first):
 
 - `two_shot`: each rank is sent all codes of its piece, adds them in float32, and rounds the sum to E4M3 with a scale
   of its own. Two roundings, however many ranks there are; the sum of up to 73 is exact, codes being multiples of 2^-9
@@ -65,12 +65,12 @@ def owned_sum(local: Scaled, axes: tuple[str, ...], cut: tuple[str, ...] = (), d
     return collectives.exchange(chunks, (*cut, *copies)).astype(jnp.float32).sum(0)
 
 
-def owned_matrices(stack: Scaled, axis: str) -> Scaled:
-    """Sum over the ranks of what `encode_shared` gave, of the matrices that this rank owns: [N, C, D, F] by owner
-    (parallel/zero.py) -> [C, D, F], in E4M3. A scale is that of a whole matrix, so no rank has to know of another's."""
-    codes = collectives.exchange(stack.code, axis).astype(jnp.float32).sum(0)
-    own = stack.scale_inv[jax.lax.axis_index(axis)]
-    return encode_shared(codes * per_matrix(own), ())
+def owned_sum_of_slot(slot: Scaled, axis: str) -> Scaled:
+    """Sum over the ranks of what `encode_shared` gave of N matrices by owner, [N, D, F] (parallel/zero.py): that of the
+    rank's own, [1, D, F], in E4M3. It has the matrix whole, so it needs no other for the scale of the sum."""
+    codes = collectives.exchange(slot.code, axis).astype(jnp.float32).sum(0, keepdims=True)
+    own = slot.scale_inv[jax.lax.axis_index(axis)]
+    return encode_shared(codes * own, ())
 
 
 def ring(

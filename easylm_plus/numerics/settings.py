@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import FORMATS, NARROW, WIDE, Formats
+from easylm_plus.numerics.formats import FORMATS, NARROW, WIDE, Format, Formats
 from easylm_plus.parallel.mesh import AXES
 from easylm_plus.parallel.sharding import DATA_AXES, mesh_axis_size
 
@@ -56,14 +56,15 @@ def check_transforms(level: str, optimizer: Mapping[str, Any], found: set[str], 
         raise UserError(f"numerics.fp8_level = {level!r}: found no matrix that it concerns")
 
 
-def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], formats: Formats, adapters: bool) -> bool:
+def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], master: Format, adapters: bool) -> bool:
     """Whether whole tensors are dealt out to the replicas; UserError where they cannot be."""
     if optimizer["zero"] != "whole_tensor":
         return False
     found = {axis: mesh_axis_size(axis) for axis in AXES if mesh_axis_size(axis) > 1}
     expected = {
         "no mesh axis but mesh.replica larger than 1; sharded goes with all": set(found) <= {"replica"},
-        "numerics.fp8_level = O2 or O3, without adapters": formats != WIDE and not adapters,
+        "numerics.fp8_level = O2 or O3, and no adapters": section["fp8_level"] in ("O2", "O3") and not adapters,
+        "a master with a scale, as optimizer.master = fp16": master.largest is not None,
         "numerics.fp8_reduction = two_shot with it": section["fp8_reduction"] == "two_shot",
     }
     for what, holds in expected.items():

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
 from easylm_plus.numerics.formats import Scaled, amax, decode
-from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8Handle, new_handle
+from easylm_plus.numerics.fp8 import TENSORS, Fp8Handle, new_handle, underflow
 from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.reduction import encode_shared
 from easylm_plus.parallel import collectives
@@ -43,7 +43,8 @@ def _copied_backward(handle: Any, gradient: jax.Array) -> Any:
         return None, None if handle is None else gradient.astype(handle.dtype)
     narrow = encode_shared(gradient, manual_axes())
     largest = collectives.largest(amax(gradient), manual_axes())
-    tap = jnp.zeros(handle.tap.shape).at[..., TENSORS.index("gradient"), SEEN.index("amax")].set(largest)
+    seen = jnp.stack([largest, jnp.zeros_like(largest), underflow(gradient, narrow.code, (-2, -1))], -1)
+    tap = jnp.full(handle.tap.shape, jnp.nan).at[..., TENSORS.index("gradient"), :].set(seen)  # no FP8 product
     return None, Fp8Handle(narrow.code, narrow.scale_inv, tap, jnp.ones_like(narrow.scale_inv))
 
 

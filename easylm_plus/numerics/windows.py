@@ -1,7 +1,6 @@
 """Delayed scaling: the scale of a tensor from the largest values of the steps before (FP8-LM's released code).
 
-A scale from the tensor at hand needs a pass over it before the cast; one from the past does not. For its first W steps
-a tensor is scaled by its own amax nevertheless, and again after a step whose amax was not finite.
+For its first W steps a tensor is scaled by its own amax nevertheless, and again after a step whose amax was not finite.
 
 After each step that counts: the scale becomes that of the history's maximum, then the history moves on by one. In this
 order: the new scale still sees the oldest entry.

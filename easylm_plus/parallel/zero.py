@@ -4,11 +4,15 @@ A matrix that is scaled as a whole is easiest kept whole: its owner alone has it
 no collective for its scale. Matrices are dealt out greedily, the largest first, each to the rank with the least so far.
 (Cutting every matrix, all parts sharing one scale, is the default elsewhere in this code base: see `sharding.py`.)
 
-All ranks run one program on arrays of one shape, so matrices of one size lie in a stack [N, C, D, F]: those that rank
-n owns are in row n, which the axis of the ranks cuts, and where it owns fewer than C the rest is padding. For 32 ranks
-that is none at LLaMA 7B, 18 % at 13B, and more for models of few matrices.
+All ranks run one program on arrays of one shape, so matrices of one size lie in a stack [C, N, D, F]: those that rank n
+owns have second index n, along which the axis of the ranks cuts, and where it owns fewer than C the rest is padding.
+For 32 ranks that is none at LLaMA 7B, 18 % at 13B, and more for models of few matrices. Everything goes slot by slot,
+so that no more than N matrices are ever held twice.
 
-A tree of parameters by name, less what is dealt out, plus the stacks under DEALT, is called laid.
+    named    a tree of parameters (or moments, ...) by name, as the model has them
+    stacks   {key of a stack: leaf of arrays [C, N, ...]}
+    laid     a named tree without what is dealt out, and its stacks under DEALT: how the state has it
+    lay      named -> laid;  named  laid -> named;  pack and unpack  the same for what is dealt out alone
 
 Legend: N ranks, C slots of a stack, D and F the sides of a matrix, `...` stack axes of a weight (layers, experts).
 """
@@ -16,8 +20,7 @@ Legend: N ranks, C slots of a stack, D and F the sides of a matrix, `...` stack 
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +30,7 @@ import numpy as np
 from easylm_plus.tree import path_name
 
 DEALT = "dealt"
+BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,15 @@ class Stack:
     """Matrices of one size and kind.
 
     sides: of the stack's matrices; others of the same size are reshaped
-    weights: those that they belong to, by name, one after the other
-    matrix: int[N, C], which matrix of all of these weights' is in a slot; their number where it is padding
+    first: the number of each weight's first matrix, by name; a weight's are numbered one after the other
+    count: of all matrices
+    matrix: int[C, N], the number of the matrix in a slot; `count` where it is padding
     """
 
+    kind: str
     sides: tuple[int, int]
-    weights: tuple[str, ...]
+    first: dict[str, int]
+    count: int
     matrix: np.ndarray
 
 
@@ -82,79 +89,124 @@ class Deal:
         self._names = [path_name(path) for path, _ in leaves]
         self.number = {name: number for number, name in enumerate(self._names)}  # of every parameter
         self.shapes = {name: leaf.shape for name, (_, leaf) in zip(self._names, leaves) if name in kinds}
-        stacks = {name: shape[:-2] for name, shape in self.shapes.items()}
-        matrices = [(name, *shape[-2:]) for name, shape in self.shapes.items() for _ in np.ndindex(shape[:-2])]
-        dealt = plan([D * F for _, D, F in matrices], ranks)
-        self.imbalance = max(dealt.load) * ranks / sum(dealt.load)
+        matrices = [name for name, shape in self.shapes.items() for _ in range(math.prod(shape[:-2]))]
+        dealt = plan([math.prod(self.shapes[name][-2:]) for name in matrices], ranks)
 
-        owned: dict[str, list[list[int]]] = defaultdict(lambda: [[] for _ in range(ranks)])
-        weights: dict[str, list[str]] = defaultdict(list)
-        count: dict[str, int] = defaultdict(int)
-        for (name, D, F), rank in zip(matrices, dealt.owner, strict=True):
-            key = f"{kinds[name]}_{D * F}"
-            owned[key][rank].append(count[key])
-            count[key] += 1
-            weights[key] += [name] * (name not in weights[key])
-        self.stacks: dict[str, Stack] = {}
-        self._slot: dict[str, np.ndarray] = {}  # of each weight's matrices, int[...]: n C + c
-        for key, ranks_own in owned.items():
-            slots = max(map(len, ranks_own))
-            matrix = np.array([own + [count[key]] * (slots - len(own)) for own in ranks_own])
-            sides = self.shapes[weights[key][0]][-2:]
-            self.stacks[key] = Stack(sides, tuple(weights[key]), matrix)
-            slot_of = np.argsort(matrix.ravel(), kind="stable")[: count[key]]
-            ends = np.cumsum([math.prod(stacks[name]) for name in weights[key]])
-            for name, slots_of_weight in zip(weights[key], np.split(slot_of, ends[:-1])):
-                self._slot[name] = slots_of_weight.reshape(stacks[name])
+        alike: dict[str, list[tuple[str, int]]] = defaultdict(list)  # the matrices of a stack: weight and owner
+        for name, rank in zip(matrices, dealt.owner, strict=True):
+            alike[f"{kinds[name]}_{math.prod(self.shapes[name][-2:])}"].append((name, rank))
+        self.stacks = {key: self._stack(kinds[own[0][0]], own, ranks) for key, own in alike.items()}
 
-    def pack(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """{name: array [..., D, F], or a leaf of such and of factors [...]} of all that is dealt out -> {stack: the
-        same of [N, C, ...]}. Padding is 0, a factor of 1."""
+    def _stack(self, kind: str, own: Sequence[tuple[str, int]], ranks: int) -> Stack:
+        names = [name for name, _ in own]
+        by_rank = [[number for number, (_, owner) in enumerate(own) if owner == rank] for rank in range(ranks)]
+        slots = max(map(len, by_rank))
+        matrix = np.array([numbers + [len(own)] * (slots - len(numbers)) for numbers in by_rank]).T
+        first = {name: names.index(name) for name in dict.fromkeys(names)}
+        return Stack(kind, self.shapes[names[0]][-2:], first, len(own), matrix)
 
-        def stacked(stack: Stack, *weights: jax.Array) -> jax.Array:
-            is_factor = weights[0].ndim == self._slot[stack.weights[0]].ndim
-            sides = () if is_factor else stack.sides
-            flat = [x.reshape(-1, *sides) for x in weights]
-            padding = jnp.full((1, *sides), int(is_factor), flat[0].dtype)
-            return jnp.concatenate([*flat, padding])[stack.matrix]
+    @property
+    def keys(self) -> dict[str, str]:
+        """{the name of a stack in a laid tree: its key}."""
+        return {f"{DEALT}/{key}": key for key in self.stacks}
 
-        return {
-            key: jax.tree.map(lambda *xs, stack=stack: stacked(stack, *xs), *(named[name] for name in stack.weights))
-            for key, stack in self.stacks.items()
-        }
+    @property
+    def padding(self) -> float:
+        """Elements of the stacks beyond those of the matrices, as a share of these."""
+        stacks = self.stacks.values()
+        elements = sum(stack.count * math.prod(stack.sides) for stack in stacks)
+        return sum(stack.matrix.size * math.prod(stack.sides) for stack in stacks) / elements - 1
 
-    def unpack(self, stacks: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `pack`."""
+    def pack(self, named: Mapping[str, Any], own: Callable[[Any], Any] = lambda slot: slot) -> dict[str, Any]:
+        """{name: array [..., D, F], or a leaf of such and of factors [...]} of all that is dealt out -> stacks.
 
-        def taken(name: str, x: jax.Array) -> jax.Array:
-            own = x.reshape(-1, *x.shape[2:])[self._slot[name]]
-            return own if x.ndim == 2 else own.reshape(self.shapes[name])
+        own: applied to each slot, [N, D, F] and [N], before it is put into its stack. Padding is 0, a factor of 1.
+        """
 
-        names = [(name, stacks[key]) for key, stack in self.stacks.items() for name in stack.weights]
-        return {name: jax.tree.map(partial(taken, name), stack) for name, stack in names}
+        def stacked(stack: Stack) -> Any:
+            def of_slot(matrix: jax.Array) -> Any:
+                return own(jax.tree.map(lambda *xs: self._slot(stack, matrix, xs), *(named[n] for n in stack.first)))
 
-    def lay(self, tree: Any) -> dict[str, Any]:
-        """A tree by name, with a leaf or more in the place of each parameter -> laid."""
-        return self.set_aside(tree, self.pack(dict(zip(self._names, self._treedef.flatten_up_to(tree), strict=True))))
+            slots = jnp.asarray(stack.matrix)
+            kept = jax.eval_shape(of_slot, slots[0])
+            bits = jax.lax.map(lambda matrix: jax.tree.map(_bits, of_slot(matrix)), slots)
+            return jax.tree.map(lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype), bits, kept)
+
+        return {key: stacked(stack) for key, stack in self.stacks.items()}
+
+    def _slot(self, stack: Stack, matrix: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+        """The matrices of these numbers, int[N] -> [N, D, F]; or their factors, [N]."""
+        is_factor = weights[0].ndim == len(self.shapes[next(iter(stack.first))]) - 2
+        sides = () if is_factor else stack.sides
+        slot = jnp.full((len(matrix), *sides), int(is_factor), weights[0].dtype)
+        for first, weight in zip(stack.first.values(), weights, strict=True):
+            flat = weight.reshape(-1, *sides)
+            here = (matrix >= first) & (matrix < first + len(flat))
+            slot = jnp.where(
+                here.reshape(-1, *(1 for _ in sides)), flat[jnp.clip(matrix - first, 0, len(flat) - 1)], slot
+            )
+        return slot
+
+    def unpack(
+        self, stacks: Mapping[str, Any], bring: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> dict[str, Any]:
+        """The inverse of `pack`. bring: says where the bits of a slot have to be, [N, ...], before they are taken."""
+        found: dict[str, Any] = {}
+        for key, stack in self.stacks.items():
+            taken = jax.tree.map(lambda x, stack=stack: self._taken(stack, x, bring), stacks[key])
+            is_taken = lambda x: isinstance(x, list)
+            for i, name in enumerate(stack.first):
+                found[name] = jax.tree.map(lambda arrays, i=i: arrays[i], taken, is_leaf=is_taken)
+        return found
+
+    def _taken(self, stack: Stack, x: jax.Array, bring: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+        """Of one array of a stack, [C, N, ...]: that of each of its weights."""
+        shapes = [self.shapes[name] if x.ndim > 2 else self.shapes[name][:-2] for name in stack.first]
+        counts = [math.prod(self.shapes[name][:-2]) for name in stack.first]
+        bits, matrix = _bits(x), jnp.asarray(stack.matrix)
+
+        def put(c: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+            slot = bring(bits[c])
+
+            def into(weight: jax.Array, first: int) -> jax.Array:
+                number = matrix[c] - first
+                number = jnp.where(number < 0, len(weight), number)  # an index below 0 would count from the end
+                return weight.at[number].set(slot.reshape(-1, *weight.shape[1:]), mode="drop")
+
+            return list(map(into, weights, stack.first.values()))
+
+        empty = [jnp.zeros((n, *shape[-2:]) if x.ndim > 2 else n, bits.dtype) for n, shape in zip(counts, shapes)]
+        weights = jax.lax.fori_loop(0, len(stack.matrix), put, empty)
+        return [jax.lax.bitcast_convert_type(w, x.dtype).reshape(shape) for w, shape in zip(weights, shapes)]
+
+    def lay(self, tree: Any, own: Callable[[Any], Any] = lambda slot: slot) -> dict[str, Any]:
+        """A named tree, with a leaf or more in the place of each parameter -> laid."""
+        named = dict(zip(self._names, self._treedef.flatten_up_to(tree), strict=True))
+        return self.set_aside(tree, self.pack(named, own))
 
     def set_aside(self, tree: Any, stacks: Mapping[str, Any]) -> dict[str, Any]:
-        """A tree by name, of which what is dealt out is left out -> laid, with these stacks."""
+        """A named tree, of which what is dealt out is left out -> laid, with these stacks."""
         leaves = zip(self._names, self._treedef.flatten_up_to(tree), strict=True)
         rest = [None if name in self.shapes else leaf for name, leaf in leaves]
         return {**jax.tree.unflatten(self._treedef, rest), DEALT: stacks}
 
-    def named(self, laid: Mapping[str, Any]) -> Any:
+    def named(self, laid: Mapping[str, Any], bring: Callable[[jax.Array], jax.Array] = lambda x: x) -> Any:
         """The inverse of `lay`."""
-        return self.put_back(laid, self.unpack(laid[DEALT]))
+        return self.put_back(laid, self.unpack(laid[DEALT], bring))
 
     def put_back(self, laid: Mapping[str, Any], dealt: Mapping[str, Any]) -> Any:
-        """A laid tree, its stacks put aside, and {name: leaf} of what was dealt out -> a tree by name."""
+        """A laid tree, its stacks put aside, and {name: leaf} of what was dealt out -> named."""
         rest = self._treedef.flatten_up_to({key: part for key, part in laid.items() if key != DEALT})
         leaves = zip(self._names, rest, strict=True)
         return jax.tree.unflatten(self._treedef, [dealt.get(name, leaf) for name, leaf in leaves])
 
     def of_matrices(self, key: str, values: Mapping[str, Any]) -> np.ndarray:
-        """{name: a number, or numbers [...] a matrix} -> [N, C] of a stack; 0 for padding."""
+        """{name: a number, or numbers [...] a matrix} -> [C, N] of a stack; 0 for padding."""
         stack = self.stacks[key]
-        flat = [np.broadcast_to(values[name], self._slot[name].shape).ravel() for name in stack.weights]
+        flat = [np.broadcast_to(values[name], self.shapes[name][:-2]).ravel() for name in stack.first]
         return np.concatenate([*flat, np.zeros(1, flat[0].dtype)])[stack.matrix]
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """As integers, which no partitioner rounds or adds zeros to: -0 would become 0."""
+    return jax.lax.bitcast_convert_type(x, BITS[x.dtype.itemsize])

@@ -44,6 +44,7 @@ class Assembly:
     saved: TrainState  # the state by name, as it is in a checkpoint: abstract, with shardings
     to_saved: Callable[[TrainState], TrainState]
     from_saved: Callable[[TrainState], TrainState]
+    named: Callable[[Any], Any]  # of the state's parameters or their average: by name
 
 
 def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assembly:
@@ -72,10 +73,21 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
         by_name = jax.eval_shape(partial(relaid, way=numerics.named), abstract) if numerics.deal else abstract
         saved_shardings = state_shardings(by_name, stored, mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    to_saved, from_saved = (
-        jax.jit(partial(relaid, way=way), out_shardings=there) if numerics.deal else lambda state: state
-        for way, there in ((numerics.named, saved_shardings), (numerics.laid, shardings))
-    )
+
+    def on_mesh(way: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        jitted = jax.jit(way)
+
+        def run(tree: Any) -> Any:
+            with sharding.use(mesh, rules):
+                return jitted(tree)
+
+        return run
+
+    named = laid = to_saved = from_saved = lambda tree: tree
+    if numerics.deal:
+        named, laid = on_mesh(numerics.named), on_mesh(numerics.laid)  # tree by tree: each takes room for itself
+        to_saved = partial(relaid, way=named)
+        from_saved = lambda state: jax.device_put(relaid(state, laid), shardings)
     step = jax.jit(
         make_train_step(objective, optimizer, config.train, numerics),
         donate_argnums=0,
@@ -84,5 +96,5 @@ def assemble(config: ConfigDict, mesh: Mesh, sources: int, steps: int) -> Assemb
     return Assembly(
         model, objective, numerics, optimizer, rules, shapes, axes, param_shardings, make_state,
         jax.tree.map(place, abstract, shardings), shardings, step,
-        jax.tree.map(place, by_name, saved_shardings), to_saved, from_saved,
+        jax.tree.map(place, by_name, saved_shardings), to_saved, from_saved, named,
     )  # fmt: skip

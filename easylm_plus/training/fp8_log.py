@@ -17,19 +17,21 @@ def worst(report: Mapping[str, Any]) -> dict[str, float]:
     """The largest shares of values that overflowed and that became 0, by tensor, and the smallest mu."""
     if not report:
         return {}
-    seen = np.stack([np.asarray(taps).reshape(-1, len(TENSORS), len(SEEN)).max(0) for taps in report["seen"].values()])
+    every = np.concatenate([np.reshape(taps, (-1, len(TENSORS), len(SEEN))) for taps in report["seen"].values()])
+    largest = np.where(np.isnan(every), -1.0, every).max(0)  # -1: measured nowhere
     row = {
-        f"fp8/{what}/{tensor}": float(seen[:, TENSORS.index(tensor), SEEN.index(what)].max())
+        f"fp8/{what}/{tensor}": float(largest[TENSORS.index(tensor), SEEN.index(what)])
         for what in ("overflow", "underflow")
         for tensor in TENSORS
     }
+    row = {name: value for name, value in row.items() if value >= 0}
     if report["mu"]:
         row["fp8/mu"] = min(float(np.min(mu)) for mu in report["mu"].values())
     return row
 
 
 def each(report: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure of every matrix, under a name for TensorBoard."""
+    """Every figure of every matrix, under a name for TensorBoard; NaN in what was seen stands for not measured."""
     values: dict[str, float] = {}
     for name, taps in report.get("seen", {}).items():
         taps, scales = np.asarray(taps), np.asarray(report["scale"][name])
@@ -37,6 +39,8 @@ def each(report: Mapping[str, Any]) -> dict[str, float]:
         for index in itertools.product(*map(range, stack)):
             place = _place(name, index)
             for row, tensor in enumerate(TENSORS):
+                if np.isnan(taps[(*index, row)]).any():
+                    continue
                 for column, what in enumerate(SEEN):
                     values[f"fp8/{what}/{tensor}/{place}"] = float(taps[(*index, row, column)])
                 values[f"fp8/scale/{tensor}/{place}"] = float(scales[(*index, row)])
@@ -46,7 +50,9 @@ def each(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _place(name: str, index: tuple[int, ...]) -> str:
-    """layers/self_attn/q_proj/kernel and (3,), or layers/3/self_attn/q_proj/kernel -> 03/self_attn/q_proj."""
+    """layers/self_attn/q_proj/kernel and (3,), or layers/3/self_attn/q_proj/kernel and () -> 03/self_attn/q_proj; of
+    experts 03/7/mlp/experts/up_proj."""
     parts = name.removesuffix("/kernel").split("/")[1:]
-    layer, *rest = [*map(str, index), *parts]
+    own = [parts.pop(0)] if parts[0].isdecimal() else []
+    layer, *rest = [*own, *map(str, index), *parts]
     return "/".join([layer.zfill(2), *rest])

@@ -20,7 +20,7 @@ from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import FORMATS, Scaled, decode, encode, is_scaled
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8, Fp8Handle
 from easylm_plus.numerics.lora import Frozen, LowRank
-from easylm_plus.numerics.reduction import encode_shared, owned_matrices, ring, two_shot
+from easylm_plus.numerics.reduction import encode_shared, owned_sum_of_slot, ring, two_shot
 from easylm_plus.parallel.sharding import axes_in, island, manual_axes, mesh_axis_size, spec_of, stored_spec
 from easylm_plus.parallel.zero import Deal
 from easylm_plus.tree import path_name
@@ -32,7 +32,7 @@ REPLICA = "replica"
 def gradients(objective: Any, view: Any, batch: Batch, parts: int, numerics: Any) -> tuple[Any, Any, jax.Array, Any]:
     """(gradients, observations, loss, sums) of a whole batch, computed in `parts` micro-batches.
 
-    Gradients are a tree like the parameters, of arrays and Scaled, cut as masters are; for observations see
+    Gradients are a tree like the parameters, of arrays and Scaled, cut (or laid) as masters are; for observations see
     numerics/handles.py. Loss and sums are shares of the whole batch's, which add up.
     """
     denominators = objective.denominators(batch)
@@ -102,7 +102,7 @@ def _plus(total: Any, grad: Any) -> Any:
 
 
 def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of each replica, [R, ...], summed over them and cut as masters are; in E4M3 where products are FP8.
+    """Gradients of each replica, [R, ...], summed, cut or laid as masters are; in E4M3 where products are FP8.
 
     With them, by name, the share of saturated codes of those that went by the ring, float32[...].
     """
@@ -146,15 +146,17 @@ def summed(grads: Any, view: Any, numerics: Any) -> tuple[Any, dict[str, jax.Arr
 
 def _summed_by_owners(deal: Deal, grads: Any) -> dict[str, Scaled]:
     """Gradients of each replica, of which those of matrices that are dealt out are sent to their owners: stacks in
-    E4M3, [N, C, D, F]."""
+    E4M3, [C, N, D, F]."""
     named = {path_name(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_scaled)}
-    own = PartitionSpec(REPLICA)
+
+    def own(slot: Any) -> Scaled:
+        return owned_sum_of_slot(slot if is_scaled(slot) else encode_shared(slot, (REPLICA,)), REPLICA)
 
     def of_owner(named: dict[str, Any]) -> dict[str, Scaled]:
-        stacks = deal.pack({name: _shared(grad) for name, grad in named.items()})
-        return {key: jax.tree.map(lambda x: x[None], owned_matrices(s, REPLICA)) for key, s in stacks.items()}
+        return deal.pack(jax.tree.map(lambda x: x[0], named), own)
 
-    return island(of_owner, (own,), own)({name: named[name] for name in deal.shapes})
+    region = island(of_owner, (PartitionSpec(REPLICA),), PartitionSpec(None, REPLICA))
+    return region({name: named[name] for name in deal.shapes})
 
 
 def with_saturated(taps: jax.Array, share: jax.Array | None) -> jax.Array:
@@ -173,18 +175,14 @@ def _sum(dim: int | None, grad: jax.Array) -> jax.Array:
 
 def _sum_fp8(dim: int | None, ndim: int, others: tuple[str, ...], grad: Any, mu: jax.Array | None) -> Any:
     """One device's part. Codes of a single micro-batch have the scale of all replicas already, and mu in it."""
-    local = _shared(grad, others, mu)
+    if isinstance(grad, Scaled):
+        local = Scaled(grad.code[0], grad.scale_inv[0])
+    else:
+        local = encode_shared(grad[0], (REPLICA, *others), 1.0 if mu is None else mu)
     cut, dim = ((), -2) if dim is None else ((REPLICA,), dim - ndim)
     if mu is None:
         return two_shot(local, (REPLICA,), cut, dim, others), None
     return ring(local, (REPLICA,), cut, dim, others)
-
-
-def _shared(grad: Any, others: tuple[str, ...] = (), mu: jax.Array | None = None) -> Scaled:
-    """This replica's gradient [1, ...] as codes with a scale that all replicas share."""
-    if isinstance(grad, Scaled):
-        return Scaled(grad.code[0], grad.scale_inv[0])
-    return encode_shared(grad[0], (REPLICA, *others), 1.0 if mu is None else mu)
 
 
 def _cut_dim(spec: PartitionSpec) -> int | None:

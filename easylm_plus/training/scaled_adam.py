@@ -8,9 +8,9 @@
 
 Departures from the released code (Azure/MS-AMP): FP8 gradients are clipped like all others (there the Megatron path
 counts them in the norm and forgets to scale them), and the master is rounded stochastically. Rounded to nearest, an
-FP16 master loses what is smaller than half its spacing, 2^-11 of the weight: weight decay of lr wd = 1e-4 altogether,
-and most of Adam's updates at the end of a cosine schedule (benchmarks/master_rounding.py). Stochastic rounding keeps
-both on average and costs no bytes. The moments are rounded to nearest.
+FP16 master loses what is smaller than half its spacing, 2^-12 to 2^-11 of the weight: weight decay of lr wd = 1e-4
+altogether, and most of Adam's updates at the end of a cosine schedule (benchmarks/master_rounding.py). Stochastic
+rounding keeps both on average and costs no bytes. The moments are rounded to nearest.
 
 Memory. A stack of layers is updated layer by layer in a loop that writes into the stacks it was given, so the float32
 temporaries are those of one layer. Which weights are narrow is the caller's choice; the others have float32 moments.
@@ -42,7 +42,7 @@ from easylm_plus.numerics.formats import (
     scale_of,
 )  # fmt: skip
 from easylm_plus.parallel.collectives import as_bytes, from_bytes
-from easylm_plus.parallel.zero import DEALT, Deal
+from easylm_plus.parallel.zero import Deal
 from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern
 from easylm_plus.training.schedules import schedule
 from easylm_plus.tree import path_name
@@ -96,7 +96,7 @@ def scaled_adamw(
         def moments(which: str) -> Any:
             def zeros(path: Any, p: Leaf) -> Leaf:
                 name = path_name(path)
-                if not (narrow(name) or name.startswith(f"{DEALT}/")):
+                if not (narrow(name) or (deal and name in deal.keys)):
                     return jnp.zeros(p.shape, jnp.float32)
                 check_master(name, p, formats.master)
                 return zeros_like(p.shape, FORMATS[which])
@@ -113,21 +113,21 @@ def scaled_adamw(
         rates = Rates(applied, 1 - b1**t, 1 - b2**t, b1, b2, config["eps"])
         factor = clip_factor(norm, config["clip_norm"])
         key = jax.random.fold_in(jax.random.key(seed), state.count) if rounding == "stochastic" else None
-        decays = lambda name: bool(pattern.search(name))
-
         named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_scaled)
         trees = [jax.tree.leaves(tree, is_leaf=is_scaled) for tree in (state.m, state.v, grads)]
         numbers = deal.number if deal else {path_name(path): number for number, (path, _) in enumerate(named)}
+        decays = {name: float(bool(pattern.search(name))) for name in numbers}
         new: list[Triple] = []
         for (path, p), m, v, g in zip(named, *trees, strict=True):
             name = path_name(path)
-            if name in numbers:
-                own = Own(float(decays(name)), numbers[name], None)
-            else:
-                own = of_stack(deal, name.removeprefix(f"{DEALT}/"), decays, numbers)  # type: ignore[arg-type]
-            of_layer = partial(own.at, config["weight_decay"] * applied, key)
-            one = partial(update, rates, factor, ok, of_layer)
-            new.append(by_layer(one, (p, m, v), g, loop_axis(name, (p, m, v))))
+            own = (
+                of_stack(deal, name, numbers, decays)
+                if deal and name in deal.keys
+                else of_weight(p.shape, numbers[name], decays[name])
+            )
+            axis = loop_axis(name, (p, m, v), deal)
+            one = partial(update, rates, factor, ok, config["weight_decay"] * applied, key, own, axis)
+            new.append(by_layer(one, (p, m, v), g, axis))
         params, m, v = (jax.tree.unflatten(treedef, column) for column in zip(*new, strict=True))
         return params, AdamState(state.count + ok, m, v), {"learning_rate": applied}
 
@@ -142,32 +142,33 @@ def make_optimizer(config: Mapping[str, Any], total_steps: int, numerics: Any, s
 
 
 class Own(NamedTuple):
-    """What a leaf's matrices have of their own: whether they decay (0 or 1), and the numbers of weight and layer that
-    their random numbers come from. Of a stack that is dealt out, arrays [N, C]; else the layer is that of the loop."""
+    """What each matrix of a leaf has of its own, in arrays of the leaf's stack axes: the numbers of its weight and of
+    itself in that weight, which its random numbers come from, and whether it decays, 0 or 1."""
 
-    decays: Any
-    weight: Any
-    layer: Any
-
-    def at(self, decay: jax.Array, key: jax.Array | None, i: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """(factor of the masters, key or keys [N] of random numbers) of layer or slot i; None: of all at once."""
-        slot = lambda x: x if i is None else jnp.asarray(x)[:, i]
-        decays, weight, layer = map(slot, self) if self.layer is not None else (*self[:2], 0 if i is None else i)
-        keep = 1 - decay * decays
-        keep = per_matrix(keep) if jnp.ndim(keep) else keep
-        if key is None:
-            return keep, None
-        of_matrix = lambda weight, layer: jax.random.fold_in(jax.random.fold_in(key, weight), layer)
-        for _ in range(jnp.ndim(weight)):
-            of_matrix = jax.vmap(of_matrix)
-        return keep, of_matrix(weight, layer)
+    weight: np.ndarray
+    matrix: np.ndarray
+    decays: np.ndarray
 
 
-def of_stack(deal: Deal, key: str, decays: Callable[[str], bool], numbers: Mapping[str, int]) -> Own:
-    """Of the stack of this name."""
-    layers = {name: np.arange(math.prod(shape[:-2])).reshape(shape[:-2]) for name, shape in deal.shapes.items()}
-    values = {name: float(decays(name)) for name in deal.shapes}, numbers, layers
-    return Own(*(deal.of_matrices(key, value) for value in values))
+def of_weight(shape: tuple[int, ...], number: int, decays: float) -> Own:
+    """Of a weight by name."""
+    stack = shape[:-2]
+    return Own(np.full(stack, number), np.arange(math.prod(stack)).reshape(stack), np.full(stack, decays))
+
+
+def of_stack(deal: Deal, name: str, numbers: Mapping[str, int], decays: Mapping[str, float]) -> Own:
+    """Of a stack that is dealt out."""
+    own = {name: of_weight(shape, numbers[name], decays[name]) for name, shape in deal.shapes.items()}
+    of_field = lambda field: deal.of_matrices(deal.keys[name], {name: getattr(x, field) for name, x in own.items()})
+    return Own(*map(of_field, Own._fields))
+
+
+def keys_of(key: jax.Array, weight: jax.Array, matrix: jax.Array) -> jax.Array:
+    """A key a matrix, by its numbers, int[...]: the same wherever it lies."""
+    one = lambda weight, matrix: jax.random.fold_in(jax.random.fold_in(key, weight), matrix)
+    for _ in range(weight.ndim):
+        one = jax.vmap(one)
+    return one(weight, matrix)
 
 
 def check_master(name: str, p: Leaf, master: str) -> None:
@@ -185,12 +186,14 @@ def zeros_like(shape: tuple[int, ...], fmt: Format) -> Leaf:
     return code if fmt.largest is None else Scaled(code, jnp.ones(shape[:-2], jnp.float32))
 
 
-def loop_axis(name: str, leaves: Triple) -> int | None:
+def loop_axis(name: str, leaves: Triple, deal: Deal | None = None) -> int | None:
     """The stack axis to go along one by one; None: all at once.
 
-    The last one that is not that of experts, which may be cut over devices. Nothing is gained where no scale has to
-    be known before the first code is written.
+    The last one that is not that of experts, which may be cut over devices; of matrices that are dealt out that of the
+    slots. Nothing is gained where no scale has to be known before the first code is written.
     """
+    if deal and name in deal.keys:
+        return 0
     stacks = len(leaves[0].shape) - 2 - ("experts" in name.split("/"))
     return stacks - 1 if stacks > 0 and any(map(is_scaled, leaves)) else None
 
@@ -220,14 +223,23 @@ def update(
     rates: Rates,
     factor: jax.Array | float,
     ok: jax.Array,
-    own: Callable[[jax.Array | None], tuple[jax.Array, jax.Array | None]],
+    decay: jax.Array,
+    key: jax.Array | None,
+    own: Own,
+    axis: int | None,
     leaves: Triple,
     grad: Leaf,
     i: jax.Array | None,
 ) -> Triple:
-    """(p, m, v) [..., D, F] of layer i after a step, stored as they were; the old ones, bit for bit, where the step is
-    not ok. `own`: Own.at of the layer."""
-    keep, key = own(i)
+    """(p, m, v) [..., D, F] after a step, stored as they were; the old ones, bit for bit, where the step is not ok.
+
+    factor: of the gradient, that of clipping. decay: of the masters, lr wd. i: the leaves are those of layer i along
+    `axis` of what `own` describes; None: all of it.
+    """
+    weight, matrix, decays = (jnp.asarray(x) if i is None else jnp.take(x, i, axis) for x in own)
+    keep = 1 - decay * decays
+    keep = per_matrix(keep) if keep.ndim else keep
+    key = None if key is None else keys_of(key, weight, matrix)
     p, m, v = (decode(x).astype(jnp.float32) for x in leaves)
     g = decode(grad).astype(jnp.float32) * factor
     p, m, v = adam(p * keep, m, v, g, rates)

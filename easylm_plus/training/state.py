@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_plus.numerics.levels import PLAIN
+from easylm_plus.parallel.zero import DEALT
 from easylm_plus.training.optimizer import Optimizer
 from easylm_plus.tree import path_name
 
@@ -48,8 +49,8 @@ def new_state(params: Any, optimizer: Optimizer, ema: bool, numerics: Any = PLAI
 
 
 def relaid(state: TrainState, way: Callable[[Any], Any]) -> TrainState:
-    """The state with its trees of parameters by name (`way` is Numerics.named), as checkpoints have them whatever rank
-    owned what; or laid again (Numerics.laid)."""
+    """The state with each of its trees of parameters as `way` makes it: by name (Numerics.named), as checkpoints have
+    them whatever rank owned what, or laid again (Numerics.laid)."""
     opt_state = dataclasses.replace(state.opt_state, m=way(state.opt_state.m), v=way(state.opt_state.v))
     ema = None if state.ema is None else way(state.ema)
     return dataclasses.replace(state, params=way(state.params), opt_state=opt_state, ema=ema)
@@ -59,7 +60,8 @@ def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> Trai
     """NamedShardings for a whole (abstract) state: what mirrors a parameter is sharded like it.
 
     A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA, and the
-    codes of either, and the base of an adapter); scalars and everything else are replicated.
+    codes of either, and the base of an adapter). Of what is dealt out (parallel/zero.py) all parts mirror the stack.
+    Scalars and everything else are replicated.
     """
     place = lambda path: path_name(path).removesuffix("/code").removesuffix("/base")
     shapes = {place(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
@@ -70,6 +72,8 @@ def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> Trai
         parts = place(path).split("/")
         for start in range(len(parts)):
             name = "/".join(parts[start:])
+            if parts[start] == DEALT:
+                return known[f"{DEALT}/{parts[start + 1]}"]
             if name in known and shapes[name] == leaf.shape:
                 return known[name]
         return whole

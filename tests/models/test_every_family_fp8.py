@@ -1,7 +1,8 @@
 """FP8 with every family, and with what else transforms weights or gradients: a covering set of combinations.
 
 Each family trains at a level, on a mesh, with some of accumulation, windows, ZeRO, sequence parallelism, the ring,
-ternary weights and adapters; every pair of a level and one of these stands in at least one row.
+ternary weights and adapters. Each level stands in a row with accumulation, with a window, with ZeRO and with ternary
+weights; the others in some.
 """
 
 import functools

@@ -39,6 +39,41 @@ def test_layers_of_their_own_have_the_same_names():
     assert fp8_log.each({**alone, "mu": {}}) == fp8_log.each(stacked)
 
 
+def test_experts_of_layers_of_their_own():
+    taps, scale = np.zeros((2, 4, 3, 3)), np.ones((2, 4, 3))
+    stacked = {
+        "seen": {"layers/mlp/experts/up_proj/kernel": taps},
+        "scale": {"layers/mlp/experts/up_proj/kernel": scale},
+    }
+    names = [f"layers/{i}/mlp/experts/up_proj/kernel" for i in (0, 1)]
+    alone = {"seen": dict(zip(names, taps)), "scale": dict(zip(names, scale))}
+    assert fp8_log.each({**alone, "mu": {}}) == fp8_log.each({**stacked, "mu": {}})
+    assert "fp8/amax/input/01/3/mlp/experts/up_proj" in fp8_log.each({**alone, "mu": {}})
+
+
+def test_what_is_not_measured_is_left_out():
+    """Of a matrix that does not multiply in FP8, all but its gradient."""
+    told = report()
+    told["seen"][UP][:, :2] = np.nan
+    values = fp8_log.each(told)
+    assert [name for name in values if "up_proj" in name and "gradient/" not in name] == []
+    assert "fp8/underflow/gradient/01/mlp/up_proj" in values and "fp8/amax/input/01/mlp/down_proj" in values
+    assert fp8_log.worst(told) == fp8_log.worst(report()), "down_proj has the worst anyway"
+    told["seen"][DOWN][:, :2] = np.nan
+    assert sorted(fp8_log.worst(told)) == ["fp8/overflow/gradient", "fp8/underflow/gradient"]
+
+
+def test_narrow_matrices_report_their_gradients():
+    run = run_of("O2", {}, scan_layers=True, rules=("up_proj=narrow",)).start()
+    with sharding.use(run.mesh, run.parts.rules):
+        _, metrics = run.parts.step(run.state, run.batch())
+    values = fp8_log.each(jax.device_get(metrics["numerics"]))
+    own = {name.removesuffix("/01/mlp/up_proj"): value for name, value in values.items() if "01/mlp/up" in name}
+    assert sorted(own) == [f"fp8/{what}/gradient" for what in ("amax", "overflow", "scale", "underflow")]
+    assert own["fp8/amax/gradient"] > 0 and 224 < own["fp8/amax/gradient"] * own["fp8/scale/gradient"] <= 448
+    assert 0 <= own["fp8/underflow/gradient"] < 0.5 and own["fp8/overflow/gradient"] == 0
+
+
 def test_the_row_has_the_worst_of_all():
     row = fp8_log.worst(report({UP: np.array([0.5, 0.25]), DOWN: np.array([1.0, 0.125])}))
     assert row["fp8/underflow/gradient"] == 35 and row["fp8/overflow/input"] == 28
