@@ -85,11 +85,13 @@ def ring(
     def chunk(number: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(chunks, number % n, keepdims=False)
 
-    def hop(t: jax.Array, travelling: jax.Array) -> jax.Array:
+    def hop(t: int, travelling: jax.Array) -> jax.Array:
         arrived = collectives.pass_on(travelling, around)
         return _add(arrived, chunk(own - 2 - t))
 
-    piece = jax.lax.fori_loop(0, n - 1, hop, chunk(own - 1))  # the chunk of number `own` arrives last
+    piece = chunk(own - 1)
+    for t in range(n - 1):  # not a loop of the program: XLA:CPU mixes up the hops of several rings then (jax 0.12)
+        piece = hop(t, piece)  # the chunk of number `own` arrives last
     magnitude = jax.lax.bitcast_convert_type(piece, jnp.uint8) & 0x7F
     saturated = (magnitude == _LARGEST_CODE).sum(-1).astype(jnp.float32)
     elements = local.code.shape[-2] * local.code.shape[-1] * ranks(others)

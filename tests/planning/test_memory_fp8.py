@@ -81,7 +81,8 @@ def test_what_is_cut_over_replicas_has_to_be_brought_together(level, matrices):
 def test_whole_tensors_that_are_dealt_out():
     """As where each is cut, but for the padding; with two owners there is none here."""
     parts, whole = (estimated("O3", {"replica": 2}, optimizer__zero=zero)[0] for zero in ("sharded", "whole_tensor"))
-    assert whole == parts
+    scales = 3 * FACTORS // 2  # of masters and moments: where tensors are whole, a device has its own only
+    assert whole.total == parts.total - scales and whole.copies == parts.copies
     parts, whole = (estimated("O2", {"replica": 8}, optimizer__zero=zero)[0] for zero in ("sharded", "whole_tensor"))
     assert whole.copies == parts.copies and whole.gradients == parts.gradients
     assert parts.parameters < whole.parameters < 2 * parts.parameters
