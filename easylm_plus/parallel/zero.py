@@ -124,17 +124,14 @@ class Deal:
         """
 
         def stacked(stack: Stack) -> Any:
-            def of_slot(matrix: jax.Array) -> Any:
-                return own(jax.tree.map(lambda *xs: self._slot(stack, matrix, xs), *(named[n] for n in stack.first)))
-
-            slots = jnp.asarray(stack.matrix)
-            kept = jax.eval_shape(of_slot, slots[0])
-            bits = jax.lax.map(lambda matrix: jax.tree.map(_bits, of_slot(matrix)), slots)
-            return jax.tree.map(lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype), bits, kept)
+            # not a loop of the program: `own` may have collectives, and XLA:CPU mixes up those of several loops (0.12)
+            weights = [named[name] for name in stack.first]
+            slots = [own(jax.tree.map(lambda *xs, m=m: self._slot(stack, m, xs), *weights)) for m in stack.matrix]
+            return jax.tree.map(_stacked, *slots)
 
         return {key: stacked(stack) for key, stack in self.stacks.items()}
 
-    def _slot(self, stack: Stack, matrix: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    def _slot(self, stack: Stack, matrix: np.ndarray, weights: Sequence[jax.Array]) -> jax.Array:
         """The matrices of these numbers, int[N] -> [N, D, F]; or their factors, [N]."""
         is_factor = weights[0].ndim == len(self.shapes[next(iter(stack.first))]) - 2
         sides = () if is_factor else stack.sides
@@ -143,7 +140,7 @@ class Deal:
             flat = weight.reshape(-1, *sides)
             here = (matrix >= first) & (matrix < first + len(flat))
             slot = jnp.where(
-                here.reshape(-1, *(1 for _ in sides)), flat[jnp.clip(matrix - first, 0, len(flat) - 1)], slot
+                here.reshape(-1, *(1 for _ in sides)), flat[np.clip(matrix - first, 0, len(flat) - 1)], slot
             )
         return slot
 
@@ -210,3 +207,7 @@ class Deal:
 def _bits(x: jax.Array) -> jax.Array:
     """As integers, which no partitioner rounds or adds zeros to: -0 would become 0."""
     return jax.lax.bitcast_convert_type(x, BITS[x.dtype.itemsize])
+
+
+def _stacked(*arrays: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.stack(list(map(_bits, arrays))), arrays[0].dtype)
