@@ -7,8 +7,7 @@ arXiv:2310.18313; the formats are those of Micikevicius et al. 2022, arXiv:2209.
 
 A tensor has one scale, a power of two, that of the whole tensor over all devices: y and dx do not depend on the mesh
 but for the order of sums (dw is rounded by each device before it is summed). Under a scan over layers it is one scale a
-layer. Scales come from the tensor at hand, or
-with windows from the steps before (windows.py).
+layer. Scales come from the tensor at hand, or with windows from the steps before (windows.py).
 
 Products run in an island, a region that is manual over all axes of the mesh. GSPMD would gather weights and reduce
 gradients in a dtype of its own choosing, in places that no code outside sees; in an island what travels is written

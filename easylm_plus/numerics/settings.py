@@ -60,9 +60,9 @@ def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], master: Form
     """Whether whole tensors are dealt out to the replicas; UserError where they cannot be."""
     if optimizer["zero"] != "whole_tensor":
         return False
-    found = {axis: mesh_axis_size(axis) for axis in AXES if mesh_axis_size(axis) > 1}
+    cut = {axis for axis in AXES if mesh_axis_size(axis) > 1}
     expected = {
-        "no mesh axis but mesh.replica larger than 1; sharded goes with all": set(found) <= {"replica"},
+        "no mesh axis but mesh.replica larger than 1; sharded goes with all": cut <= {"replica"},
         "numerics.fp8_level = O2 or O3, and no adapters": section["fp8_level"] in ("O2", "O3") and not adapters,
         "a master with a scale, as optimizer.master = fp16": master.largest is not None,
         "numerics.fp8_reduction = two_shot with it": section["fp8_reduction"] == "two_shot",
@@ -70,7 +70,7 @@ def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], master: Form
     for what, holds in expected.items():
         if not holds:
             raise UserError(f"optimizer.zero = 'whole_tensor': expected {what}")
-    return bool(found)
+    return bool(cut)
 
 
 def rings(section: Mapping[str, Any]) -> bool:
