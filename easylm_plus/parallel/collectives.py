@@ -29,6 +29,12 @@ def as_bytes(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
 
 
+def as_bits(x: jax.Array) -> jax.Array:
+    """As unsigned integers of the same width, which nothing rounds, and to which a partitioner may add zeros: of floats
+    that makes 0 of -0."""
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+
 def from_bytes(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """What `as_bytes` was given, of this dtype."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)

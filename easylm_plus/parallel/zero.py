@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easylm_plus.parallel.collectives import as_bits
 from easylm_plus.tree import path_name
 
 DEALT = "dealt"
-BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Deal:
         """Of one array of a stack, [C, N, ...]: that of each of its weights."""
         shapes = [self.shapes[name] if x.ndim > 2 else self.shapes[name][:-2] for name in stack.first]
         counts = [math.prod(self.shapes[name][:-2]) for name in stack.first]
-        bits, matrix = _bits(x), jnp.asarray(stack.matrix)
+        bits, matrix = as_bits(x), jnp.asarray(stack.matrix)
 
         def put(c: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
             slot = bring(bits[c])
@@ -204,10 +204,5 @@ class Deal:
         return np.concatenate([*flat, np.zeros(1, flat[0].dtype)])[stack.matrix]
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """As integers, which no partitioner rounds or adds zeros to: -0 would become 0."""
-    return jax.lax.bitcast_convert_type(x, BITS[x.dtype.itemsize])
-
-
 def _stacked(*arrays: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(jnp.stack(list(map(_bits, arrays))), arrays[0].dtype)
+    return jax.lax.bitcast_convert_type(jnp.stack(list(map(as_bits, arrays))), arrays[0].dtype)

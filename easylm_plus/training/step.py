@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.levels import PLAIN
+from easylm_plus.parallel.collectives import as_bits
 from easylm_plus.training.gradients import Batch, gradients
 from easylm_plus.training.optimizer import Optimizer, global_norm
 from easylm_plus.training.state import Guard, TrainState
@@ -76,8 +77,7 @@ def fingerprint(params: Any) -> jax.Array:
     """uint32 hash of all parameters' bits: any flipped bit changes it (for parameters of 8, 16 or 32 bits)."""
 
     def of_leaf(x: jax.Array) -> jax.Array:
-        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).ravel()
+        bits = as_bits(x).astype(jnp.uint32).ravel()
         return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
 
     total = jnp.zeros((), jnp.uint32)

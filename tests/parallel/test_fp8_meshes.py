@@ -216,6 +216,8 @@ def test_bytes_of_the_ring():
     text = started("O3", "ring").compiled_gradients().as_text()
     assert wide(text) == []
     assert payload(text) == {"all-gather": 2 * ELEMENTS, "collective-permute": 3 * ELEMENTS // 4}
+    trips = {c.trips for c in wire.collectives(text) if c.kind == "collective-permute"}
+    assert trips == {LAYERS}, "hops are in no loop of their own, of which XLA:CPU mixes up several (jax 0.12)"
 
 
 @pytest.mark.parametrize("parts", (1, 4))
