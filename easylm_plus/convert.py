@@ -87,16 +87,25 @@ def main() -> int:
         if base is not None:
             difference.write_difference(base, source.weights, folder, source.original, shards, show)
             _companions(source, folder)
-        elif TO.value == "hf":
-            _companions(source, folder)
-            keys = export_keys(source.weights, source.original, folder)
-            write_folder(source.weights, keys, folder, shards, show)
         else:
-            (folder / "tokenizer").mkdir()
-            _companions(source, folder / "tokenizer")
-            write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
+            WRITERS[TO.value or "easylm_plus"](source, folder, shards, show)
     show.done()
     return 0
+
+
+def _write_hf(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+    _companions(source, folder)
+    keys = export_keys(source.weights, source.original, folder)
+    write_folder(source.weights, keys, folder, shards, show)
+
+
+def _write_own(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+    (folder / "tokenizer").mkdir()
+    _companions(source, folder / "tokenizer")
+    write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
+
+
+WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
 
 
 def _shard_bytes() -> int:

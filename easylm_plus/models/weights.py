@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from easylm_plus.numerics import stored  # noqa: F401 what checkpoints hold has to be known wherever there is a model
+from easylm_plus.numerics import leaves  # noqa: F401 what checkpoints hold has to be known wherever there is a model
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.verbs import lookup, project, unembed
 

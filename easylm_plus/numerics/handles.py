@@ -75,4 +75,5 @@ def observations(cotangents: Any) -> dict[str, Any]:
 
 def is_typed(x: Any) -> bool:
     """Whether x is a typed leaf, or the handle of one."""
-    return type(x) in handle_of.registry or type(x) in gradient_of.registry
+    registered = lambda verb: verb.dispatch(type(x)) is not verb.dispatch(object)
+    return registered(handle_of) or registered(gradient_of)

@@ -44,7 +44,8 @@ from easylm_plus.numerics.formats import (
     scale_of,
 )
 from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
-from easylm_plus.numerics.lora import Frozen, LowRank, is_kept, new_adapter
+from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
 from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from easylm_plus.numerics import handles, verbs
-from easylm_plus.numerics.formats import Scaled, decode
+from easylm_plus.numerics.formats import decode
 
 
 @struct.dataclass
@@ -37,11 +37,6 @@ class LowRank:
     def __getitem__(self, index: Any) -> "LowRank":
         """Matrices of a stack, by an index of its stack axes."""
         return LowRank(self.base[index], self.a[index], self.b[index], self.scale)
-
-
-def is_kept(x: Any) -> bool:
-    """For tree functions: what is stored of a weight is one leaf, if it is more than an array."""
-    return isinstance(x, Scaled | LowRank)
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import is_scaled
+from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
@@ -31,7 +31,7 @@ def assign(params: Any, rules: Sequence[str], default: str = "plain") -> dict[st
     parsed = [_parse(rule) for rule in rules]
     used: set[int] = set()
     assigned = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_scaled):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_kept):
         name = path_name(path)
         if not re.search(MATRIX, name):
             assigned[name] = "plain"
@@ -92,7 +92,7 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
     """
     assigned = assign(params, rules)
     turned = lambda path, leaf: Ternary(leaf) if assigned[path_name(path)] == "ternary" else leaf
-    return jax.tree.map_with_path(turned, params, is_leaf=is_scaled)
+    return jax.tree.map_with_path(turned, params, is_leaf=is_kept)
 
 
 def _parse(rule: str) -> tuple[re.Pattern[str], str]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from easylm_plus.numerics import handles, verbs
+from easylm_plus.numerics.formats import per_matrix
 from easylm_plus.numerics.grouped import Groups, grouped_matmul
 
 EPS = 1e-5
@@ -41,11 +42,18 @@ class Rounded:
     weight: jax.Array
 
 
+def ternary_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """({-1, 0, 1} as float32[..., D, F], 1 / gamma as float32[...]) of matrices w[..., D, F]."""
+    w = w.astype(jnp.float32)
+    inverse = 1 / jnp.maximum(jnp.abs(w).mean((-2, -1)), EPS)  # multiplied by, as in the released code
+    return jnp.clip(jnp.round(w * per_matrix(inverse)), -1, 1), inverse
+
+
 def ternary_weight(latent: Any) -> jax.Array:
     """W~ in float32, with the gradient of W~ as that of W."""
     w = verbs.dense(latent).astype(jnp.float32)
-    scale = 1 / jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), EPS)  # multiplied by, as in the released code
-    return _straight_through(w, jnp.clip(jnp.round(w * scale), -1, 1) / scale)
+    codes, inverse = ternary_codes(w)
+    return _straight_through(w, codes / per_matrix(inverse))
 
 
 def int8_activation(x: jax.Array, cut: str | None = None) -> jax.Array:

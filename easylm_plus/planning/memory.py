@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import E4M3, FORMATS
+from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.levels import PLAIN
-from easylm_plus.numerics.lora import is_kept
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.parallel.sharding import DATA_AXES, axes_in
 from easylm_plus.tree import path_name

@@ -173,6 +173,20 @@ def read_parameters(directory: Path, step: int, shardings: Any = None, only: str
     return put_together(arrays, meta.get("leaves", {}))[part]
 
 
+def write_parameters(directory: str | Path, params: Any, meta: Mapping[str, Any]) -> None:
+    """Writes `directory`/0 with parameters, typed leaves among them, as a checkpoint that is used and not resumed.
+
+    `meta` is what stands beside their description, `config` at least; it is written last, so that an interrupted write
+    does not open.
+    """
+    state, place = {"params": params}, Path(directory).absolute() / "0"
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(place / "state", args=ocp.args.StandardSave(state))
+    described = {"schema": SCHEMA, "arrays": describe(state), "leaves": leaf_types(state), "data_hash": "", **meta}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(place / "meta", args=ocp.args.JsonSave(described))
+
+
 def parameters_part(arrays: Mapping[str, Any]) -> str:
     """Which part of a checkpoint's arrays is the model to use: the average of the parameters if there is one."""
     return "ema" if any(name.startswith("ema/") for name in arrays) else "params"

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.formats import Scaled
-from easylm_plus.numerics.lora import LowRank
+from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.windows import Window
 from easylm_plus.tree import path_name
 
-LEAVES: dict[str, type] = {kind.__name__: kind for kind in (Scaled, Window, LowRank)}  # those that a state may hold
+LEAVES: dict[str, type] = {**KEPT, "Window": Window}  # those that a state may hold
 
 # Keys that may change between a checkpoint and its resumption: where things are and what is shown, never what is
 # computed. Everything else must be the same, or the resumed run would be neither of the two.

@@ -20,7 +20,7 @@ import optax
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import decode, is_scaled
-from easylm_plus.training.schedules import schedule
+from easylm_plus.training.schedules import schedule, weight_decay
 from easylm_plus.tree import path_name
 
 Metrics = dict[str, jax.Array]
@@ -78,7 +78,7 @@ def adamw(config: Mapping[str, Any], total_steps: int) -> Optimizer:
     rate, pattern = schedule(config, total_steps), decay_pattern(config)
     tx = optax.chain(
         optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
-        optax.add_decayed_weights(config["weight_decay"], lambda params: decay_mask(params, pattern)),
+        optax.add_decayed_weights(weight_decay(config, total_steps), lambda params: decay_mask(params, pattern)),
         optax.scale_by_learning_rate(rate),
     )
     plain = from_optax(tx, config["clip_norm"])

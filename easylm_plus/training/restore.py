@@ -16,7 +16,7 @@ from easylm_plus.interop.huggingface import load_parameters, read_config
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.transformer import Transformer, stack_layers, unstack_layers
 from easylm_plus.numerics.formats import decode
-from easylm_plus.numerics.lora import is_kept
+from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.training.checkpoint import locate, read_parameters
 from easylm_plus.tree import path_name
 

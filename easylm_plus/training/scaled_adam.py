@@ -44,7 +44,7 @@ from easylm_plus.numerics.formats import (
 from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.zero import Deal
 from easylm_plus.training.optimizer import Metrics, Optimizer, adamw, clip_factor, decay_pattern
-from easylm_plus.training.schedules import schedule
+from easylm_plus.training.schedules import schedule, weight_decay
 from easylm_plus.tree import path_name
 
 FORMAT_OF = {jnp.dtype(f.dtype): f for f in FORMATS.values()}
@@ -91,6 +91,7 @@ def scaled_adamw(
     Raises UserError in `init` for a weight that is not stored as said.
     """
     rate, pattern = schedule(config, total_steps), decay_pattern(config)
+    decay = weight_decay(config, total_steps)
 
     def init(params: Any) -> AdamState:
         def moments(which: str) -> Any:
@@ -112,6 +113,7 @@ def scaled_adamw(
         b1, b2, applied = config["b1"], config["b2"], rate(state.count)
         rates = Rates(applied, 1 - b1**t, 1 - b2**t, b1, b2, config["eps"])
         factor = clip_factor(norm, config["clip_norm"])
+        shrink = (decay(state.count) if callable(decay) else decay) * applied
         key = jax.random.fold_in(jax.random.key(seed), state.count) if rounding == "stochastic" else None
         named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_scaled)
         trees = [jax.tree.leaves(tree, is_leaf=is_scaled) for tree in (state.m, state.v, grads)]
@@ -126,7 +128,7 @@ def scaled_adamw(
                 else of_weight(p.shape, numbers[name], decays[name])
             )
             axis = loop_axis(name, (p, m, v), deal)
-            one = partial(update, rates, factor, ok, config["weight_decay"] * applied, key, own, axis)
+            one = partial(update, rates, factor, ok, shrink, key, own, axis)
             new.append(by_layer(one, (p, m, v), g, axis))
         params, m, v = (jax.tree.unflatten(treedef, column) for column in zip(*new, strict=True))
         return params, AdamState(state.count + ok, m, v), {"learning_rate": applied}

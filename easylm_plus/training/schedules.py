@@ -6,7 +6,8 @@ All warm up linearly over `warmup_steps`, so that step 0 already moves (rate = p
     linear     down to `end` over the rest of the run
     cosine     half a cosine down to `end` (arXiv:1608.03983)
     two_stage  linear from the peak; at `stage_at` of the run it drops to a lower line (BitNet b1.58, "The Era of
-               1-bit LLMs: Training Tips", section 3: a high rate first, a sudden decay midway)
+               1-bit LLMs: Training Tips", section 3: a high rate first, a sudden decay midway), and so does the
+               weight decay: on latents it shrinks what a ternary weight has to turn on, and late in a run signs flip
 """
 
 from collections.abc import Callable, Mapping
@@ -50,3 +51,12 @@ def schedule(config: Mapping[str, Any], total_steps: int) -> Schedule:
         return value * jnp.minimum(1.0, (step + 1) / max(1, warmup))
 
     return rate
+
+
+def weight_decay(config: Mapping[str, Any], total_steps: int) -> float | Schedule:
+    """The weight decay of a config's `optimizer` section: a number, or for two_stage a function of the step, which is
+    `weight_decay` and then, from `stage_at` of the run on, `stage_weight_decay`."""
+    first, second = config["weight_decay"], config["stage_weight_decay"]
+    if config["schedule"] != "two_stage" or first == second:
+        return first
+    return lambda step: jnp.where(step < config["stage_at"] * total_steps, first, second)

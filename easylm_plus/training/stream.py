@@ -38,7 +38,7 @@ from easylm_plus.interop.weights import (
 )
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
-from easylm_plus.numerics.lora import is_kept
+from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 from easylm_plus.training.contents import declared, put_together
 from easylm_plus.tree import path_name

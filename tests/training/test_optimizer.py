@@ -11,6 +11,7 @@ from easylm_plus.config import base, model_config
 from easylm_plus.models.transformer import Transformer, abstract_parameters
 from easylm_plus.numerics.formats import E4M3, FP16, decode, encode
 from easylm_plus.training.optimizer import adamw, decay_mask, from_optax, global_norm, is_scaled
+from easylm_plus.training.scaled_adam import scaled_adamw
 from easylm_plus.tree import path_name
 
 RATE, B1, B2, EPS, DECAY, CLIP, STEPS = 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0, 12
@@ -171,3 +172,21 @@ def test_moments_keep_the_parameters_dtype():
         new = optimizer.step(grads, state, params, jnp.float32(1), True)[:2]
         assert [x.dtype for x in jax.tree.leaves(new)] == [x.dtype for x in jax.tree.leaves((params, state))]
     assert len(jax.tree.leaves(grads, is_leaf=is_scaled)) == 1
+
+
+@pytest.mark.parametrize("kind", ("plain", "narrow"))
+@pytest.mark.parametrize("rest", (0.0, 0.05))
+def test_decay_changes_at_the_second_stage(kind, rest):
+    """Without gradients only decay moves weights; the decay of either stage for the whole run is told apart."""
+    config = base().optimizer
+    config.update(learning_rate=RATE, stage_learning_rate=RATE, end_learning_rate=RATE, schedule="two_stage")
+    config.update(weight_decay=DECAY, stage_weight_decay=rest, stage_at=0.25)
+    optimizer = adamw(config, STEPS) if kind == "plain" else scaled_adamw(config, STEPS, lambda _: False)
+    params, nothing = {"kernel": jnp.full((4, 4), 2.0)}, {"kernel": jnp.zeros((4, 4))}
+    step, state = jax.jit(optimizer.step), optimizer.init(params)
+    for _ in range(STEPS):
+        params, state, _ = step(nothing, state, params, jnp.float32(0), True)
+    shrunk = lambda *stages: 2.0 * np.prod([(1 - RATE * decay) ** steps for decay, steps in stages])
+    np.testing.assert_allclose(params["kernel"], shrunk((DECAY, 3), (rest, 9)), rtol=1e-6)
+    for wrong in (shrunk((DECAY, 12)), shrunk((rest, 12)), shrunk((DECAY, 4), (rest, 8))):
+        assert abs(float(params["kernel"][0, 0]) - wrong) > 1e-4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from easylm_plus.errors import UserError
-from easylm_plus.training.schedules import schedule
+from easylm_plus.training.schedules import schedule, weight_decay
 
 PEAK, END, WARMUP, TOTAL = 3e-3, 3e-4, 10, 110
 SECOND = {"stage_at": 0.5, "stage_learning_rate": 1e-3}
@@ -73,3 +73,11 @@ def test_impossible_schedules_are_refused():
         build("cosin")
     with pytest.raises(UserError, match=r"optimizer.warmup_steps = 111: longer than the run of 110 steps"):
         build("linear", warmup_steps=TOTAL + 1)
+
+
+def test_weight_decay_ends_where_the_second_line_starts():
+    config = {"schedule": "two_stage", "weight_decay": 0.1, "stage_weight_decay": 0.0, **SECOND}
+    decay = weight_decay(config, TOTAL)
+    assert [float(decay(np.int32(step))) for step in (0, 54, 55, 109)] == pytest.approx([0.1, 0.1, 0.0, 0.0])
+    assert weight_decay({**config, "schedule": "cosine"}, TOTAL) == 0.1, "one stage only"
+    assert weight_decay({**config, "stage_weight_decay": 0.1}, TOTAL) == 0.1

@@ -1,0 +1,15 @@
+"""Every type of leaf that a weight may be kept as, in a state or a checkpoint, under the name that a checkpoint has."""
+
+from typing import Any
+
+from easylm_plus.numerics import stored  # noqa: F401 how a Scaled multiplies
+from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.formats import Scaled
+from easylm_plus.numerics.lora import LowRank
+
+KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank)}
+
+
+def is_kept(x: Any) -> bool:
+    """For tree functions: what is kept of a weight is one leaf, if it is more than an array."""
+    return isinstance(x, Scaled | LowRank | Coded)
