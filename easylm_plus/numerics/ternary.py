@@ -45,7 +45,8 @@ class Rounded:
 def ternary_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """({-1, 0, 1} as float32[..., D, F], 1 / gamma as float32[...]) of matrices w[..., D, F]."""
     w = w.astype(jnp.float32)
-    inverse = 1 / jnp.maximum(jnp.abs(w).mean((-2, -1)), EPS)  # multiplied by, as in the released code
+    mean = jnp.abs(w).mean(-1).mean(-1)  # row by row: one long sum of floats loses digits
+    inverse = 1 / jnp.maximum(mean, EPS)  # multiplied by, as in the released code
     return jnp.clip(jnp.round(w * per_matrix(inverse)), -1, 1), inverse
 
 

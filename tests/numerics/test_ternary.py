@@ -53,8 +53,8 @@ def test_there_are_three_values_and_a_tie_goes_to_the_even_one():
     np.testing.assert_array_equal(ternary_weight(w), [[1, -1], [0, 1]])
     np.testing.assert_array_equal(ternary_weight(jnp.zeros((2, 2))), np.zeros((2, 2)))
     assert len(np.unique(ternary_weight(first_query()))) == 3
-    usual = first_query() + jax.lax.stop_gradient(ternary_weight(first_query()) - first_query())
-    assert len(np.unique(usual)) > 3
+    usual = lambda w: w + jax.lax.stop_gradient(ternary_weight(w) - w)
+    assert any(len(np.unique(usual(factor * first_query()))) > 3 for factor in (1.0, 1.3, 1.7))
 
 
 def test_gradients_pass_straight_through():
