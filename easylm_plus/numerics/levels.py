@@ -20,6 +20,7 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from easylm_plus.numerics import handles
 from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
 from easylm_plus.numerics.formats import (
     E4M3,
@@ -48,9 +50,10 @@ from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
-from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over
+from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over, warmup_of
 from easylm_plus.numerics.stored import Copy
-from easylm_plus.numerics.ternary import Ternary
+from easylm_plus.numerics.ternary import Ternary, ternary_codes
+from easylm_plus.numerics.ternary_codes import TernaryCodes, pack_rows, turned
 from easylm_plus.numerics.windows import new_window, observed, scale_now
 from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.sharding import constrain, mesh_axis_size, stored_spec
@@ -91,7 +94,7 @@ class Plain:
     def observe(self, state: dict[str, Any], seen: Any, ok: jax.Array) -> dict[str, Any]:
         return state
 
-    def report(self, seen: Any, state: Any) -> dict[str, Any]:
+    def report(self, seen: Any, state: Any, view: Any, after: Any) -> dict[str, Any]:
         return {}
 
 
@@ -127,6 +130,7 @@ class Numerics:
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
         self.alpha, self.adapters = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
         check_transforms(self.level, optimizer, set(self.assigned.values()), bool(self.adapters))
+        self.warmup = warmup_of(section, self.assigned)
         # whether masters are cut over the replicas, so that a step's view has to be brought together
         self.cut = optimizer["zero"] != "none" and mesh_axis_size("replica") > 1
         self.deal = None  # or whose they are, of those that are dealt out whole
@@ -222,6 +226,8 @@ class Numerics:
         state: dict[str, Any] = {"input": windows(), "output_grad": windows()} if self.size > 1 else {}
         if self.ring and stacks:
             state["mu"] = {name: initial_mu(summed_over(), stack) for name, stack in stacks.items()}
+        if self.warmup:
+            state["taken"] = jnp.zeros((), jnp.int32)
         return state
 
     def observe(self, state: dict[str, Any], seen: Mapping[str, jax.Array], ok: jax.Array) -> dict[str, Any]:
@@ -233,6 +239,8 @@ class Numerics:
                 moved[kind] = {n: observed(window, of(n, kind, "amax"), fmt) for n, window in state[kind].items()}
         if "mu" in state:
             moved["mu"] = {n: update_mu(mu, of(n, "gradient", "overflow"), ok) for n, mu in state["mu"].items()}
+        if "taken" in state:
+            moved["taken"] = state["taken"] + 1
         return jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
 
     # --- what a step multiplies by ---
@@ -259,7 +267,7 @@ class Numerics:
                 smooth = self.smooth and name.endswith("/down_proj/kernel")
                 return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), smooth=smooth, **own)
             if transform == "ternary":
-                return Ternary(self._copy(kept, cut, self.precision.param, self.level != "none"))
+                return self._towards_ternary(kept, cut, state) if self.warmup else self._ternary(kept, cut, axes)
             if transform == "narrow":
                 return self._copy(kept, cut, self.precision.compute, True)
             if name.endswith(("kernel", "embedding")):
@@ -288,6 +296,20 @@ class Numerics:
         scale = scale_of(amax(kept), E4M3)
         return self._gathered(kept.astype(self.precision.compute), axes), scale, 1 / scale
 
+    def _ternary(self, kept: Any, cut: Axes, axes: tuple[str | None, ...]) -> TernaryCodes:
+        """Codes that are made of the masters where these lie. `cut`: as of `_gathered`."""
+        codes, inverse = ternary_codes(decode(kept))
+        packed = self._gathered(pack_rows(codes), cut)
+        own = tuple(axis for axis in axes if axis != "layers")
+        narrow, D = self.level != "none", codes.shape[-2]
+        return TernaryCodes(packed, inverse, None, D, own, jnp.dtype(self.precision.param), narrow)
+
+    def _towards_ternary(self, kept: Any, cut: Axes, state: dict[str, Any]) -> Ternary:
+        """A latent on its way, which needs it whole: it travels as it is multiplied."""
+        share = jnp.minimum(state["taken"].astype(jnp.float32) / self.warmup, 1.0)
+        latent = self._copy(kept, cut, self.precision.param, self.level != "none")
+        return Ternary(latent, jnp.full(kept.shape[:-2], share))
+
     def _copy(self, kept: Any, axes: Axes, dtype: DTypeLike, narrow: bool = False) -> Any:
         """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`; `narrow`: with a
         gradient in E4M3."""
@@ -310,9 +332,29 @@ class Numerics:
 
     # --- what a person is told ---
 
-    def report(self, seen: Mapping[str, jax.Array], state: dict[str, Any]) -> dict[str, Any]:
-        """What a step logs of its FP8 products, by the name of the weight: what was seen of x, dy and dw,
-        float32[..., 3, 3] (fp8.TENSORS by fp8.SEEN), the scales they were cast with, float32[..., 3], and mu."""
+    def report(self, seen: Mapping[str, jax.Array], state: dict[str, Any], view: Any, after: Any) -> dict[str, Any]:
+        """What a step logs, by the name of the weight. `after`: the stored parameters that it ends with.
+
+        Of FP8 products: what was seen of x, dy and dw, float32[..., 3, 3] (fp8.TENSORS by fp8.SEEN), the scales they
+        were cast with, float32[..., 3], and mu. Of ternary matrices that learn: shares of weights that have turned and
+        that are 0, float32[..., 2], and the weights of one matrix.
+        """
+        return self._report_fp8(seen, state) | self._report_ternary(view, after)
+
+    def _report_ternary(self, view: Any, after: Any) -> dict[str, Any]:
+        if self.deal or "ternary" not in self.assigned.values():  # dealt out, no device has the matrices by name
+            return {}
+        learning = lambda leaf: isinstance(leaf, TernaryCodes | Ternary)
+        before = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(view, is_leaf=handles.is_typed)}
+        now = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(after, is_leaf=is_kept)}
+        shares = {
+            name: (turned(leaf, decode(now[name])), math.prod(now[name].shape[-2:]))
+            for name, leaf in before.items()
+            if learning(leaf)
+        }
+        return {"ternary": shares} if shares else {}
+
+    def _report_fp8(self, seen: Mapping[str, jax.Array], state: dict[str, Any]) -> dict[str, Any]:
         if not seen:
             return {}
         mu = state.get("mu", {})

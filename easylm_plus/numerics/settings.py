@@ -56,6 +56,18 @@ def check_transforms(level: str, optimizer: Mapping[str, Any], found: set[str], 
         raise UserError(f"numerics.fp8_level = {level!r}: found no matrix that it concerns")
 
 
+def warmup_of(section: Mapping[str, Any], assigned: Mapping[str, str]) -> int:
+    """Steps over which matrices turn ternary; UserError where nothing can, or a number is none."""
+    steps, ternary = section["ternary_warmup"], [name for name, transform in assigned.items() if transform == "ternary"]
+    if steps < 0:
+        raise UserError(f"numerics.ternary_warmup = {steps}: expected a number of steps, or 0 for none")
+    if steps and not ternary:
+        raise UserError(f"numerics.ternary_warmup = {steps}: found no weight that numerics.rules make ternary")
+    if steps and (experts := [name for name in ternary if "/experts/" in name]):
+        raise UserError(f"numerics.ternary_warmup = {steps}: found ternary experts ({experts[0]}), which take none")
+    return steps
+
+
 def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], master: Format, adapters: bool) -> bool:
     """Whether whole tensors are dealt out to the replicas; UserError where they cannot be."""
     if optimizer["zero"] != "whole_tensor":

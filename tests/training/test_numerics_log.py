@@ -7,7 +7,7 @@ from tiny_fp8 import run_of
 
 from easylm_plus.numerics.fp8 import SEEN, TENSORS
 from easylm_plus.parallel import sharding
-from easylm_plus.training import fp8_log
+from easylm_plus.training import numerics_log
 
 UP, DOWN = "layers/mlp/up_proj/kernel", "layers/mlp/down_proj/kernel"
 
@@ -20,7 +20,7 @@ def report(mu=()):
 
 
 def test_each_figure_is_found_under_its_name():
-    values = fp8_log.each(report({UP: np.array([0.5, 0.25])}))
+    values = numerics_log.each(report({UP: np.array([0.5, 0.25])}))
     assert len(values) == 2 * 2 * 3 * (3 + 1) + 2
     assert values["fp8/amax/input/00/mlp/up_proj"] == 0
     assert values["fp8/underflow/output_grad/01/mlp/up_proj"] == 9 + 5
@@ -36,7 +36,7 @@ def test_layers_of_their_own_have_the_same_names():
         part: {name.replace("layers/", f"layers/{i}/"): x[i] for name, x in stacked[part].items() for i in (0, 1)}
         for part in ("seen", "scale")
     }
-    assert fp8_log.each({**alone, "mu": {}}) == fp8_log.each(stacked)
+    assert numerics_log.each({**alone, "mu": {}}) == numerics_log.each(stacked)
 
 
 def test_experts_of_layers_of_their_own():
@@ -47,27 +47,27 @@ def test_experts_of_layers_of_their_own():
     }
     names = [f"layers/{i}/mlp/experts/up_proj/kernel" for i in (0, 1)]
     alone = {"seen": dict(zip(names, taps)), "scale": dict(zip(names, scale))}
-    assert fp8_log.each({**alone, "mu": {}}) == fp8_log.each({**stacked, "mu": {}})
-    assert "fp8/amax/input/01/3/mlp/experts/up_proj" in fp8_log.each({**alone, "mu": {}})
+    assert numerics_log.each({**alone, "mu": {}}) == numerics_log.each({**stacked, "mu": {}})
+    assert "fp8/amax/input/01/3/mlp/experts/up_proj" in numerics_log.each({**alone, "mu": {}})
 
 
 def test_what_is_not_measured_is_left_out():
     """Of a matrix that does not multiply in FP8, all but its gradient."""
     told = report()
     told["seen"][UP][:, :2] = np.nan
-    values = fp8_log.each(told)
+    values = numerics_log.each(told)
     assert [name for name in values if "up_proj" in name and "gradient/" not in name] == []
     assert "fp8/underflow/gradient/01/mlp/up_proj" in values and "fp8/amax/input/01/mlp/down_proj" in values
-    assert fp8_log.worst(told) == fp8_log.worst(report()), "down_proj has the worst anyway"
+    assert numerics_log.worst(told) == numerics_log.worst(report()), "down_proj has the worst anyway"
     told["seen"][DOWN][:, :2] = np.nan
-    assert sorted(fp8_log.worst(told)) == ["fp8/overflow/gradient", "fp8/underflow/gradient"]
+    assert sorted(numerics_log.worst(told)) == ["fp8/overflow/gradient", "fp8/underflow/gradient"]
 
 
 def test_narrow_matrices_report_their_gradients():
     run = run_of("O2", {}, scan_layers=True, rules=("up_proj=narrow",)).start()
     with sharding.use(run.mesh, run.parts.rules):
         _, metrics = run.parts.step(run.state, run.batch())
-    values = fp8_log.each(jax.device_get(metrics["numerics"]))
+    values = numerics_log.each(jax.device_get(metrics["numerics"]))
     own = {name.removesuffix("/01/mlp/up_proj"): value for name, value in values.items() if "01/mlp/up" in name}
     assert sorted(own) == [f"fp8/{what}/gradient" for what in ("amax", "overflow", "scale", "underflow")]
     assert own["fp8/amax/gradient"] > 0 and 224 < own["fp8/amax/gradient"] * own["fp8/scale/gradient"] <= 448
@@ -75,13 +75,13 @@ def test_narrow_matrices_report_their_gradients():
 
 
 def test_the_row_has_the_worst_of_all():
-    row = fp8_log.worst(report({UP: np.array([0.5, 0.25]), DOWN: np.array([1.0, 0.125])}))
+    row = numerics_log.worst(report({UP: np.array([0.5, 0.25]), DOWN: np.array([1.0, 0.125])}))
     assert row["fp8/underflow/gradient"] == 35 and row["fp8/overflow/input"] == 28
     assert row["fp8/mu"] == 0.125
     assert len(row) == 2 * len(TENSORS) + 1
-    without = fp8_log.worst(report())
+    without = numerics_log.worst(report())
     assert "fp8/mu" not in without and without["fp8/overflow/input"] == 28
-    assert fp8_log.worst({}) == {} == fp8_log.each({})
+    assert numerics_log.worst({}) == {} == numerics_log.each({})
 
 
 @pytest.mark.parametrize("reduction, sizes", (("two_shot", {}), ("ring", {"fsdp": 2})))
@@ -91,8 +91,8 @@ def test_a_step_reports_what_it_saw(reduction, sizes):
     with sharding.use(run.mesh, run.parts.rules):
         _, metrics = run.parts.step(run.state, run.batch())
     told = jax.device_get(metrics["numerics"])
-    values = fp8_log.each(told)
-    assert ("fp8/mu" in fp8_log.worst(told)) == (reduction == "ring")
+    values = numerics_log.each(told)
+    assert ("fp8/mu" in numerics_log.worst(told)) == (reduction == "ring")
     largest = {"input": 448, "output_grad": 57344, "gradient": 448}
     for name in [name for name in values if name.startswith("fp8/amax/")]:
         tensor = name.split("/")[2]
