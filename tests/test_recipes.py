@@ -22,7 +22,7 @@ from easylm_plus.parallel.mesh import AXES, axis_sizes
 from easylm_plus.planning.memory import estimate
 from easylm_plus.training.data import load_config_file
 from easylm_plus.training.optimizer import adamw
-from easylm_plus.training.schedules import schedule
+from easylm_plus.training.schedules import schedule, weight_decay
 from easylm_plus.training.state import new_state, state_shardings
 
 T, B, M = 1e12, 1e9, 2**20
@@ -33,6 +33,12 @@ OURS = {"debug", "koala_tiny"}  # no published experiment; they make their own d
 # vocabulary is ours, what that makes of its sizes), tokens a step, tokens in all (None: by epochs), peak learning rate.
 # Sources: as in the docstrings; a step's "4M" and "16M" are powers of two.
 PUBLISHED = {
+    "bitnet_700m": (0.77799, 1 * M, 100 * B, 1.5e-3),
+    "bitnet_1_3b": (1.3391, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_3b": (3.4268, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_3b:size=700m,twin=true": (0.77787, 1 * M, 100 * B, 2.5e-4),
+    "bitnet_3_9b": (4.4652, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_2b4t": (2.4128, 4 * M, 4 * T, 1.2e-3),
     "codellama34b": (33.744, 4 * M, 500 * B, 1.5e-4),
     "codellama34b:stage=long": (33.744, 1 * M, 11_000 * M, 2e-5),
     "codellama7b": (6.7385, 4 * M, 500 * B, 3e-4),
@@ -199,6 +205,21 @@ def test_without_data_one_message_says_where_to_get_it(name, tmp_path, monkeypat
 
 
 # --- single recipes ---
+
+
+def test_bitnet_drops_its_rate_and_its_decay_halfway():
+    """Table 2 of the training tips: 700M's lines start at 1.5e-3 and 1e-3, and decay ends; its twin is not ternary."""
+    config, steps = loaded("bitnet_700m"), 1000
+    rate, decay = schedule(config.optimizer, steps), weight_decay(config.optimizer, steps)
+    config.optimizer.warmup_steps = 0
+    at = lambda step: (float(schedule(config.optimizer, steps)(np.int32(step))), float(decay(np.int32(step))))
+    assert at(499) == pytest.approx((1.5e-3 * 0.501, 0.1), rel=1e-3)
+    assert at(500) == pytest.approx((1e-3 * 0.5, 0.0), rel=1e-3)
+    assert float(rate(np.int32(374))) == pytest.approx(1.5e-3)
+    twin = loaded("bitnet_700m:twin=true")
+    assert len(config.numerics.rules) == 1 and not twin.numerics.rules
+    assert config.model.sub_norms and not twin.model.sub_norms
+    assert {k for k, v in config.model.items() if v != twin.model[k]} == {"sub_norms"}
 
 
 def test_what_is_learned_of_the_documents():
