@@ -139,8 +139,8 @@ def main() -> int:
         compiled.add_row("attention", run.model.config.attention)
         if run.model.config.num_experts:
             compiled.add_row("experts", f"{run.model.config.num_experts}, products {run.model.config.grouped}")
-        if config.numerics.fp8_level != "none":
-            compiled.add_row("FP8", run.numerics.describe())
+        if told := run.numerics.describe():
+            compiled.add_row("weights", told)
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)

@@ -68,6 +68,7 @@ class Plain:
     cut = False
     deal = None
     assigned: Mapping[str, str] = MappingProxyType({})
+    warmup = 0
     sums = "float32"
 
     def store(self, params: Any) -> Any:
@@ -366,9 +367,17 @@ class Numerics:
         return {"seen": dict(seen), "scale": scales, "mu": mu}
 
     def describe(self) -> str:
-        """One line: what multiplies in FP8, and what does not, and why."""
+        """One line: what multiplies in FP8, and what does not, and why; or what rules make of the weights. "" where all
+        are plain."""
         leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
         total = sum(x.size for _, x in leaves)
+        if self.level == "none":
+            by_rule: Counter[str] = Counter()
+            for path, x in leaves:
+                by_rule[self.assigned[path_name(path)]] += x.size
+            shares = ", ".join(f"{kind} {size / total:.1%}" for kind, size in by_rule.most_common())
+            turning = f"; turning over {self.warmup:,} steps" if self.warmup else ""
+            return shares + turning if by_rule.keys() != {"plain"} else ""
         sizes = Counter({"fp8": 0})
         for path, x in leaves:
             name = path_name(path)
