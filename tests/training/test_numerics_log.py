@@ -1,11 +1,12 @@
-"""What a step has seen of its FP8 products, in a run's log: by matrix in TensorBoard, the worst of all in the rows."""
+"""What a step has seen of its FP8 and ternary matrices, in a run's log: each in TensorBoard, in short in the rows."""
 
 import jax
 import numpy as np
 import pytest
-from tiny_fp8 import run_of
+from tiny_fp8 import by_name, run_of
 
 from easylm_plus.numerics.fp8 import SEEN, TENSORS
+from easylm_plus.numerics.ternary import ternary_codes
 from easylm_plus.parallel import sharding
 from easylm_plus.training import numerics_log
 
@@ -101,3 +102,32 @@ def test_a_step_reports_what_it_saw(reduction, sizes):
         assert largest[tensor] * mu / 2 < code <= largest[tensor] * mu, name
     assert len(values) == 7 * 2 * len(TENSORS) * (len(SEEN) + 1) + (14 if reduction == "ring" else 0)
     assert all(0 <= share < 0.5 for name, share in values.items() if "flow/" in name)
+
+
+# --- ternary ---
+
+
+def test_ternary_shares_by_matrix_and_in_the_mean():
+    shares = {UP: (np.array([[0.1, 0.3], [0.2, 0.4]]), 100), DOWN: (np.array([[0.5, 0.0], [0.5, 0.0]]), 300)}
+    values = numerics_log.each({"ternary": shares})
+    assert values["ternary/flips/01/mlp/up_proj"] == 0.2 and values["ternary/zeros/00/mlp/up_proj"] == 0.3
+    assert len(values) == 8
+    row = numerics_log.in_short({"ternary": shares})
+    assert row == pytest.approx({"ternary/flips": 0.25 * 0.15 + 0.75 * 0.5, "ternary/zeros": 0.25 * 0.35})
+    assert numerics_log.ternary_mean({}) == numerics_log.ternary_mean(report()) == {}
+
+
+@pytest.mark.parametrize("options", ({}, {"warmup": 10}, {"scan_layers": False}), ids=str)
+def test_a_step_reports_what_it_turned(options):
+    """Those of the codes before and after it, as they come out of the parameters."""
+    run = run_of("none", rules=("mlp/.*_proj=ternary",), rate=3e-2, **options).start()
+    before = by_name(jax.device_get(run.state.params))
+    with sharding.use(run.mesh, run.parts.rules):
+        run.state, metrics = run.parts.step(run.state, run.batch())
+    after = by_name(jax.device_get(run.state.params))
+    values = numerics_log.each(jax.device_get(metrics["numerics"]))
+    assert len(values) == 2 * 2 * 3
+    codes = [ternary_codes(jax.numpy.asarray(tree[UP][1]))[0] for tree in (before, after)]
+    assert values["ternary/flips/01/mlp/up_proj"] == pytest.approx(float((codes[0] != codes[1]).mean()), rel=1e-5)
+    assert values["ternary/zeros/01/mlp/up_proj"] == pytest.approx(float((codes[1] == 0).mean()), rel=1e-5)
+    assert 0 < values["ternary/flips/01/mlp/up_proj"] < 0.5
