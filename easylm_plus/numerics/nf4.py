@@ -99,8 +99,8 @@ def _nearest(xp: Any, x: Any, levels: np.ndarray) -> Any:
 
 
 def _dynamic() -> np.ndarray:
-    """float32[256]: what 8-bit absmaxes mean (Dettmers 2015, arXiv:1511.04561): seven decades with 1, 2, ... 64 means of
-    neighbours on an even grid from 0.1 to 1, of either sign; and 0, and 1.
+    """float32[256]: what 8-bit absmaxes mean (Dettmers 2015, arXiv:1511.04561): seven decades with 1, 2, ... 64 means
+    of neighbours on an even grid from 0.1 to 1, of either sign; and 0, and 1.
 
     The grid as torch makes it: from its nearer end, each point rounded to float32 once.
     """
