@@ -39,6 +39,7 @@ from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated
 from easylm_plus.interop.weights import Cast, Weights, of_params
 from easylm_plus.models.families import preset
+from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import steps
 from easylm_plus.training.output import checked, replaced
@@ -209,7 +210,9 @@ def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     config, run = source.weights.config, source.run or {}
     template = "tokenizer" if _has_chat_template(tokenizer) else "text"
     data = run.get("data") or {"path": "", "length": config.max_length, "date": "", "template": template}
-    numerics = dict(run.get("numerics", {}))
+    numerics = {key: value for key, value in run.get("numerics", {}).items() if key != "lora"}  # merged
+    if "rules" in numerics:  # and no longer in codes
+        numerics["rules"] = [rule for rule in numerics["rules"] if rule.rpartition("=")[2] not in CODED]
     if DTYPE.value or not numerics:
         exact = source.weights.dtype("embed_tokens/embedding") == np.float32
         numerics["precision"] = "float32" if exact else "bf16_pure"

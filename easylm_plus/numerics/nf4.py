@@ -16,7 +16,7 @@ ones, or an expert, is a matrix of its own.
 Legend: `...` stack axes, D in-features, F out-features, P in-features padded to whole blocks, B = P / block blocks.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -44,6 +44,7 @@ class NF4(Coded):
     inputs: int = struct.field(pytree_node=False)  # D
     factor: Any = None  # float32[..., ceil(F B / 256)], or nothing where absmax is float32
     mean: Any = None  # float32[...], likewise
+    by_output: ClassVar[tuple[str, ...]] = ("codes", "absmax")
 
     @property
     def shape(self) -> tuple[int, ...]:
