@@ -59,10 +59,9 @@ class Coded:
             cut = (axes if axes and fits(axes, dim) else None for axes, dim in zip(wanted, x.shape, strict=True))
             return NamedSharding(mesh, PartitionSpec(*cut))
 
-        fields = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("pytree_node", True)
-        }
-        return dataclasses.replace(self, **{name: of_field(name, x) for name, x in fields.items() if x is not None})
+        own: Any = self  # a dataclass, as all kinds are
+        fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.metadata.get("pytree_node", True)}
+        return dataclasses.replace(own, **{name: of_field(name, x) for name, x in fields.items() if x is not None})
 
 
 def _without_replica(entry: Any) -> tuple[str, ...]:

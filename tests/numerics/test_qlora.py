@@ -1,4 +1,4 @@
-"""QLoRA: adapters learn on a base in four bits, which is the same on any mesh and is only ever decoded layer by layer."""
+"""QLoRA: adapters learn on a base in four bits, the same on any mesh, which is decoded layer by layer only."""
 
 import functools
 
