@@ -8,12 +8,10 @@ Hardware: one GPU of 24 GB (benchmarks/qlora_memory_202611.md: the peak by the c
 
 Published, of QLoRA: NF4 with double quantisation and computing in bfloat16 (section 3), adapters beside all linear
 layers of the blocks (section 4), rank 64 and alpha 16 (appendix B.2), and for 13B a constant learning rate of 2e-4,
-gradients clipped to a norm of 0.3, and second moments of 0.999 (appendix B). Not taken from there: dropout of 0.1 on
-the adapters' inputs for 7B and 13B, which adapters here do not have, and paged optimizers, whose work is done by moments
-that are those of the adapters only.
-
-Of Koala: data, prompt format, 2 epochs, a length of 2048. Ours: 16 sequences a step, one at a time, as QLoRA has them
-for OASST1, instead of 128.
+gradients clipped to a norm of 0.3, Adam's beta2 0.999, and 16 sequences a step (appendix B, for OASST1). Not taken from
+there: dropout of 0.1 on the adapters' inputs, which adapters here do not have, and paged optimizers, since the moments
+of adapters take 2 GB. Of Koala: data, prompt format, 2 epochs, a length of 2048. Ours: one sequence at a time, and the
+3 % warm-up that koala13b.py has.
 """
 
 from pathlib import Path

@@ -66,7 +66,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "lora_alpha": 16.0,  # adapters are multiplied by lora_alpha / rank
                 "fp8_accumulate": "float32",  # float32 | e4m3 (FP8-LM's): sums of FP8 gradients over micro-batches
                 "fp8_smooth": False,  # features of the feed-forward's product that stand out are evened out
-                # "regex=plain|ternary|fp8|narrow", with lora also nf4|nf4_double: matrices that are otherwise than the level says
+                # "regex=plain|ternary|fp8|narrow", with lora also nf4|nf4_double: what matrices become instead
                 "rules": (),
                 "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
             },

@@ -66,6 +66,7 @@ class Plain:
     cut = False
     deal = None
     assigned: Mapping[str, str] = MappingProxyType({})
+    adapters: Mapping[str, int] = MappingProxyType({})
     sums = "float32"
 
     def store(self, params: Any) -> Any:
