@@ -4,7 +4,8 @@
     python -m easylm_plus.train --config=configs/koala13b_qlora.py
     python -m easylm_plus.train --config=configs/koala13b_qlora.py:size=7b
 
-Hardware: one GPU of 24 GB (benchmarks/qlora_memory_202611.md: the peak by the compiler). Not run here.
+Hardware: one GPU of 24 GB. It takes about 13 GiB on one device, by the estimate that is printed at the start and by the
+compiler (benchmarks/qlora_memory_202611.md). Not run here.
 
 Published, of QLoRA: NF4 with double quantisation and computing in bfloat16 (section 3), adapters beside all linear
 layers of the blocks (section 4), rank 64 and alpha 16 (appendix B.2), and for 13B a constant learning rate of 2e-4,
@@ -33,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.batch_size = 16
     config.train.accumulate = 16
     config.optimizer.learning_rate = 2e-4
-    config.optimizer.schedule = "constant"
+    config.optimizer.schedule, config.optimizer.end_learning_rate = "constant", 2e-4
     config.optimizer.warmup_share = 0.03
     config.optimizer.b2 = 0.999
     config.optimizer.clip_norm = 0.3

@@ -100,6 +100,8 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
 
     def turned(path: Any, leaf: Any) -> Any:
         transform = assigned[path_name(path)]
+        if isinstance(leaf, Coded):
+            return leaf
         if transform in CODED and not is_kept(leaf):
             return CODED[transform](leaf)
         return Ternary(leaf) if transform == "ternary" else leaf
