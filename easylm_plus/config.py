@@ -66,7 +66,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "lora_alpha": 16.0,  # adapters are multiplied by lora_alpha / rank
                 "fp8_accumulate": "float32",  # float32 | e4m3 (FP8-LM's): sums of FP8 gradients over micro-batches
                 "fp8_smooth": False,  # features of the feed-forward's product that stand out are evened out
-                "rules": (),  # "regex=plain|ternary|fp8|narrow": matrices that are otherwise than the level says
+                # "regex=plain|ternary|fp8|narrow", with lora also nf4|nf4_double: what matrices become instead
+                "rules": (),
                 "ternary_warmup": 0,  # steps over which ternary matrices become so, of a model that was not; 0: at once
                 "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
             },

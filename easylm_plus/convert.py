@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +30,17 @@ from absl import flags
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference
+from easylm_plus.interop.bitnet import FORMS
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import read_raw
+from easylm_plus.interop.configs import read_raw, stated_form, stated_rules
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
-from easylm_plus.interop.huggingface import export_keys, open_weights, write_folder
+from easylm_plus.interop.huggingface import export_keys, open_weights, ternary_form, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated
-from easylm_plus.interop.weights import Cast, Weights, of_params
+from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packed_names
 from easylm_plus.models.families import preset
+from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import steps
 from easylm_plus.training.output import checked, replaced
@@ -59,6 +61,8 @@ MODEL = flags.DEFINE_string("model", "", "preset that --from=easylm holds, such 
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "file or folder that takes the place of the input's tokenizer")
 DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this model, or with --recover add to it")
 RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
+HF_TERNARY = flags.DEFINE_enum("hf_ternary", None, list(FORMS), "how --to=hf has ternary weights; by default as the "
+                               "Hugging Face model that they came from, or packed as autobitlinear")  # fmt: skip
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
@@ -82,6 +86,8 @@ def main() -> int:
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
     base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
+    if DIFF_BASE.value and (found := packed_names(source.weights)):
+        raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     show = Progress(total_bytes(source.weights))
     with replaced(output, FORCE.value, show.total) as folder:
         if base is not None:
@@ -95,7 +101,11 @@ def main() -> int:
 
 def _write_hf(source: Source, folder: Path, shards: int, show: "Progress") -> None:
     _companions(source, folder)
-    keys = export_keys(source.weights, source.original, folder)
+    stated = stated_form(source.original, source.weights.place) if source.original else ""
+    form = ternary_form(source.weights, HF_TERNARY.value or stated or "autobitlinear")
+    if HF_TERNARY.value and not form:
+        raise UserError(f"--hf_ternary={HF_TERNARY.value}: found no ternary weights in {INPUT.value}")
+    keys = export_keys(source.weights, source.original, folder, form)
     write_folder(source.weights, keys, folder, shards, show)
 
 
@@ -124,6 +134,7 @@ def _all_flags_count() -> None:
     for flag, given, counts, where in (
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
+        (HF_TERNARY, HF_TERNARY.value, TO.value == "hf" and not writes_difference, "with --to=hf"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),
         (STEP, STEP.value, kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
     ):
@@ -143,10 +154,15 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
     if kind == "difference":
         raise UserError(f"{path}: found a difference; expected --recover --diff_base=BASE with it")
     if kind == "hf":
-        return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
+        raw = read_raw(path)
+        weights: Weights = open_weights(path, pickled=ALLOW_PICKLE.value)
+        return Source(_ternary(weights, stated_rules(raw, f"{path}/config.json")), raw, path)
     if kind == "easylm_plus":
         weights, meta, directory = open_checkpoint(path, step)
-        return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"])
+        original, run = meta.get("config.json"), meta["config"]
+        rules = stated_rules(original, f"{path}: config.json") if original else ()
+        rules = rules or run.get("numerics", {}).get("rules", ())
+        return Source(_ternary(weights, rules), original, directory / "tokenizer", run)
     if kind == "llama2c":
         model, params = load_llama2c(path)
         return Source(of_params(model.config, params, str(path)), None, None)
@@ -154,6 +170,11 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
         raise UserError(f"--model is not set; expected the preset that {path} holds, which the file does not say")
     stream = EasyLMStream(path)
     return Source(Translated(stream, EASYLM, preset(MODEL.value), lambda _: False), None, None)
+
+
+def _ternary(weights: Weights, rules: Sequence[str]) -> Weights:
+    """Weights that tell which of them are ternary, by rules (numerics/rules.py)."""
+    return Latents(weights, rules) if any(rule.endswith("=ternary") for rule in rules) else weights
 
 
 def _kind(path: Path) -> str:
@@ -188,7 +209,8 @@ def _recovered() -> Source:
     path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value))
     if FROM.value is None and (path / difference.FILE).is_file():
         weights, original = difference.open_difference(path, base.weights)
-        return Source(weights, original, path)
+        rules = stated_rules(original, f"{path}: config.json") if original else ()
+        return Source(_ternary(weights, rules), original, path)
     if FROM.value != "easylm":
         raise UserError(f"{path}: found no {difference.FILE}; expected one and no --from, or --from=easylm")
     print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
@@ -209,7 +231,9 @@ def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     config, run = source.weights.config, source.run or {}
     template = "tokenizer" if _has_chat_template(tokenizer) else "text"
     data = run.get("data") or {"path": "", "length": config.max_length, "date": "", "template": template}
-    numerics = dict(run.get("numerics", {}))
+    numerics = {key: value for key, value in run.get("numerics", {}).items() if key != "lora"}  # merged
+    if "rules" in numerics:  # and no longer in codes
+        numerics["rules"] = [rule for rule in numerics["rules"] if rule.rpartition("=")[2] not in CODED]
     if DTYPE.value or not numerics:
         exact = source.weights.dtype("embed_tokens/embedding") == np.float32
         numerics["precision"] = "float32" if exact else "bf16_pure"

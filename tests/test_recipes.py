@@ -16,6 +16,7 @@ from data_pipelines.tokenization import load_tokenizer
 from easylm_plus import config as configs
 from easylm_plus.errors import UserError
 from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.levels import PLAIN, Numerics
 from easylm_plus.numerics.precision import precision
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import AXES, axis_sizes
@@ -49,6 +50,7 @@ PUBLISHED = {
     "gpt_fp8_175b": (175.2, 1 * M, 40 * B, 3e-5),
     "koala13b": (13.016, 128 * 2048, None, 2e-5),
     "koala7b": (6.7384, 128 * 2048, None, 2e-5),
+    "koala13b_qlora": (13.016, 16 * 2048, None, 2e-4),
     "llama7b": (6.7384, 4 * M, 1 * T, 3e-4),
     "llama2_7b": (6.7384, 4 * M, 2 * T, 3e-4),
     "llama2_13b": (13.016, 4 * M, 2 * T, 3e-4),
@@ -138,14 +140,15 @@ def test_its_schedule_ends_where_it_says(name):
 
 # --- memory ---
 
-STATED = re.compile(r"about (\d+) GiB on each of (\d+) devices(?: \((\w+=[\w=,]+)\))?")
+STATED = re.compile(r"about (\d+) GiB on (?:each of )?(\d+|one) devices?(?: \((\w+=[\w=,]+)\))?")
 
 
 def statements():
     """(config with arguments, GiB, devices) of every sentence about memory."""
     for path in FILES:
         text = re.sub(r"\s+", " ", path.read_text().split('"""')[1])
-        yield from ((f"{path.stem}:{arg}", int(gib), int(devices)) for gib, devices, arg in STATED.findall(text))
+        for gib, devices, arg in STATED.findall(text):
+            yield f"{path.stem}:{arg}", int(gib), 1 if devices == "one" else int(devices)
 
 
 def estimated(name, devices):
@@ -157,15 +160,16 @@ def estimated(name, devices):
     assert micro % (sizes["replica"] * sizes["fsdp"] * sizes["expert"]) == 0, "rows for every device"
     shapes, axes = weights(name)
     optimizer, model = adamw(config.optimizer, 10**9), configs.model_config(config)
-    abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0), shapes)
+    policy = precision(config.numerics.precision)
+    numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes) if config.numerics.lora else PLAIN
+    abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0, numerics), shapes)
     token = sharding._rules.set(sharding.rules_for(mesh, model.num_heads, model.num_kv_heads))
     try:
         shardings = state_shardings(abstract, sharding.shardings(axes, shapes, mesh), mesh)
     finally:
         sharding._rules.reset(token)
     tokens, parts = config.data.batch_size * config.data.length, config.train.accumulate
-    policy = precision(config.numerics.precision)
-    needed = estimate(abstract, shardings, model, policy, tokens, parts, config.objective.chunk)
+    needed = estimate(abstract, shardings, model, policy, tokens, parts, config.objective.chunk, numerics)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     assert needed.parameters < 1.1 * whole / sizes["fsdp"], (
         "all but norms is cut: a size that does not divide cuts nothing"

@@ -6,9 +6,10 @@ from easylm_plus.numerics import stored  # noqa: F401 how a Scaled multiplies
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import Scaled
 from easylm_plus.numerics.lora import LowRank
+from easylm_plus.numerics.nf4 import NF4
 from easylm_plus.numerics.packed_ternary import PackedTernary
 
-KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank, PackedTernary)}
+KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank, PackedTernary, NF4)}
 
 
 def is_kept(x: Any) -> bool:

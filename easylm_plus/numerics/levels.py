@@ -22,7 +22,7 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles
 from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
+from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import (
     E4M3,
     E5M2,
@@ -49,7 +50,7 @@ from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
-from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
+from easylm_plus.numerics.rules import CODED, adapter_ranks, assign, not_fp8
 from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over, warmup_of
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary, ternary_codes
@@ -69,6 +70,7 @@ class Plain:
     deal = None
     assigned: Mapping[str, str] = MappingProxyType({})
     warmup = 0
+    adapters: Mapping[str, int] = MappingProxyType({})
     sums = "float32"
 
     def store(self, params: Any) -> Any:
@@ -152,8 +154,13 @@ class Numerics:
 
     # --- what is kept ---
 
+    @property
+    def codings(self) -> dict[str, Callable[[Any], Coded]]:
+        """name -> what a weight's codes are made by, of those that are kept in codes."""
+        return {name: CODED[transform] for name, transform in self.assigned.items() if transform in CODED}
+
     def store(self, params: Any) -> Any:
-        """Fresh or loaded parameters as the run keeps them."""
+        """Fresh or loaded parameters as the run keeps them; those that are in codes already stay so."""
         master = FORMATS[self.formats.master]
         key = jax.random.fold_in(jax.random.key(self.seed), ADAPTERS)
 
@@ -167,7 +174,7 @@ class Numerics:
             number = sorted(self.adapters).index(name)
             return new_adapter(jax.random.fold_in(key, number), base, self.adapters[name], self.alpha)
 
-        return self.laid(jax.tree_util.tree_map_with_path(keep, params))
+        return self.laid(jax.tree_util.tree_map_with_path(keep, params, is_leaf=is_kept))
 
     def laid(self, tree: Any) -> Any:
         """A tree like the parameters as the state has it: laid where whole tensors are dealt out (parallel/zero.py)."""
@@ -201,6 +208,8 @@ class Numerics:
 
     def _frozen(self, name: str, p: jax.Array) -> Any:
         """A weight that does not learn, as narrow as it is multiplied."""
+        if name in self.codings:
+            return p if isinstance(p, Coded) else self.codings[name](p)
         if self.assigned[name] == "fp8":
             return encode(p, E4M3 if self.level == "O3" else FP16)
         return p.astype(self.precision.compute) if name.endswith(("kernel", "embedding")) else p
@@ -259,6 +268,8 @@ class Numerics:
 
         def base(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             name = path_name(path)
+            if isinstance(kept, Coded):
+                return kept
             transform = self.assigned[name]
             cut = None if name in dealt else axes
             if transform == "fp8":

@@ -13,7 +13,7 @@ with the code 0. Two bits hold code + 1.
 Legend: `...` stack axes, D in-features, F out-features, N tokens, P padded in-features.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class PackedTernary(Coded):
     codes: jax.Array  # uint8[..., F, P / 4]
     scale: jax.Array  # float32[...]: gamma
     inputs: int = struct.field(pytree_node=False)  # D
+    by_output: ClassVar[tuple[str, ...]] = ("codes",)
 
     @property
     def shape(self) -> tuple[int, ...]:

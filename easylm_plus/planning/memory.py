@@ -65,7 +65,9 @@ def estimate(
     coded = {name.split("/")[-2] for name, transform in numerics.assigned.items() if transform in kinds}
     residual, whole, cut = kept_per_token(config, precision, mesh["expert"], coded)
     residual /= mesh["tensor"] if cut_residual else 1
-    head = config.hidden_size * config.vocab_size * 4 / mesh["tensor"]
+    # the gathered head and its gradient; one that does not learn is there in the compute dtype
+    sizes = (4, 4) if not numerics.adapters else (np.dtype(precision.compute).itemsize,)
+    head = config.hidden_size * config.vocab_size * sum(sizes) / mesh["tensor"]
     made = made_by_a_step(state, shardings.params, numerics)
     between = (state.opt_state, state.numerics, state.ema), (shardings.opt_state, shardings.numerics, shardings.ema)
     return Memory(
@@ -74,8 +76,8 @@ def estimate(
         copies=sum(weight.copies for weight in made),
         gradients=sum(weight.gradients(accumulate) for weight in made),
         activations=int(local * (residual + whole + cut / mesh["tensor"])),
-        # a chunk's logits, their exponentials and their gradient; the gathered head and its gradient
-        loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + 2 * head),
+        # and a chunk's logits, their exponentials and their gradient
+        loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + head),
     )
 
 
