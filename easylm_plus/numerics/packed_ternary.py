@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.custom_batching import custom_vmap
 
 from easylm_plus.numerics import verbs
 from easylm_plus.numerics.coded import Coded, host_or_device
 from easylm_plus.numerics.formats import decode, per_matrix
 from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.kernels import choice, native
+from easylm_plus.numerics.kernels.mapped import over_tokens
 from easylm_plus.numerics.ternary import EPS, Rounded, ternary_codes
 
 BLOCK, PER_BYTE = 256, 4
@@ -123,20 +123,13 @@ def _rows(path: str) -> Callable:
     """(x[N, D], codes and scale of one matrix) -> [N, F] in x's dtype, by this path; a function a path, since JAX
     remembers what it has traced of a function."""
 
-    @custom_vmap
+    @over_tokens
     def rows(x_ND: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         if path == "ffi" and fits(x_ND, path):
             return native.ternary_product(x_ND, codes, scale)
         rows_ND, inverse_N1 = int8_codes(x_ND)
         y_NF = integer_product(rows_ND, PackedTernary(codes, scale, x_ND.shape[-1]), path).astype(jnp.float32)
         return (y_NF * (inverse_N1 * scale)).astype(x_ND.dtype)
-
-    @rows.def_vmap
-    def _(size: int, batched: list[bool], x: jax.Array, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, bool]:
-        if not any(batched[1:]):  # more tokens of one matrix
-            return rows(x.reshape(-1, x.shape[-1]), codes, scale).reshape(*x.shape[:-1], -1), True
-        each = tuple(a if own else jnp.broadcast_to(a, (size, *a.shape)) for a, own in zip((x, codes, scale), batched))
-        return jax.lax.map(lambda args: rows(*args), each), True
 
     return rows
 

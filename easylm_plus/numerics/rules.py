@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from easylm_plus.errors import UserError
+from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
@@ -88,10 +89,11 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
     """The tree with the weights that rules name turned into typed leaves; gradients pass through to the arrays.
 
     For models that are used as they are; those that learn go through levels.py. Weights that multiply in FP8 while they
-    learn are used as they are kept.
+    learn are used as they are kept, and so is what is in codes already.
     """
     assigned = assign(params, rules)
-    turned = lambda path, leaf: Ternary(leaf) if assigned[path_name(path)] == "ternary" else leaf
+    latent = lambda path, leaf: assigned[path_name(path)] == "ternary" and not isinstance(leaf, Coded)
+    turned = lambda path, leaf: Ternary(leaf) if latent(path, leaf) else leaf
     return jax.tree.map_with_path(turned, params, is_leaf=is_kept)
 
 
