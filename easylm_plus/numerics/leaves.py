@@ -5,10 +5,12 @@ from typing import Any
 from easylm_plus.numerics import stored  # noqa: F401 how a Scaled multiplies
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import Scaled
+from easylm_plus.numerics.integer import Integers
 from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.packed_ternary import PackedTernary
+from easylm_plus.numerics.sparsity import Sparse, TwoFour
 
-KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank, PackedTernary)}
+KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank, PackedTernary, Integers, TwoFour, Sparse)}
 
 
 def is_kept(x: Any) -> bool:
