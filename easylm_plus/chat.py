@@ -24,6 +24,7 @@ from easylm_plus.inference.sampling import Sampling, checked
 from easylm_plus.parallel import cluster
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face folder or llama2.c file", required=True)
+KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["compute", "int8"], "what decoding keeps keys and values as")
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "replaces the checkpoint's tokenizer")
 TEMPLATE = flags.DEFINE_string("template", "", "replaces the checkpoint's template: koala, chat, text or a jinja file")
@@ -67,7 +68,8 @@ class Options:
 def main() -> int:
     """Answers one prompt, or holds a conversation."""
     cluster.use_compilation_cache()
-    opened = open_model(CHECKPOINT.value, step=STEP.value, tokenizer=TOKENIZER.value, template=TEMPLATE.value)
+    texts = {"tokenizer": TOKENIZER.value, "template": TEMPLATE.value, "kv_cache": KV_CACHE.value or ""}
+    opened = open_model(CHECKPOINT.value, step=STEP.value, **texts)
     if line := told(opened.params):
         print(line, file=sys.stderr)
     chatter = opened.chatter(tuple(STOP.value))

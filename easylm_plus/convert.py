@@ -9,6 +9,10 @@ A difference that only owners of the base can use, and the model again:
     python -m easylm_plus.convert --input=runs/koala13b --diff_base=llama-13b-hf --output=koala13b-diff
     python -m easylm_plus.convert --recover --input=koala13b-diff --diff_base=llama-13b-hf --output=koala-13b
 
+Fewer bits a weight (compression/schemes.py lists the schemes and their keys):
+
+    python -m easylm_plus.convert --quantize=int4:group=128,method=gptq --input=runs/koala13b --output=koala13b-int4
+
 The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder. The
 tokenizer, its chat template and generation_config.json come along.
 """
@@ -27,6 +31,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
+from easylm_plus.compression.schemes import Scheme, scheme
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference
@@ -42,6 +47,7 @@ from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packe
 from easylm_plus.models.families import preset
 from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
+from easylm_plus.quantize import check_source, rows_of, write_quantized
 from easylm_plus.training.checkpoint import steps
 from easylm_plus.training.output import checked, replaced
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
@@ -65,6 +71,10 @@ HF_TERNARY = flags.DEFINE_enum("hf_ternary", None, list(FORMS), "how --to=hf has
                                "Hugging Face model that they came from, or packed as autobitlinear")  # fmt: skip
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
+QUANTIZE = flags.DEFINE_string("quantize", "", "write fewer bits a weight: a scheme, as int4:group=128,method=gptq")
+DATA = flags.DEFINE_string("data", "", "prepared folder to calibrate with and measure on; that of the run by default")
+CALIBRATION_ROWS = flags.DEFINE_integer("calibration_rows", None, "rows that a method may look at; by default 128")
+EXAMPLES = flags.DEFINE_integer("examples", None, "held-out examples a source for the perplexity; by default 200")
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
@@ -82,6 +92,9 @@ def main() -> int:
     inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
     output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value), _shard_bytes()
     _all_flags_count()
+    chosen = scheme(QUANTIZE.value) if QUANTIZE.value else None
+    if chosen:
+        check_source(Path(INPUT.value), STEP.value, chosen.text)
     source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
@@ -90,6 +103,8 @@ def main() -> int:
         raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     show = Progress(total_bytes(source.weights))
     with replaced(output, FORCE.value, show.total) as folder:
+        if chosen:
+            return _write_quantized(source, chosen, folder)
         if base is not None:
             difference.write_difference(base, source.weights, folder, source.original, shards, show)
             _companions(source, folder)
@@ -115,6 +130,20 @@ def _write_own(source: Source, folder: Path, shards: int, show: "Progress") -> N
     write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
 
 
+def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    _companions(source, tokenizer)
+    described = describe(source, tokenizer)
+    stated = stated_rules(source.original, source.weights.place) if source.original else ()
+    rules = stated or described["config"]["numerics"].get("rules", ())
+    calibration = 128 if CALIBRATION_ROWS.value is None else CALIBRATION_ROWS.value
+    examples = 200 if EXAMPLES.value is None else EXAMPLES.value
+    rows = rows_of(described["config"], tokenizer, DATA.value, calibration, examples)
+    write_quantized(source.weights, chosen, described, folder, rows, rules)
+    return 0
+
+
 WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
 
 
@@ -133,6 +162,10 @@ def _all_flags_count() -> None:
     kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
     for flag, given, counts, where in (
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
+        (QUANTIZE, QUANTIZE.value, TO.value != "hf" and not DIFF_BASE.value, "without --to=hf and --diff_base"),
+        (DATA, DATA.value, QUANTIZE.value, "with --quantize"),
+        (CALIBRATION_ROWS, CALIBRATION_ROWS.value, QUANTIZE.value, "with --quantize"),
+        (EXAMPLES, EXAMPLES.value, QUANTIZE.value, "with --quantize"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
         (HF_TERNARY, HF_TERNARY.value, TO.value == "hf" and not writes_difference, "with --to=hf"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),

@@ -42,13 +42,22 @@ class Opened(NamedTuple):
         return Chatter(generator, self.tokenizer, self.template, stop)
 
 
-def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "") -> Opened:
+def open_model(
+    path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "", kv_cache: str = ""
+) -> Opened:
     """Opens a run's folder (its last step, or `step`), a Hugging Face folder, or a llama2.c .bin file.
 
     `tokenizer` and `template` replace those of the checkpoint; other people's files need a template where they
-    bring none.
+    bring none; `kv_cache` replaces the key of that name in the model's config.
     """
-    path = Path(path)
+    opened = _opened(Path(path), step, tokenizer, template)
+    if not kv_cache:
+        return opened
+    config = dataclasses.replace(opened.model.config, kv_cache=kv_cache)
+    return opened._replace(model=opened.model.clone(config=config))
+
+
+def _opened(path: Path, step: int | None, tokenizer: str, template: str) -> Opened:
     if not path.exists():
         raise UserError(f"{path}: not found; expected a run's log.dir, a Hugging Face folder or a llama2.c file")
     if path.is_file():

@@ -24,7 +24,7 @@ MODEL_TYPES = {
     "BitNetForCausalLM": "bitnet",
 }
 # Keys of ModelConfig that say how a model is trained or run, and have no place in other people's configs.
-OWN = ("init", "attention", "grouped", "scan_layers", "remat", "lfa_reset", "capacity_factor")
+OWN = ("init", "attention", "grouped", "scan_layers", "remat", "kv_cache", "lfa_reset", "capacity_factor")
 # Keys of theirs that ours replace as a whole when a model goes back to where it came from; auto_map names Python files
 # beside the original's weights, which are not copied.
 REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "head_dim", "auto_map",

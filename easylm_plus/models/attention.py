@@ -15,6 +15,7 @@ from easylm_plus.models.attend import Sight, attend, masked, sight_of, visible
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.ema import DampedEMA
 from easylm_plus.models.initializers import initializer
+from easylm_plus.models.kv_cache import read, write
 from easylm_plus.models.lfa import LocalizedFilter
 from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotate
@@ -36,8 +37,8 @@ class Layout(NamedTuple):
 class LayerCache(NamedTuple):
     """Keys and values of one layer, [B, S, G, K]; with a leading layer axis in a scanned model."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Any  # an array, or codes (models/kv_cache.py)
+    v: Any
     recent: jax.Array | None = None  # what a filter keeps: the last inputs [B, R, D], or its state (models/lfa.py)
 
 
@@ -62,11 +63,8 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, layout.segments_BT, c)
         else:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), layout.offset, axis=1
-            )
-            cache = LayerCache(write(cache.k, k), write(cache.v, v), recent)
-            y = masked(q, cache.k, cache.v, mask=_cache_mask(layout, T, sight_of(c)))
+            cache = LayerCache(write(cache.k, k, layout.offset), write(cache.v, v, layout.offset), recent)
+            y = masked(q, read(cache.k, q.dtype), read(cache.v, q.dtype), mask=_cache_mask(layout, T, sight_of(c)))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
         if c.sub_norms:
             y = norm(c, self.precision, name="attn_sub_norm")(y)

@@ -29,6 +29,7 @@ CHOICES = {  # keys that take one of a few names
     "attention": ATTENTIONS,
     "grouped": ("auto", "ragged", "tiled"),
     "gather": ("compute", "e4m3"),
+    "kv_cache": ("compute", "int8"),
 }
 
 
@@ -86,6 +87,7 @@ class ModelConfig:
     grouped: str = "auto"  # how experts multiply: auto | ragged | tiled
     gather: str = "compute"  # what travels where tensor cuts the length: compute | e4m3 (numerics/sequence.py)
     scan_layers: bool = True  # one compiled layer instead of num_layers; weights are stacked
+    kv_cache: str = "compute"  # what decoding keeps keys and values as: compute | int8, which rounds (kv_cache.py)
     remat: str = "none"  # a name in models/transformer.py's REMAT
 
     def __post_init__(self) -> None:

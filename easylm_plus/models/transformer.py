@@ -24,6 +24,7 @@ from easylm_plus.models.attention import Attention, LayerCache, Layout
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.feedforward import FeedForward
 from easylm_plus.models.initializers import initializer
+from easylm_plus.models.kv_cache import empty as empty_rows
 from easylm_plus.models.lfa import nothing_kept
 from easylm_plus.models.moe import MixtureOfExperts
 from easylm_plus.models.norms import norm
@@ -181,14 +182,14 @@ class Transformer(nn.Module):
         return self.clone(config=dataclasses.replace(self.config, capacity_factor=0.0))
 
     def init_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
+        """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype or as model.kv_cache says."""
         c = self.config
         if not c.causal:
             raise UserError("model.causal = False: a bidirectional model has no next token to decode")
         shape = (batch, slots, c.num_kv_heads, c.head_dim)
-        zeros = lambda *sizes: jnp.zeros(sizes, self.precision.compute)
+        rows = lambda *lead: empty_rows(c.kv_cache, (*lead, *shape), self.precision.compute)
         recent = lambda *lead: nothing_kept(c, (*lead, batch), self.precision.compute)
-        empty = lambda *lead: LayerCache(zeros(*lead, *shape), zeros(*lead, *shape), recent(*lead))
+        empty = lambda *lead: LayerCache(rows(*lead), rows(*lead), recent(*lead))
         layers = empty(c.num_layers) if c.scan_layers else tuple(empty() for _ in range(c.num_layers))
         return Cache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 

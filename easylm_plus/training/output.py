@@ -60,7 +60,7 @@ def _foreign(output: Path) -> str | None:
     """What speaks against a folder having been written by a conversion, and by nothing else; None: nothing."""
     if (output / "0").is_dir():
         others = [path.name for path in output.iterdir() if path.name not in ("0", "tokenizer")]
-        if not others and not read_meta(output, 0).get("pieces"):
+        if not others and not {"pieces", "quantized"} & read_meta(output, 0).keys():
             return "a checkpoint of a training run"
     else:
         known = {path for pattern in ("*.safetensors", INDEX, "config.json", FILE, *COMPANIONS)

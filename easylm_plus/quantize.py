@@ -1,0 +1,157 @@
+"""What convert --quantize does: calibration rows, the walk over the model, the checkpoint, and a table of what it cost.
+
+Calibration reads training rows of the run's data, or of --data, mixed as in training; perplexity is that of held-out
+examples, as evaluate measures it. Without data, rounding to nearest goes on, and the table says that perplexity was not
+measured; methods that need calibration refuse.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from data_pipelines import datasets
+from data_pipelines.loader import Loader, evaluation_batches
+from data_pipelines.template import load_template
+from data_pipelines.tokenization import load_tokenizer
+from easylm_plus.compression.schemes import Scheme
+from easylm_plus.compression.walk import Batch, Result, nested, walk
+from easylm_plus.door import console
+from easylm_plus.errors import UserError
+from easylm_plus.interop.weights import LAYER, Weights, piece_shapes
+from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.leaves import KEPT
+from easylm_plus.numerics.precision import precision
+from easylm_plus.numerics.rules import assign
+from easylm_plus.numerics.ternary import Ternary
+from easylm_plus.planning.memory import human
+from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
+from easylm_plus.training.data import judged_by, learned_of, template_date
+
+ROWS = 8  # of a batch
+LONGEST = 2048  # tokens of a row, where the model came without a run that says
+
+
+class Rows(NamedTuple):
+    """What the model reads on the way."""
+
+    calibration: Sequence[Batch] = ()
+    heldout: Sequence[Batch] = ()
+    told: str = ""  # what they are, or why there are none
+
+
+def write_quantized(
+    weights: Weights, scheme: Scheme, described: dict[str, Any], folder: Path, rows: Rows, rules: Sequence[str]
+) -> None:
+    """Writes the checkpoint `folder`/0 and prints what came out.
+
+    Args:
+      described: what stands beside the arrays, of the model before.
+      rules: those by which the model multiplies now; none are left afterwards.
+    """
+    numerics = described["config"]["numerics"]
+    check_rules(scheme, rules)
+    if scheme.calibrated and not rows.calibration:
+        raise UserError(f"--quantize={scheme.text}: method={scheme.values['method']} needs calibration: {rows.told}")
+    start = time.monotonic()
+    tell = lambda line: console.print(f"{line}, {time.monotonic() - start:.0f} s")
+    console.print(rows.told)
+    calibration = rows.calibration if scheme.calibrated else ()
+    trained = trained_as(weights, rules)
+    original = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
+    smaller = lambda name, w, seen: w if rules and trained[name] != "ternary" else scheme(name, w, seen)
+    result = walk(weights, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, original,
+                  tell)  # fmt: skip
+    numerics |= {"rules": [], "lora": []}
+    if "fp8_level" in numerics:
+        numerics["fp8_level"] = "none"
+    if described["config.json"] and rules:  # what it says of rounding is done
+        kept = {key: value for key, value in described["config.json"].items() if key != "quantization_config"}
+        described = {**described, "config.json": kept}
+    write_parameters(folder, result.params, {**described, "quantized": scheme.text})
+    console.print(table(result, scheme))
+
+
+def check_rules(scheme: Scheme, rules: Sequence[str]) -> None:
+    """An error where rounding would leave another model than the one that was trained, or its latents."""
+    if rules and scheme.name != "ternary":
+        found = f"a model that was trained as {', '.join(rules)}"
+        raise UserError(f"--quantize={scheme.text}: found {found}; expected --quantize=ternary, which is exactly it")
+
+
+def trained_as(weights: Weights, rules: Sequence[str]) -> dict[str, str]:
+    """{name: transform} of the weights of a model with such rules."""
+    whole = {name.replace(LAYER, "layers/"): shape for name, shape in piece_shapes(weights.config).items()}
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in whole.items()}
+    return assign(nested(shapes), rules)
+
+
+def check_source(path: Path, step: int | None, text: str) -> None:
+    """An error if a checkpoint of ours holds weights in codes already."""
+    if not path.is_dir() or not any(steps(place) for place in (path, path / "checkpoints")):
+        return
+    leaves = read_meta(*locate(path, step)).get("leaves", {})
+    for name, info in leaves.items():
+        if issubclass(KEPT.get(info["type"], object), Coded):
+            expected = "the checkpoint that it was made from"
+            raise UserError(f"--quantize={text}: {path}: {name} is {info['type']} already; expected {expected}")
+
+
+def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibration: int, examples: int) -> Rows:
+    """Batches of calibration and held-out rows.
+
+    Args:
+      described: a config's sections; `data` says where the data are, how they are cut and what is learned of them.
+      tokenizer: a folder with the model's tokenizer.
+      data: a prepared folder in the place of the config's.
+      calibration: rows. examples: held-out ones a source.
+    """
+    section = dict(described["data"])
+    folder = data or section.get("path", "")
+    if not folder:
+        return Rows(told="no data: perplexity is not measured; --data=FOLDER names a prepared folder")
+    if not data and not (Path(folder) / "manifest.json").is_file():
+        return Rows(told=f"{folder}, the run's data, is not here: perplexity is not measured; --data=FOLDER names it")
+    words = load_tokenizer(tokenizer)
+    if words.vocab_size > described["model"]["vocab_size"]:
+        found = f"a tokenizer of {words.vocab_size} tokens"
+        raise UserError(f"{tokenizer}: found {found}, expected at most the model's {described['model']['vocab_size']}")
+    length = section["length"] if section.get("path") else min(section["length"], LONGEST)
+    now = template_date(section.get("date", ""))
+    template = load_template(section["template"], words, max_length=length + 1, now=now)
+    encode = judged_by(learned_of(section, template))
+    entries = datasets.read_manifest(folder)["sources"]
+    has = lambda split: [name for name, entry in entries.items() if split in entry["splits"]]
+    opened = lambda split: {name: datasets.open_source(folder, name, split) for name in has(split)}
+    batches = evaluation_batches(opened("heldout"), encode, batch_size=ROWS, length=length, limit_per_source=examples)
+    heldout = [batch.arrays for batch in batches]
+    size = min(ROWS, calibration)
+    loader = Loader(opened("train"), None, encode, batch_size=size, length=length, seed=0) if calibration else ()
+    seen = [next(loader).arrays for _ in range(math.ceil(calibration / size))] if loader else []
+    tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in seen)
+    learned = sum(int(batch["loss_weights"].sum()) for batch in heldout)
+    told = f"{folder}: {tokens:,} tokens to calibrate with where a method does, {learned:,} held-out ones to measure"
+    return Rows(seen, heldout, told)
+
+
+def table(result: Result, scheme: Scheme) -> Table:
+    """What it was and what it is."""
+    show = Table(scheme.text, "before", "after")
+    per_weight = lambda size: f"{8 * size / result.matrices:.2f}"
+    show.add_row("matrices of the blocks", *map(human, result.matrix_bytes))
+    show.add_row("their bits a weight", *map(per_weight, result.matrix_bytes))
+    show.add_row("all weights", *map(human, result.total_bytes))
+    overall = [f"{8 * size / result.weights:.2f}" for size in result.total_bytes]
+    show.add_row("bits a weight overall", *overall)
+    if math.isnan(result.before):
+        show.add_row("held-out perplexity", "not measured", "not measured")
+    else:
+        perplexity = [f"{math.exp(min(loss, 50)):.4f}" for loss in (result.before, result.after)]
+        show.add_row("held-out loss", f"{result.before:.5f}", f"{result.after:.5f}")
+        show.add_row("held-out perplexity", *perplexity)
+    return show
