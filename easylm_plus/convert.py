@@ -3,14 +3,15 @@
     python -m easylm_plus.convert --from=hf --input=Llama-2-7b-hf --output=checkpoints/llama2-7b
     python -m easylm_plus.convert --to=hf --input=runs/koala13b --output=koala13b-hf
     python -m easylm_plus.convert --from=easylm --model=koala-13b --input=streaming_params --output=koala-13b
+    python -m easylm_plus.convert --to=gguf --gguf_type=q8_0 --input=runs/koala13b --output=koala13b.gguf
 
 A difference that only owners of the base can use, and the model again:
 
     python -m easylm_plus.convert --input=runs/koala13b --diff_base=llama-13b-hf --output=koala13b-diff
     python -m easylm_plus.convert --recover --input=koala13b-diff --diff_base=llama-13b-hf --output=koala-13b
 
-The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder. The
-tokenizer, its chat template and generation_config.json come along.
+The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder, or
+(--to=gguf) one file that llama.cpp runs. The tokenizer, its chat template and generation_config.json come along.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +28,15 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
+from data_pipelines.template import CHAT
+from data_pipelines.tokenization import load_tokenizer
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
-from easylm_plus.interop import difference
+from easylm_plus.interop import difference, gguf_files
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import read_raw
+from easylm_plus.interop.configs import read_raw, stated_rules
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
+from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
 from easylm_plus.interop.huggingface import export_keys, open_weights, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
@@ -41,7 +45,7 @@ from easylm_plus.interop.weights import Cast, Weights, of_params
 from easylm_plus.models.families import preset
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import steps
-from easylm_plus.training.output import checked, replaced
+from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
 DEFAULT_SHARD_GB = 5.0
@@ -50,9 +54,9 @@ KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
-TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus"), "format of --output; by default easylm_plus")
+TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus", "gguf"), "format of --output; by default easylm_plus")
 INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "new folder; with --to=gguf a new file", required=True)
 STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
 DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of the output; by default each weight keeps its own")
 MODEL = flags.DEFINE_string("model", "", "preset that --from=easylm holds, such as koala-13b")
@@ -61,6 +65,8 @@ DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this
 RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
+GGUF_TYPE = flags.DEFINE_enum("gguf_type", None, gguf_files.TYPES, "of the blocks' matrices in a GGUF file")
+GGUF_ENDS = flags.DEFINE_enum("gguf_ends", None, gguf_files.END_TYPES, "of its embedding and head; default by type")
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
@@ -76,13 +82,17 @@ class Source(NamedTuple):
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
     inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
-    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value), _shard_bytes()
+    gguf = TO.value == "gguf"
+    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value, file=gguf), _shard_bytes()
     _all_flags_count()
     source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
     base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
     show = Progress(total_bytes(source.weights))
+    if gguf:
+        _write_gguf(source, output, show)
+        return 0
     with replaced(output, FORCE.value, show.total) as folder:
         if base is not None:
             difference.write_difference(base, source.weights, folder, source.original, shards, show)
@@ -105,6 +115,32 @@ def _write_own(source: Source, folder: Path, shards: int, show: "Progress") -> N
     write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
 
 
+def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
+    """Writes one file, and prints its size."""
+    chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
+    if chosen is None:
+        raise UserError(f"{INPUT.value}: found no tokenizer; expected --tokenizer=FILE, which a GGUF file has to have")
+    chat = CHAT if (source.run or {}).get("data", {}).get("template") == "chat" else None
+    keys = tokenizer_keys(load_tokenizer(chosen), source.weights.config.vocab_size, chat)
+    kind = GGUF_TYPE.value or "f16"
+    with replaced_file(output, FORCE.value, 0) as path:
+        written = gguf_files.write_gguf(
+            source.weights, path, kind, keys, rules=_rules(source), ends=GGUF_ENDS.value or "", name=output.stem,
+            progress=show,
+        )  # fmt: skip
+    show.done()
+    print(
+        f"{output}: llama.cpp's {written.architecture}, {human(written.bytes)}, {written.weights:,} weights of "
+        f"{written.bits:.2f} bits; {kind} in the blocks, {written.block_bits:.2f} bits with scales"
+    )
+
+
+def _rules(source: Source) -> Sequence[str]:
+    """Which weights are ternary: as config.json states it, else as the run did."""
+    stated = stated_rules(source.original, f"{INPUT.value}: config.json") if source.original else ()
+    return stated or tuple((source.run or {}).get("numerics", {}).get("rules", ()))
+
+
 WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
 
 
@@ -122,6 +158,9 @@ def _all_flags_count() -> None:
     kind = FROM.value or _kind(Path(INPUT.value))
     kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
     for flag, given, counts, where in (
+        (GGUF_TYPE, GGUF_TYPE.value, TO.value == "gguf", "with --to=gguf"),
+        (GGUF_ENDS, GGUF_ENDS.value, TO.value == "gguf", "with --to=gguf"),
+        (DTYPE, DTYPE.value, TO.value != "gguf", "without --to=gguf, where --gguf_type says it"),
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),

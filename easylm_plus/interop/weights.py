@@ -112,12 +112,16 @@ class Stacked:
       fetch: name in the tree -> that array on the host, or a Scaled, of which each piece is decoded when it is read.
         What was last fetched is kept, so each is fetched once where all pieces of a weight are read before those of the
         next.
+      kinds: name in the tree -> type of the leaf that `fetch` gives there, where it is no array.
 
     Raises UserError where the arrays are not those of the config.
     """
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], Any], place: str):
-        self.config, self.place, self._arrays, self._fetch = config, place, arrays, fetch
+    def __init__(
+        self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], Any], place: str,
+        kinds: Mapping[str, type] = MappingProxyType({}),
+    ):  # fmt: skip
+        self.config, self.place, self._arrays, self._fetch, self._kinds = config, place, arrays, fetch, kinds
         self._scan = not any(name.startswith("layers/0/") for name in arrays)
         self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -131,14 +135,22 @@ class Stacked:
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._arrays[stored(name, (0, 0), self._scan)[0]].dtype)
 
+    def kind(self, name: str, index: Index) -> type | None:
+        """The type of leaf that a piece is kept as; None: an array."""
+        return self._kinds.get(stored(name, index, self._scan)[0])
+
     def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        return [decode(leaf) for leaf in self.kept(names, index)]
+
+    def kept(self, names: Names, index: Index) -> list[Any]:
+        """The pieces as they are kept: arrays, or leaves of their `kind`."""
         places = [stored(name, index, self._scan) for name in names]
         with self._lock:
             wanted = {key for key, _ in places}
             if missing := wanted - self._kept.keys():
                 self._kept = {key: array for key, array in self._kept.items() if key in wanted}
                 self._kept |= {key: self._fetch(key) for key in sorted(missing)}
-            return [decode(self._kept[key][inner]) for key, inner in places]
+            return [self._kept[key][inner] for key, inner in places]
 
 
 def _show(shape: tuple[int, ...] | None) -> object:

@@ -156,6 +156,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     tree = put_together(declared(meta["arrays"], part), meta.get("leaves", {}))[part]
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_kept)
     arrays = {path_name(path): jax.eval_shape(decode, leaf) for path, leaf in leaves}
+    kinds = {path_name(path): type(leaf) for path, leaf in leaves if not isinstance(leaf, jax.ShapeDtypeStruct)}
 
     def fetch(name: str) -> Any:
         tree = read_parameters(directory, step, only=name)
@@ -166,7 +167,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     config, place = ModelConfig(**meta["config"]["model"]), f"{directory}/{step}"
     if meta.get("pieces"):
         return Chunked(config, arrays, fetch, place, state=directory / str(step) / "state"), meta, directory
-    return Stacked(config, arrays, fetch, place), meta, directory
+    return Stacked(config, arrays, fetch, place, kinds), meta, directory
 
 
 def total_bytes(weights: Weights) -> int:
