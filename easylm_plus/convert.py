@@ -29,14 +29,13 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.template import CHAT
-from data_pipelines.tokenization import load_tokenizer
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference, gguf_files
 from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import read_raw, stated_rules
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
-from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
+from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
 from easylm_plus.interop.huggingface import export_keys, open_weights, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
@@ -121,13 +120,13 @@ def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
     if chosen is None:
         raise UserError(f"{INPUT.value}: found no tokenizer; expected --tokenizer=FILE, which a GGUF file has to have")
     chat = CHAT if (source.run or {}).get("data", {}).get("template") == "chat" else None
-    keys = tokenizer_keys(load_tokenizer(chosen), source.weights.config.vocab_size, chat)
-    kind = GGUF_TYPE.value or "f16"
-    with replaced_file(output, FORCE.value, 0) as path:
+    keys = tokenizer_keys(open_tokenizer(chosen), source.weights.config.vocab_size, chat)
+    kind, ends, rules = GGUF_TYPE.value or "f16", GGUF_ENDS.value or "", _rules(source)
+    needed = gguf_files.needed_bytes(gguf_files.plan(source.weights, kind, ends, rules))
+    with replaced_file(output, FORCE.value, needed) as path:
         written = gguf_files.write_gguf(
-            source.weights, path, kind, keys, rules=_rules(source), ends=GGUF_ENDS.value or "", name=output.stem,
-            progress=show,
-        )  # fmt: skip
+            source.weights, path, kind, keys, rules=rules, ends=ends, name=output.stem, progress=show
+        )
     show.done()
     print(
         f"{output}: llama.cpp's {written.architecture}, {human(written.bytes)}, {written.weights:,} weights of "

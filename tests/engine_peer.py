@@ -27,8 +27,8 @@ F32 = 0  # ggml's type of the cache of keys and values
 
 def resident() -> dict[str, int]:
     """Memory of this process in kB: all, what is its own, what is mapped from files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmRSS", "RssAnon", "RssFi"))}
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {key: int(value) for key, value, *_ in lines if key in ("VmRSS:", "RssAnon:", "RssFile:")}
 
 
 def opened(request: dict) -> llama_cpp.Llama:

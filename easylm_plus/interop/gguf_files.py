@@ -1,17 +1,18 @@
-"""GGUF files, which llama.cpp and what is built on it run: written tensor by tensor, so that host memory stays far below
-the size of the model. PyPI's `gguf` lays the file out and rounds to blocks; gguf_names.py says what is called how.
+"""GGUF files, which llama.cpp and what is built on it run.
 
-Norms and biases are float32, embedding and head of a type of their own, the other matrices of the type that is asked
-for:
+They are written tensor by tensor, so that host memory stays far below the size of the model. PyPI's `gguf` lays the
+file out and rounds to blocks; gguf_names.py says what is called how. Norms and biases are float32, embedding and head
+of a type of their own, the other matrices of the type that is asked for:
 
     f32 f16 bf16   the numbers
     q8_0 q4_0      blocks of 32 inputs, 8.5 and 4.5 bits a weight
     tq2_0 tq1_0    blocks of 256 inputs of {-1, 0, 1}, 2.0625 and 1.6875 bits a weight: ternary matrices only
 
 A ternary matrix is its codes, in the file as here, and its scale gamma beside them as a float32 (`....scale`), for
-every type that can hold codes; the scale that each TQ block has too is 1 then, and would round gamma to 11 bits if it
-had to hold it. The engine multiplies by gamma after the product. It rounds activations by itself: to 8 bits by 256
-inputs for TQ types, not by token as training does (docs/quantisation.md).
+every type that holds codes exactly; the scale that each TQ block has too is 1 then, and would round gamma to 11 bits
+if it had to hold it. The engine multiplies by gamma after the product; llama.cpp reads such a scale for every
+architecture since it has NVFP4 (for `bitnet` always), and refuses the file before that. It rounds activations by
+itself: to 8 bits by 256 inputs for TQ types, not by token as training does.
 """
 
 import importlib
@@ -101,7 +102,7 @@ def write_gguf(
     """
     gguf = package()
     architecture = architecture_for(weights.config, weights.place)
-    planned = plan(weights, kind, ends or ENDS[kind], rules)
+    planned = plan(weights, kind, ends, rules)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
@@ -127,8 +128,13 @@ def write_gguf(
     return _written(architecture, tensors, path.stat().st_size)
 
 
+def needed_bytes(planned: Sequence[Planned]) -> int:
+    """What the tensors of a file take."""
+    return sum(tensor.bytes for piece in planned for tensor in piece.tensors)
+
+
 def plan(weights: Weights, kind: str, ends: str, rules: Sequence[str]) -> list[Planned]:
-    """All tensors in the order in which they are best read."""
+    """All tensors in the order in which they are best read; see `write_gguf`."""
     config, shapes = weights.config, piece_shapes(weights.config)
     pieces = TernaryPieces(weights, rules)
     table = TABLES[architecture_for(config, weights.place)]
@@ -141,7 +147,7 @@ def plan(weights: Weights, kind: str, ends: str, rules: Sequence[str]) -> list[P
         place = f"{weights.place}: {stored(ours, index, scan=False)[0]}"
         is_ternary = (ours, index) in pieces
         ternary = place if is_ternary else ternary
-        form = kind if is_ternary else _form(ours, len(shape), kind, ends)
+        form = kind if is_ternary else _form(ours, len(shape), kind, ends or ENDS[kind])
         _check_inputs(ours, shape[-1], form, config)
         source = math.prod(shape) * weights.dtype(ours).itemsize
         if is_ternary:
@@ -220,7 +226,8 @@ def _check_inputs(ours: str, inputs: int, kind: str, config: ModelConfig) -> Non
         return
     keys = {config.intermediate_size: "intermediate_size", config.num_heads * config.head_dim: "num_heads * head_dim"}
     key = (keys | {config.hidden_size: "hidden_size"})[inputs]
-    raise UserError(f"model.{key} = {inputs}, inputs of {ours}: {kind} has blocks of {block} inputs; expected a multiple of {block}, or another type")
+    found = f"model.{key} = {inputs}, the inputs of {ours}"
+    raise UserError(f"{found}: {kind} has blocks of {block}; expected a multiple of {block}, or another type")
 
 
 def _ahead(planned: Sequence[Planned]) -> Iterator[tuple[Planned, Sequence[np.ndarray]]]:

@@ -4,11 +4,11 @@
     qwen2    biases on queries, keys and values only
     bitnet   BitNet b1.58: a norm before the last matrix of attention and of the feed-forward, SiLU, tied head
 
-What decides is what llama.cpp computes, which is in its source (src/models/{llama,qwen2,bitnet}.cpp) and was compared
-with the engine built from it. Its `llama` turns neighbouring features of a head (NORM), so the rows of queries and keys
-are permuted on the way there, as for Meta's own files; `qwen2` and `bitnet` turn halves (NEOX), as we do. Rotary scaling
-of Llama 3.1 is a tensor of factors that the frequencies are divided by. A sliding window is nothing that `llama` has: up
-to the window's length it computes the same without one, so that is the length that the file states.
+What decides is what llama.cpp computes, which is in its source (src/models/{llama,qwen2,bitnet}.cpp) and is compared
+with the engine in tests/interop/test_gguf_engine.py. Its `llama` turns neighbouring features of a head (NORM), so the
+rows of queries and keys are permuted on the way there, as for Meta's own files; `qwen2` and `bitnet` turn halves
+(NEOX), as we do. Rotary scaling of Llama 3.1 is a tensor of factors that the frequencies are divided by. None of them
+has a sliding window: up to the window's length it changes nothing, so that is the length that the file states.
 """
 
 import dataclasses

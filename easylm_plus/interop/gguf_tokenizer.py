@@ -18,16 +18,18 @@ What is fixed by the file: text never becomes a special token unless the caller 
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from data_pipelines.tokenization import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from data_pipelines.tokenization import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
 from data_pipelines.train_tokenizer import WORDS
 from easylm_plus.errors import UserError
 from easylm_plus.interop.tensor_files import read_json
 
 KeyValue = tuple[str, str, Any]  # key, how GGUFWriter calls its type, value
+Parts = tuple[list[KeyValue], list[str], list[PieceType], list[float]]  # keys, pieces, their types and scores
 
 # The regular expressions of pre-tokenizers as published, by llama.cpp's name for them (llama_vocab::impl::load).
 _LLAMA3 = (
@@ -50,6 +52,25 @@ RUN = {1: 40, 2: 8}  # longest runs of line breaks that are tried, of one kind a
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # marks answers for training; engines do not know it
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer at a place; of LLaMA's two files the sentencepiece model, which has the scores of its pieces.
+
+    Raises UserError where the two have other vocabularies.
+    """
+    found = load_tokenizer(path)
+    model = found.path.with_name("tokenizer.model")
+    if isinstance(found, SentencePieceTokenizer) or not read_json(found.path)["model"].get("byte_fallback"):
+        return found
+    if not model.is_file():
+        raise UserError(f"{found.path}: found pieces of a sentencepiece model without it; expected {model.name} beside")
+    other = load_tokenizer(model)
+    if other.vocab_size != found.vocab_size:
+        raise UserError(
+            f"{model}: found {other.vocab_size} tokens, {found.path.name} has {found.vocab_size}; expected the same"
+        )
+    return other
+
+
 def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None = None) -> list[KeyValue]:
     """The keys of a tokenizer for a model with so many rows of embeddings.
 
@@ -59,9 +80,9 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, chat_template: str | N
     Raises UserError for a tokenizer with which llama.cpp would make other tokens.
     """
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{tokenizer.path}: found {tokenizer.vocab_size} tokens, more than model.vocab_size={vocab_size}")
-    own = _sentencepiece if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level
-    keys, pieces, types, scores = own(tokenizer)  # type: ignore[operator]
+        found = f"found {tokenizer.vocab_size} tokens"
+        raise UserError(f"{tokenizer.path}: {found}, more than model.vocab_size = {vocab_size}")
+    keys, pieces, types, scores = _parts(tokenizer)
     for piece, token_id in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]):
         if token_id >= len(pieces):
             _pad(pieces, types, scores, token_id)
@@ -85,6 +106,13 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, chat_template: str | N
     return keys
 
 
+def _parts(tokenizer: Tokenizer) -> Parts:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _sentencepiece(tokenizer)
+    assert isinstance(tokenizer, HuggingFaceTokenizer), "the two kinds that there are"
+    return _byte_level(tokenizer)
+
+
 def _pad(pieces: list[str], types: list[PieceType], scores: list[float], size: int) -> None:
     """Names for rows of the embedding that are no token."""
     for i in range(len(pieces), size):
@@ -103,7 +131,7 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
 # --- sentencepiece ---
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[list[KeyValue], list[str], list[PieceType], list[float]]:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Parts:
     """Pieces as the tokenizer uses them, in which what looks like markup is a control piece already."""
     proto = sentencepiece_proto(tokenizer.model())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -131,7 +159,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[list[KeyValue], l
 # --- byte-level BPE ---
 
 
-def _byte_level(tokenizer: HuggingFaceTokenizer) -> tuple[list[KeyValue], list[str], list[PieceType], list[float]]:
+def _byte_level(tokenizer: HuggingFaceTokenizer) -> Parts:
     source = read_json(tokenizer.path)
     model, place = source["model"], tokenizer.path
     pre = _pre(source, str(place))
@@ -164,21 +192,29 @@ def _splits(source: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What cuts a text into words, as the keys of PRE have it."""
     top = source.get("pre_tokenizer") or {}
     nodes = top["pretokenizers"] if top.get("type") == "Sequence" else [top]
-    said: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "ByteLevel": lambda node: None if node.get("add_prefix_space") else bool(node.get("use_regex", True)),
-        "Digits": lambda node: node.get("individual_digits"),
-        "Split": lambda node: node["pattern"].get("Regex")
-        if node.get("behavior") == "Isolated" and not node.get("invert") else None,
-    }  # fmt: skip
-    return tuple((kind, said[kind](node) if kind in said else None) for node in nodes for kind in [node.get("type")])
+    return tuple((str(node.get("type")), _cutting(node)) for node in nodes)
+
+
+def _cutting(node: Mapping[str, Any]) -> Any:
+    """What decides how a pre-tokenizer cuts; None: as none of PRE does."""
+    match node.get("type"):
+        case "ByteLevel":
+            return None if node.get("add_prefix_space") else bool(node.get("use_regex", True))
+        case "Digits":
+            return node.get("individual_digits")
+        case "Split" if node.get("behavior") == "Isolated" and not node.get("invert"):
+            return node["pattern"].get("Regex")
+    return None
 
 
 def _pre(source: Mapping[str, Any], place: str) -> str:
     splits = _splits(source)
     if splits not in PRE:
+        found = json.dumps(source.get("pre_tokenizer"))[:300]
+        known = ", ".join(sorted({*PRE.values()}))
         raise UserError(
-            f"{place}: found a pre_tokenizer {json.dumps(source.get('pre_tokenizer'))[:300]}; expected one that llama.cpp "
-            f"has: {', '.join(sorted(set(PRE.values())))}, or that of data_pipelines.train_tokenizer"
+            f"{place}: found pre_tokenizer {found}; expected one that llama.cpp has ({known}), or that of "
+            "data_pipelines.train_tokenizer"
         )
     normalizer = source.get("normalizer")
     # Qwen2's texts are put into NFC first, which engines leave out: for text that is in NFC it changes nothing
@@ -227,4 +263,4 @@ def longest_first(text: str, ids: Mapping[str, int]) -> list[int]:
 
 def _cut(text: str, piece: str, token_id: int) -> Sequence[str | int]:
     between = text.split(piece)
-    return [part for rest in between for part in (rest, token_id) if part != ""][: -1]
+    return [part for rest in between for part in (rest, token_id) if part != ""][:-1]
