@@ -9,8 +9,9 @@ way it does not know cannot be written: leaving the name out, as is often done, 
 Tokenizers that are trained here (data_pipelines/train_tokenizer.py) have words of their own. llama.cpp's "smollm" cuts
 the same text into the same pieces, or into pieces that no token of such a vocabulary reaches across, but for one thing:
 of line breaks (or tabs) in front of a word it cuts off the last. Tokens of several line breaks therefore become
-user-defined, which llama.cpp finds in a text before it cuts, the longest first; that this gives the same tokens is
-tried for all short runs, and an error where it does not.
+user-defined, which llama.cpp finds in a text before it cuts, the longest first. Whether this gives the same tokens is
+tried for all short runs, and an error where it does not: with a token of three line breaks, since merges make two pairs
+of four.
 
 What is fixed by the file: text never becomes a special token unless the caller asks for it, as here.
 """

@@ -12,7 +12,7 @@ from easylm_plus.interop.gguf_files import write_gguf
 from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
 from easylm_plus.interop.weights import of_params
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.models.transformer import Transformer, abstract_parameters
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2,
@@ -37,7 +37,7 @@ def random_model(**overrides):
         scale, mean = (0.2, 1) if "weight" in name else (0.2, 0) if "bias" in name else (0.03, 0)
         return jnp.asarray(rng.normal(mean, scale, x.shape), jnp.float32)
 
-    return model, jax.tree.map_with_path(leaf, init_parameters(model, jax.random.key(0)))
+    return model, jax.tree.map_with_path(leaf, abstract_parameters(model)[0])
 
 
 def written(path, model, params, kind, **rest):

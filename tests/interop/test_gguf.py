@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,7 +11,7 @@ import tiny
 
 gguf = pytest.importorskip("gguf")
 
-from gguf_models import LLAMA3, SMALL, random_model, words, written  # noqa: E402
+from gguf_models import LLAMA3, SMALL, random_model, written  # noqa: E402
 
 from easylm_plus.errors import UserError  # noqa: E402
 from easylm_plus.interop import gguf_files  # noqa: E402

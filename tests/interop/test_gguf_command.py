@@ -16,6 +16,7 @@ from easylm_plus.errors import UserError  # noqa: E402
 from easylm_plus.interop import gguf_files  # noqa: E402
 from easylm_plus.interop.huggingface import save_hf  # noqa: E402
 from easylm_plus.numerics.rules import BITNET  # noqa: E402
+from easylm_plus.planning.memory import human  # noqa: E402
 from easylm_plus.training.checkpoint import write_parameters  # noqa: E402
 
 
@@ -47,7 +48,7 @@ def test_a_run_with_ternary_rules(ternary_run, tmp_path, capsys):
     assert "<|assistant|>" in keys["tokenizer.chat_template"] and "generation %" not in keys["tokenizer.chat_template"]
     told = capsys.readouterr().out
     size = (tmp_path / "out/mine.gguf").stat().st_size
-    assert "llama.cpp's bitnet" in told and f"{size / 2**20:.1f} MiB" in told and "2.06 bits with scales" in told
+    assert "llama.cpp's bitnet" in told and human(size) in told and "2.06 bits with scales" in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.gguf"]
 
 
