@@ -3,6 +3,7 @@
     python -m easylm_plus.convert --from=hf --input=Llama-2-7b-hf --output=checkpoints/llama2-7b
     python -m easylm_plus.convert --to=hf --input=runs/koala13b --output=koala13b-hf
     python -m easylm_plus.convert --from=easylm --model=koala-13b --input=streaming_params --output=koala-13b
+    python -m easylm_plus.convert --to=gguf --gguf_type=q8_0 --input=runs/koala13b --output=koala13b.gguf
 
 A difference that only owners of the base can use, and the model again:
 
@@ -13,8 +14,8 @@ Fewer bits a weight (compression/schemes.py lists the schemes and their keys):
 
     python -m easylm_plus.convert --quantize=int4:group=128,method=gptq --input=runs/koala13b --output=koala13b-int4
 
-The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder. The
-tokenizer, its chat template and generation_config.json come along.
+The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder, or
+(--to=gguf) one file that llama.cpp runs. The tokenizer, its chat template and generation_config.json come along.
 """
 
 import dataclasses
@@ -31,14 +32,16 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
+from data_pipelines.template import CHAT
 from easylm_plus.compression.schemes import Scheme, scheme
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
-from easylm_plus.interop import difference
+from easylm_plus.interop import difference, gguf_files
 from easylm_plus.interop.bitnet import FORMS
 from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import read_raw, stated_form, stated_rules
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
+from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
 from easylm_plus.interop.huggingface import export_keys, open_weights, ternary_form, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
@@ -49,7 +52,7 @@ from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
 from easylm_plus.quantize import check_source, rows_of, write_quantized
 from easylm_plus.training.checkpoint import steps
-from easylm_plus.training.output import checked, replaced
+from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
 DEFAULT_SHARD_GB = 5.0
@@ -58,9 +61,9 @@ KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
-TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus"), "format of --output; by default easylm_plus")
+TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus", "gguf"), "format of --output; by default easylm_plus")
 INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "new folder; with --to=gguf a new file", required=True)
 STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
 DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of the output; by default each weight keeps its own")
 MODEL = flags.DEFINE_string("model", "", "preset that --from=easylm holds, such as koala-13b")
@@ -75,6 +78,8 @@ QUANTIZE = flags.DEFINE_string("quantize", "", "write fewer bits a weight: a sch
 DATA = flags.DEFINE_string("data", "", "prepared folder to calibrate with and measure on; that of the run by default")
 CALIBRATION_ROWS = flags.DEFINE_integer("calibration_rows", None, "rows that a method may look at; by default 128")
 EXAMPLES = flags.DEFINE_integer("examples", None, "held-out examples a source for the perplexity; by default 200")
+GGUF_TYPE = flags.DEFINE_enum("gguf_type", None, gguf_files.TYPES, "of the blocks' matrices in a GGUF file")
+GGUF_ENDS = flags.DEFINE_enum("gguf_ends", None, gguf_files.END_TYPES, "of its embedding and head; default by type")
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
@@ -90,7 +95,8 @@ class Source(NamedTuple):
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
     inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
-    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value), _shard_bytes()
+    gguf = TO.value == "gguf"
+    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value, file=gguf), _shard_bytes()
     _all_flags_count()
     chosen = scheme(QUANTIZE.value) if QUANTIZE.value else None
     if chosen:
@@ -102,6 +108,9 @@ def main() -> int:
     if DIFF_BASE.value and (found := packed_names(source.weights)):
         raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     show = Progress(total_bytes(source.weights))
+    if gguf:
+        _write_gguf(source, output, show)
+        return 0
     with replaced(output, FORCE.value, show.total) as folder:
         if chosen:
             return _write_quantized(source, chosen, folder)
@@ -144,6 +153,24 @@ def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
     return 0
 
 
+def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
+    """Writes one file, and prints its size."""
+    chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
+    if chosen is None:
+        raise UserError(f"{INPUT.value}: found no tokenizer; expected --tokenizer=FILE, which a GGUF file has to have")
+    chat = CHAT if (source.run or {}).get("data", {}).get("template") == "chat" else None
+    keys = tokenizer_keys(open_tokenizer(chosen), source.weights.config.vocab_size, chat)
+    kind, ends = GGUF_TYPE.value or "f16", GGUF_ENDS.value or ""
+    needed = gguf_files.needed_bytes(gguf_files.plan(source.weights, kind, ends))
+    with replaced_file(output, FORCE.value, needed) as path:
+        written = gguf_files.write_gguf(source.weights, path, kind, keys, ends=ends, name=output.stem, progress=show)
+    show.done()
+    print(
+        f"{output}: llama.cpp's {written.architecture}, {human(written.bytes)}, {written.weights:,} weights of "
+        f"{written.bits:.2f} bits; {kind} in the blocks, {written.block_bits:.2f} bits with scales"
+    )
+
+
 WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
 
 
@@ -161,6 +188,9 @@ def _all_flags_count() -> None:
     kind = FROM.value or _kind(Path(INPUT.value))
     kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
     for flag, given, counts, where in (
+        (GGUF_TYPE, GGUF_TYPE.value, TO.value == "gguf", "with --to=gguf"),
+        (GGUF_ENDS, GGUF_ENDS.value, TO.value == "gguf", "with --to=gguf"),
+        (DTYPE, DTYPE.value, TO.value != "gguf", "without --to=gguf, where --gguf_type says it"),
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
         (QUANTIZE, QUANTIZE.value, TO.value != "hf" and not DIFF_BASE.value, "without --to=hf and --diff_base"),
         (DATA, DATA.value, QUANTIZE.value, "with --quantize"),

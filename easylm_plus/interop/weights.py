@@ -25,10 +25,12 @@ import numpy as np
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.deploy import served
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.packed_ternary import PackedTernary, unpack
 from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.ternary import ternary_codes
+from easylm_plus.numerics.trits import Trits
 from easylm_plus.tree import path_name
 
 Names = tuple[str, ...]
@@ -54,6 +56,12 @@ class Weights(Protocol):
 Ternary = tuple[np.ndarray, float]  # codes int8[in, out], gamma
 
 
+def is_ternary(weights: Weights, name: str, index: Index) -> bool:
+    """Whether `ternary_piece` is something, without reading it."""
+    method = getattr(weights, "is_ternary", None)
+    return method(name, index) if method else name in ternary_names(weights)
+
+
 def ternary_piece(weights: Weights, name: str, index: Index) -> Ternary | None:
     """A piece as ternary codes and their scale; None for one that is not ternary."""
     method = getattr(weights, "ternary", None)
@@ -61,7 +69,7 @@ def ternary_piece(weights: Weights, name: str, index: Index) -> Ternary | None:
 
 
 def ternary_names(weights: Weights) -> Set[str]:
-    """The weights of which `ternary_piece` is something."""
+    """The weights of which `ternary_piece` is something at every index."""
     return getattr(weights, "ternary_names", frozenset())
 
 
@@ -138,7 +146,7 @@ class Stacked:
       fetch: name in the tree -> that array on the host, or a leaf of such arrays, of which each piece is decoded when
         it is read. What was last fetched is kept, so each is fetched once where all pieces of a weight are read before
         those of the next.
-      packed: names in the tree of those that are PackedTernary.
+      packed: names in the tree of those that are ternary codes, PackedTernary or Trits.
 
     Raises UserError where the arrays are not those of the config.
     """
@@ -173,7 +181,7 @@ class Stacked:
     def ternary(self, name: str, index: Index) -> Ternary | None:
         if name not in self.packed_names:
             return None
-        (leaf,) = self._leaves((name,), index)
+        leaf = served(self._leaves((name,), index)[0])
         return unpack(leaf.codes, leaf.inputs).T, float(leaf.scale)
 
     def _leaves(self, names: Names, index: Index) -> list[Any]:
@@ -191,8 +199,8 @@ def _show(shape: tuple[int, ...] | None) -> object:
 
 
 def of_params(config: ModelConfig, params: Any, place: str) -> Stacked:
-    """The weights of a tree of plain floating-point arrays, PackedTernary among them, on any device."""
-    is_packed = lambda leaf: isinstance(leaf, PackedTernary)
+    """The weights of a tree of plain floating-point arrays, packed ternary ones among them, on any device."""
+    is_packed = lambda leaf: isinstance(leaf, PackedTernary | Trits)
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)}
     packed = {name for name, leaf in leaves.items() if is_packed(leaf)}
     for name, leaf in leaves.items():
@@ -238,17 +246,18 @@ class Latents:
     def __init__(self, weights: Weights, rules: Sequence[str]):
         self.config, self.place, self.groups = weights.config, weights.place, weights.groups
         self.dtype, self.read, self._weights = weights.dtype, weights.read, weights
-        scan = weights.config.scan_layers
-        shapes = stored_shapes(weights.config, scan)
-        assigned = assign({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}, rules)
-        is_ternary = lambda name: (
-            {assigned[stored(name, index, scan)[0]] for index in indices(name, weights.config)} == {"ternary"}
-        )
+        self._scan = weights.config.scan_layers
+        shapes = stored_shapes(weights.config, self._scan)
+        self._assigned = assign({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}, rules)
         self.packed_names = packed_names(weights)
-        self.ternary_names = {name for names in self.groups for name in names if is_ternary(name)} | self.packed_names
+        every = lambda name: all(self.is_ternary(name, index) for index in indices(name, weights.config))
+        self.ternary_names = {name for names in self.groups for name in names if every(name)}
+
+    def is_ternary(self, name: str, index: Index) -> bool:
+        return name in self.packed_names or self._assigned[stored(name, index, self._scan)[0]] == "ternary"
 
     def ternary(self, name: str, index: Index) -> Ternary | None:
-        if name not in self.ternary_names or name in self.packed_names:
+        if name in self.packed_names or not self.is_ternary(name, index):
             return ternary_piece(self._weights, name, index)
         codes, inverse = ternary_codes(jax.numpy.asarray(self.read((name,), index)[0]))
         return np.asarray(codes, np.int8), float(1 / inverse)

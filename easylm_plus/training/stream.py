@@ -42,6 +42,7 @@ from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
+from easylm_plus.numerics.trits import Trits
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 from easylm_plus.training.contents import declared, put_together
 from easylm_plus.tree import path_name
@@ -199,7 +200,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     config, place = ModelConfig(**meta["config"]["model"]), f"{directory}/{step}"
     if meta.get("pieces"):
         return Chunked(config, arrays, fetch, place, state=directory / str(step) / "state"), meta, directory
-    ternary = {path_name(path) for path, leaf in leaves if isinstance(leaf, PackedTernary)}
+    ternary = {path_name(path) for path, leaf in leaves if isinstance(leaf, PackedTernary | Trits)}
     return Stacked(config, arrays, fetch, place, ternary), meta, directory
 
 
