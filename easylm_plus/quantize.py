@@ -25,6 +25,7 @@ from easylm_plus.door import console
 from easylm_plus.errors import UserError
 from easylm_plus.interop.weights import LAYER, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.deploy import all_filed
 from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import assign
@@ -75,8 +76,9 @@ def write_quantized(
     if described["config.json"] and rules:  # what it says of rounding is done
         kept = {key: value for key, value in described["config.json"].items() if key != "quantization_config"}
         described = {**described, "config.json": kept}
-    write_parameters(folder, result.params, {**described, "quantized": scheme.text})
-    console.print(table(result, scheme))
+    params = all_filed(result.params)
+    write_parameters(folder, params, {**described, "quantized": scheme.text})
+    console.print(table(result, scheme, sum(x.nbytes for x in jax.tree.leaves(params))))
 
 
 def check_rules(scheme: Scheme, rules: Sequence[str]) -> None:
@@ -141,8 +143,8 @@ def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibratio
     return Rows(seen, heldout, told)
 
 
-def table(result: Result, scheme: Scheme) -> Table:
-    """What it was and what it is."""
+def table(result: Result, scheme: Scheme, filed: int) -> Table:
+    """What it was and what it is; `filed`: bytes of the arrays in the checkpoint."""
     show = Table(scheme.text, "before", "after")
     per_weight = lambda size: f"{8 * size / result.matrices:.2f}"
     show.add_row("matrices of the blocks", *map(human, result.matrix_bytes))
@@ -150,6 +152,7 @@ def table(result: Result, scheme: Scheme) -> Table:
     show.add_row("all weights", *map(human, result.total_bytes))
     overall = [f"{8 * size / result.weights:.2f}" for size in result.total_bytes]
     show.add_row("bits a weight overall", *overall)
+    show.add_row("in the checkpoint", "", human(filed))
     if math.isnan(result.before):
         show.add_row("held-out perplexity", "not measured", "not measured")
     else:

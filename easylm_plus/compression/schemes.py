@@ -2,6 +2,7 @@
 
     int8 int6 int5 int4 int3 int2   group=N (in-features that share a scale; by default all), asym,
                                     method=rtn | gptq | awq, act_order (gptq)
+    nf4                             the 16 levels of QLoRA; double (factors in 8 bits)
     fp8                             E4M3 codes, a scale a matrix
     ternary                         {-1, 0, 1} times one scale a matrix; of a model that was trained so, exactly itself
     sparse                          share=0.5 (of the weights that go), method=magnitude | wanda | sparsegpt
@@ -27,8 +28,11 @@ from easylm_plus.compression.awq import awq
 from easylm_plus.compression.gptq import gptq
 from easylm_plus.compression.pruning import kept_of, magnitude, sparsegpt, wanda
 from easylm_plus.errors import UserError
+from easylm_plus.numerics.deploy import HEAD
 from easylm_plus.numerics.formats import E4M3, encode
+from easylm_plus.numerics.int8_rows import int8_rows
 from easylm_plus.numerics.integer import WIDTHS, integers
+from easylm_plus.numerics.nf4 import nf4
 from easylm_plus.numerics.packed_ternary import packed
 from easylm_plus.numerics.sparsity import sparse, two_four
 from easylm_plus.numerics.watched import Seen
@@ -70,6 +74,7 @@ SCHEMES: dict[str, tuple[Make, Values]] = {
         f"int{bits}": _keys(partial(_integers, bits), group=0, method="rtn", asym=False, act_order=False)
         for bits in WIDTHS
     },
+    "nf4": _keys(lambda w, seen, values: nf4(jnp.asarray(w), double=values["double"]), double=False),
     "fp8": _keys(lambda w, seen, values: encode(jnp.asarray(w), E4M3)),
     "ternary": _keys(lambda w, seen, values: packed(jnp.asarray(w))),
     "sparse": _keys(_pruned, share=0.5, method="wanda", embed="keep"),
@@ -105,12 +110,7 @@ class Scheme:
 
     def ends(self, name: str, w: Any) -> Any:
         """What becomes of an embedding or a head."""
-        return as_int8_rows(name, w) if self.values["embed"] == "int8" else w
-
-
-def as_int8_rows(name: str, w: Any) -> Any:
-    """The policy embed=int8: the head with 8 bits a weight; tables of embeddings, which are read by rows, stay."""
-    return integers(jnp.asarray(w), 8) if name == "lm_head/kernel" else w
+        return int8_rows(jnp.asarray(w), transposed=name == HEAD) if self.values["embed"] == "int8" else w
 
 
 def scheme(text: str) -> Scheme:
