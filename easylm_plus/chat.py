@@ -27,6 +27,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face f
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "replaces the checkpoint's tokenizer")
 TEMPLATE = flags.DEFINE_string("template", "", "replaces the checkpoint's template: koala, chat, text or a jinja file")
+ADAPTER = flags.DEFINE_string("adapter", "", "folder of PEFT's adapters for these weights")
 PROMPT = flags.DEFINE_string("prompt", None, "answer this and exit")
 SYSTEM = flags.DEFINE_string("system", "", "system prompt")
 STOP = flags.DEFINE_multi_string("stop", [], "texts that end an answer, beside the template's own")
@@ -67,7 +68,8 @@ class Options:
 def main() -> int:
     """Answers one prompt, or holds a conversation."""
     cluster.use_compilation_cache()
-    opened = open_model(CHECKPOINT.value, step=STEP.value, tokenizer=TOKENIZER.value, template=TEMPLATE.value)
+    places = {"tokenizer": TOKENIZER.value, "template": TEMPLATE.value, "adapter": ADAPTER.value}
+    opened = open_model(CHECKPOINT.value, step=STEP.value, **places)
     chatter = opened.chatter(tuple(STOP.value))
     options = Options(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value, MAX_NEW_TOKENS.value)
     options.sampling()

@@ -12,9 +12,10 @@ from data_pipelines.tokenization import Tokenizer, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator
-from easylm_plus.interop.configs import stated_rules
+from easylm_plus.interop.configs import read_raw, stated_rules
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.interop.llama2c import load_llama2c
+from easylm_plus.interop.peft import beside, read_adapters
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
@@ -39,12 +40,27 @@ class Opened(NamedTuple):
         return Chatter(generator, self.tokenizer, self.template, stop)
 
 
-def open_model(path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "") -> Opened:
+def open_model(
+    path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "", adapter: str = ""
+) -> Opened:
     """Opens a run's folder (its last step, or `step`), a Hugging Face folder, or a llama2.c .bin file.
 
     `tokenizer` and `template` replace those of the checkpoint; other people's files need a template where they
-    bring none.
+    bring none. `adapter`: a folder of PEFT's, whose adapters go beside the weights, whatever these are kept as.
     """
+    opened = _open_model(path, step, tokenizer, template)
+    if not adapter:
+        return opened
+    config, folder = opened.model.config, Path(path)
+    if (folder / "config.json").is_file():
+        original: dict[str, Any] | None = read_raw(folder)
+    else:
+        original = None if folder.is_file() else read_meta(*locate(folder, step)).get("config.json")
+    adapters = read_adapters(adapter, config, original)
+    return opened._replace(params=jax.device_put(beside(opened.params, adapters, config)))
+
+
+def _open_model(path: str | Path, step: int | None, tokenizer: str, template: str) -> Opened:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: not found; expected a run's log.dir, a Hugging Face folder or a llama2.c file")
