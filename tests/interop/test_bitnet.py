@@ -295,7 +295,7 @@ def test_damaged_folders(folder, tmp_path):
 
 @pytest.mark.parity
 def test_transformers_opens_what_is_written(peer, tmp_path):
-    """By from_pretrained, and what it saves again is opened here. Those of bitlinear are the same; autobitlinear divides
+    """By from_pretrained, and what it saves again is opened here. bitlinear computes the same; autobitlinear divides
     by the activations' scale before the product, so that here and there an activation falls to the other side of a tie,
     which moves tokens by 0.01."""
     arrays = golden("tiny_bitnet_model")
