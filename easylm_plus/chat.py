@@ -28,6 +28,7 @@ KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["compute", "int8"], "what decodi
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "replaces the checkpoint's tokenizer")
 TEMPLATE = flags.DEFINE_string("template", "", "replaces the checkpoint's template: koala, chat, text or a jinja file")
+ADAPTER = flags.DEFINE_string("adapter", "", "folder of PEFT's adapters for these weights")
 PROMPT = flags.DEFINE_string("prompt", None, "answer this and exit")
 SYSTEM = flags.DEFINE_string("system", "", "system prompt")
 STOP = flags.DEFINE_multi_string("stop", [], "texts that end an answer, beside the template's own")
@@ -69,7 +70,7 @@ def main() -> int:
     """Answers one prompt, or holds a conversation."""
     cluster.use_compilation_cache()
     texts = {"tokenizer": TOKENIZER.value, "template": TEMPLATE.value, "kv_cache": KV_CACHE.value or ""}
-    opened = open_model(CHECKPOINT.value, step=STEP.value, **texts)
+    opened = open_model(CHECKPOINT.value, step=STEP.value, adapter=ADAPTER.value, **texts)
     if line := told(opened.params):
         print(line, file=sys.stderr)
     chatter = opened.chatter(tuple(STOP.value))

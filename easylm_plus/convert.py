@@ -5,6 +5,11 @@
     python -m easylm_plus.convert --from=easylm --model=koala-13b --input=streaming_params --output=koala-13b
     python -m easylm_plus.convert --to=gguf --gguf_type=q8_0 --input=runs/koala13b --output=koala13b.gguf
 
+Low-rank adapters as PEFT has them, from a run with numerics.lora, and merged into a base:
+
+    python -m easylm_plus.convert --to=peft --input=runs/koala13b_qlora --output=koala13b-lora
+    python -m easylm_plus.convert --adapter=koala13b-lora --input=llama-13b-hf --output=koala-13b
+
 A difference that only owners of the base can use, and the model again:
 
     python -m easylm_plus.convert --input=runs/koala13b --diff_base=llama-13b-hf --output=koala13b-diff
@@ -36,7 +41,7 @@ from data_pipelines.template import CHAT
 from easylm_plus.compression.schemes import Scheme, scheme
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
-from easylm_plus.interop import difference, gguf_files
+from easylm_plus.interop import difference, gguf_files, peft
 from easylm_plus.interop.bitnet import FORMS
 from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import read_raw, stated_form, stated_rules
@@ -51,7 +56,7 @@ from easylm_plus.models.families import preset
 from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
 from easylm_plus.quantize import check_source, rows_of, write_quantized
-from easylm_plus.training.checkpoint import steps
+from easylm_plus.training.checkpoint import locate, read_adapters, steps
 from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
@@ -61,7 +66,7 @@ KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
-TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus", "gguf"), "format of --output; by default easylm_plus")
+TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus", "gguf", "peft"), "format of --output; by default easylm_plus")
 INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "new folder; with --to=gguf a new file", required=True)
 STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
@@ -72,6 +77,7 @@ DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this
 RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
 HF_TERNARY = flags.DEFINE_enum("hf_ternary", None, list(FORMS), "how --to=hf has ternary weights; by default as the "
                                "Hugging Face model that they came from, or packed as autobitlinear")  # fmt: skip
+ADAPTER = flags.DEFINE_string("adapter", "", "folder of PEFT's adapters, to be merged into --input")
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
 QUANTIZE = flags.DEFINE_string("quantize", "", "write fewer bits a weight: a scheme, as int4:group=128,method=gptq")
@@ -102,6 +108,9 @@ def main() -> int:
     if chosen:
         check_source(Path(INPUT.value), STEP.value, chosen.text)
     source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
+    if ADAPTER.value:
+        adapters = peft.read_adapters(ADAPTER.value, source.weights.config, source.original)
+        source = source._replace(weights=peft.Adapted(source.weights, adapters))
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
     base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
@@ -171,7 +180,17 @@ def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
     )
 
 
-WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
+def _write_peft(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+    leaves = read_adapters(*locate(INPUT.value, STEP.value))
+    show.total = sum(leaf.a.nbytes + leaf.b.nbytes for leaf in leaves.values())
+    _companions(source, folder)
+    base = (source.run or {}).get("init_from", {}).get("path", "")
+    config, place = source.weights.config, source.weights.place
+    peft.write_adapters(peft.by_piece(leaves, config), config, source.original, base, folder, place)
+    show(show.total)
+
+
+WRITERS = {"hf": _write_hf, "easylm_plus": _write_own, "peft": _write_peft}  # of --to
 
 
 def _shard_bytes() -> int:
@@ -197,8 +216,11 @@ def _all_flags_count() -> None:
         (CALIBRATION_ROWS, CALIBRATION_ROWS.value, QUANTIZE.value, "with --quantize"),
         (EXAMPLES, EXAMPLES.value, QUANTIZE.value, "with --quantize"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
+        (DTYPE, DTYPE.value, TO.value != "peft", "where whole weights are written, not with --to=peft"),
+        (ADAPTER, ADAPTER.value, TO.value != "peft", "where whole weights are written, not with --to=peft"),
         (HF_TERNARY, HF_TERNARY.value, TO.value == "hf" and not writes_difference, "with --to=hf"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),
+        (TO, TO.value, TO.value != "peft" or kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
         (STEP, STEP.value, kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
     ):
         if given not in (None, "") and not counts:

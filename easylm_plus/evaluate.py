@@ -28,6 +28,7 @@ from easylm_plus.training.data import judged_by, learned_of
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face folder or llama2.c file", required=True)
 KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["compute", "int8"], "what decoding keeps keys and values as")
 STEP = flags.DEFINE_integer("step", None, "step of the run; the last by default")
+ADAPTER = flags.DEFINE_string("adapter", "", "folder of PEFT's adapters for these weights")
 DATA = flags.DEFINE_string("data", "", "prepared folder; that of the run by default")
 EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out examples a source")
 EXACT = flags.DEFINE_list(
@@ -41,7 +42,7 @@ OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures")
 def main() -> int:
     """Prints the figures of one checkpoint."""
     cluster.use_compilation_cache()
-    opened = open_model(CHECKPOINT.value, step=STEP.value, kv_cache=KV_CACHE.value or "")
+    opened = open_model(CHECKPOINT.value, step=STEP.value, adapter=ADAPTER.value, kv_cache=KV_CACHE.value or "")
     if line := told(opened.params):
         print(line, file=sys.stderr)
     if not (DATA.value or opened.config.get("data", {}).get("path")):

@@ -13,9 +13,10 @@ from data_pipelines.tokenization import Tokenizer, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator
-from easylm_plus.interop.configs import stated_rules
+from easylm_plus.interop.configs import read_raw, stated_rules
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.interop.llama2c import load_llama2c
+from easylm_plus.interop.peft import beside, read_adapters
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, unstack_layers
 from easylm_plus.numerics.deploy import all_served, is_packed
@@ -43,18 +44,37 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    path: str | Path, *, step: int | None = None, tokenizer: str = "", template: str = "", kv_cache: str = ""
+    path: str | Path,
+    *,
+    step: int | None = None,
+    tokenizer: str = "",
+    template: str = "",
+    adapter: str = "",
+    kv_cache: str = "",
 ) -> Opened:
     """Opens a run's folder (its last step, or `step`), a Hugging Face folder, or a llama2.c .bin file.
 
     `tokenizer` and `template` replace those of the checkpoint; other people's files need a template where they
-    bring none; `kv_cache` replaces the key of that name in the model's config.
+    bring none. `adapter`: a folder of PEFT's, whose adapters go beside the weights, whatever these are kept as.
+    `kv_cache` replaces the key of that name in the model's config.
     """
     opened = _opened(Path(path), step, tokenizer, template)
-    if not kv_cache:
-        return opened
-    config = dataclasses.replace(opened.model.config, kv_cache=kv_cache)
-    return opened._replace(model=opened.model.clone(config=config))
+    model, params = opened.model, opened.params
+    if is_packed(params):
+        model, params = unrolled(model, params)
+    if adapter:
+        adapters = read_adapters(adapter, model.config, _original(Path(path), step))
+        params = jax.device_put(beside(params, adapters, model.config))
+    if kv_cache:
+        model = model.clone(config=dataclasses.replace(model.config, kv_cache=kv_cache))
+    return opened._replace(model=model, params=params)
+
+
+def _original(path: Path, step: int | None) -> dict[str, Any] | None:
+    """The config.json that the weights have, or once had."""
+    if (path / "config.json").is_file():
+        return read_raw(path)
+    return None if path.is_file() else read_meta(*locate(path, step)).get("config.json")
 
 
 def _opened(path: Path, step: int | None, tokenizer: str, template: str) -> Opened:
@@ -77,7 +97,6 @@ def _opened(path: Path, step: int | None, tokenizer: str, template: str) -> Open
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     stated = stated_rules(original, f"{directory}/{step}: config.json") if original else ()
     params = attach(all_served(params), stated or config["numerics"].get("rules", ()))
-    model, params = unrolled(model, params) if is_packed(params) else (model, params)
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)

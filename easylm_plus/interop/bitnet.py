@@ -8,7 +8,8 @@
 
 Codes are those of a torch matrix [out, in], four a byte: with R = ceil(out / 4) rows of bytes, byte [r, c] holds those
 of the rows r, r + R, r + 2R and r + 3R, the first in the lowest bits, as code + 1. Where 4 does not divide `out` the
-last rows are padding, zeros that read as the code -1.
+last rows are padding, zeros that read as the code -1. An autobitlinear that transformers has opened and saved again
+has the codes as floats [out, in].
 
 The two conventions for weight_scale cannot be told apart by looking: the wrong one makes gibberish, not an error.
 microsoft/bitnet-b1.58-2B-4T is autobitlinear, HF1BitLLM's models are bitlinear, which is also what absent keys mean.
@@ -102,13 +103,13 @@ class PackedTensors:
     Args:
       shapes: of the matrices [out, in] that are ternary, by name; what is packed does not tell `out`.
 
-    Raises UserError for one that is not packed, or has no scale.
+    Raises UserError for one that is not in codes, or has no scale.
     """
 
     def __init__(self, tensors: Tensors, form: str, shapes: Mapping[str, tuple[int, ...]]):
         self.place, self._tensors, self._form, self._shapes = tensors.place, tensors, form, shapes
         for name in sorted(shapes.keys() & tensors.names()):
-            if (dtype := tensors.dtype(name)) != np.uint8:
+            if (dtype := tensors.dtype(name)) != np.uint8 and form == "bitlinear":
                 raise UserError(f"{self.place}: {name} is {dtype}, expected uint8: config.json says that it is packed")
             if name + SCALE not in tensors.names():
                 raise UserError(f"{self.place}: found no tensor {name}{SCALE}, expected that of {name}")
@@ -118,7 +119,7 @@ class PackedTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         found = self._tensors.shape(name)
-        if name not in self._shapes:
+        if name not in self._shapes or self._tensors.dtype(name) != np.uint8:
             return found
         out, *rest = self._shapes[name]
         return self._shapes[name] if found == (-(-out // PER_BYTE), *rest) else (found[0] * PER_BYTE, *found[1:])
@@ -143,7 +144,13 @@ class PackedTensors:
         if scale.shape != (1,) or not np.isfinite(scale[0]) or scale[0] <= 0:
             raise UserError(f"{self.place}: {name}{SCALE}: found {scale.tolist()}, expected one positive number")
         gamma = 1 / scale[0] if self._form == "bitlinear" else scale[0]
-        return unpack_rows(self._tensors.read(name), self._shapes[name][0]), float(gamma)
+        read = self._tensors.read(name)
+        if read.dtype == np.uint8:
+            return unpack_rows(read, self._shapes[name][0]), float(gamma)
+        codes = read.astype(np.int8)
+        if (codes != read).any() or (np.abs(codes) > 1).any():
+            raise UserError(f"{self.place}: {name}: found other numbers than -1, 0 and 1; expected those, or bytes")
+        return codes, float(gamma)
 
 
 def packed_layouts(layouts: Iterable[Layout], place: str) -> list[Layout]:

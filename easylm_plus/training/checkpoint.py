@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from easylm_plus.errors import UserError
+from easylm_plus.numerics.lora import LowRank
 from easylm_plus.training.contents import compare_arrays, compare_leaves, declared, describe, leaf_types, put_together
 
 SCHEMA = 1
@@ -163,14 +164,39 @@ def read_parameters(directory: Path, step: int, shardings: Any = None, only: str
     """
     meta = read_meta(directory, step)
     part = parameters_part(meta["arrays"])
-    target = declared(meta["arrays"], f"{part}/{only}" if only else part, shardings)
+    arrays = _read(directory, step, declared(meta["arrays"], f"{part}/{only}" if only else part, shardings), shardings)
+    return put_together(arrays, meta.get("leaves", {}))[part]
+
+
+def read_adapters(directory: Path, step: int) -> dict[str, LowRank]:
+    """name -> the adapter (lora.py) of a run's weight, without its base: NumPy arrays. Raises UserError for none."""
+    meta = read_meta(directory, step)
+    found = {name: info for name, info in meta.get("leaves", {}).items() if info["type"] == "LowRank"}
+    place = f"{directory}/{step}"
+    if not found:
+        raise UserError(f"{place}: found no adapters, expected a run with numerics.lora")
+    if parameters_part(meta["arrays"]) == "ema":
+        raise UserError(f"{place}: found an average of the weights (train.ema), of which there are no adapters")
+    arrays = {name: info for name, info in meta["arrays"].items() if name.rpartition("/")[0] in found}
+    tree = _read(directory, step, declared(arrays, "params"), None)
+
+    def adapter(name: str) -> LowRank:
+        node = tree
+        for key in name.split("/"):
+            node = node[key]
+        return LowRank(None, node["a"], node["b"], found[name]["scale"])
+
+    return {name.removeprefix("params/"): adapter(name) for name in sorted(found) if name.startswith("params/")}
+
+
+def _read(directory: Path, step: int, target: Any, shardings: Any) -> Any:
+    """The declared arrays of a checkpoint; NumPy's where there is no sharding."""
     how = ocp.checkpoint_utils.construct_restore_args(target)
     if shardings is None:
         how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        arrays = reader.restore(directory / str(step) / "state", args=args)
-    return put_together(arrays, meta.get("leaves", {}))[part]
+        return reader.restore(directory / str(step) / "state", args=args)
 
 
 def write_parameters(directory: str | Path, params: Any, meta: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """Hugging Face's packed BitNet formats, both ways: bytes, both conventions of the scale, and a model that they hold."""
 
 import json
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +277,7 @@ def test_what_cannot_be_expressed(folder, tmp_path):
 def test_damaged_folders(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     for change, message in (
-        ({Q_PROJ: np.zeros((64, 64), np.float32)}, "q_proj.weight is float32, expected uint8"),
+        ({Q_PROJ: np.full((64, 64), 0.5, np.float32)}, "weight is float32, expected uint8|numbers than -1, 0 and 1"),
         ({Q_PROJ + "_scale": None}, "found no tensor .*q_proj.weight_scale"),
         ({Q_PROJ + "_scale": np.zeros(1, np.float32)}, r"found \[0.0\], expected one positive number"),
         ({Q_PROJ: np.zeros((17, 64), np.uint8)}, r"has shape \[68, 64\], expected \[64, 64\]"),
@@ -285,3 +288,27 @@ def test_damaged_folders(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             load_hf(tmp_path / "bad")
     assert safetensors_of(folder) is not None
+
+
+# --- against transformers ---
+
+
+@pytest.mark.parity
+def test_transformers_opens_what_is_written(peer, tmp_path):
+    """By from_pretrained, and what it saves again is opened here. bitlinear computes the same; autobitlinear divides
+    by the activations' scale before the product, so that here and there an activation falls to the other side of a tie,
+    which moves tokens by 0.01."""
+    arrays = golden("tiny_bitnet_model")
+    np.save(tmp_path / "ids.npy", arrays["ids"])
+    for form in OFFLINE:
+        model, params = load_hf(write_golden(tmp_path / form, form))
+        save_hf(model, params, tmp_path / f"{form} out", ternary=form)
+        script = Path(__file__).with_name("peer_bitnet.py")
+        places = [tmp_path / f"{form} out", tmp_path / "ids.npy", tmp_path / "logits.npy", tmp_path / f"{form} again"]
+        subprocess.run([peer, script, *places], check=True, timeout=200, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+        theirs = np.load(tmp_path / "logits.npy")
+        far = np.abs(theirs - logits(model, params))
+        assert far.max() < (1e-5 if form == "bitlinear" else 0.02) and np.median(far) < 1e-5
+        np.testing.assert_allclose(logits(*load_hf(tmp_path / f"{form} again")), logits(model, params), atol=1e-5)
+    other = jax.tree.map(lambda x: x.replace(scale=1 / x.scale) if is_packed(x) else x, params, is_leaf=is_packed)
+    assert np.abs(theirs - logits(model, other)).max() > 0.1
