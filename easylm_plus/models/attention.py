@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from easylm_plus.models.attend import Sight, attend, masked, sight_of, visible
+from easylm_plus.models.attend import Sight, attend, cached, sight_of, visible
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.ema import DampedEMA
 from easylm_plus.models.initializers import initializer
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, G, K]; with a leading layer axis in a scanned model."""
+    """Keys and values of one layer, [B, G, S, K]; with a leading layer axis in a scanned model."""
 
     k: jax.Array
     v: jax.Array
@@ -63,10 +63,13 @@ class Attention(nn.Module):
             y = attend(q, k, v, layout.segments_BT, c)
         else:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), layout.offset, axis=1
+                old, new.swapaxes(1, 2).astype(old.dtype), layout.offset, axis=2
             )
-            cache = LayerCache(write(cache.k, k), write(cache.v, v), recent)
-            y = masked(q, cache.k, cache.v, mask=_cache_mask(layout, T, sight_of(c)))
+            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later, and
+            # so copy the whole cache for every token
+            k, v = jax.lax.optimization_barrier((write(cache.k, k), write(cache.v, v)))
+            cache = LayerCache(k, v, recent)
+            y = cached(q, cache.k, cache.v, _cache_mask(layout, T, sight_of(c)))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
         if c.sub_norms:
             y = norm(c, self.precision, name="attn_sub_norm")(y)
