@@ -65,8 +65,8 @@ class Attention(nn.Module):
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new.swapaxes(1, 2).astype(old.dtype), layout.offset, axis=2
             )
-            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later, and
-            # so copy the whole cache for every token
+            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later,
+            # and copy the whole cache for that, for every token
             k, v = jax.lax.optimization_barrier((write(cache.k, k), write(cache.v, v)))
             cache = LayerCache(k, v, recent)
             y = cached(q, cache.k, cache.v, _cache_mask(layout, T, sight_of(c)))
