@@ -151,4 +151,13 @@ def integer_product(x_ND: jax.Array, w: PackedTernary, path: str = "xla") -> jax
     return y_NF[:N]
 
 
-KERNELS: dict[str, Callable] = {"ffi": native.integer_product}
+def _in_pallas(name: str) -> Callable:
+    def kernel(x_ND: jax.Array, codes: jax.Array) -> jax.Array:
+        from easylm_plus.numerics.kernels import pallas  # takes half a second, and few need it
+
+        return getattr(pallas, name)(x_ND, codes)
+
+    return kernel
+
+
+KERNELS = {"ffi": native.integer_product, "triton": _in_pallas("triton"), "mosaic": _in_pallas("mosaic")}
