@@ -31,7 +31,7 @@ from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
-from easylm_plus.training.data import judged_by, learned_of, template_date
+from easylm_plus.training.data import chosen_sources, judged_by, learned_of, template_date
 
 ROWS = 8  # of a batch
 LONGEST = 2048  # tokens of a row, where the model came without a run that says
@@ -125,13 +125,17 @@ def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibratio
     now = template_date(section.get("date", ""))
     template = load_template(section["template"], words, max_length=length + 1, now=now)
     encode = judged_by(learned_of(section, template))
-    entries = datasets.read_manifest(folder)["sources"]
-    has = lambda split: [name for name, entry in entries.items() if split in entry["splits"]]
-    opened = lambda split: {name: datasets.open_source(folder, name, split) for name in has(split)}
+    manifest = datasets.read_manifest(folder)
+    names, mixed = chosen_sources(() if data else section.get("sources", ()), manifest)
+    opened = lambda split: {
+        name: datasets.open_source(folder, name, split)
+        for name in names
+        if split in manifest["sources"][name]["splits"]
+    }
     batches = evaluation_batches(opened("heldout"), encode, batch_size=ROWS, length=length, limit_per_source=examples)
     heldout = [batch.arrays for batch in batches]
     size = min(ROWS, calibration)
-    loader = Loader(opened("train"), None, encode, batch_size=size, length=length, seed=0) if calibration else ()
+    loader = Loader(opened("train"), mixed, encode, batch_size=size, length=length, seed=0) if calibration else None
     seen = [next(loader).arrays for _ in range(math.ceil(calibration / size))] if loader else []
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in seen)
     learned = sum(int(batch["loss_weights"].sum()) for batch in heldout)

@@ -27,7 +27,7 @@ from easylm_plus.tree import path_name
 
 ROWS, LENGTH, VOCAB = 2, 24, 50
 FAMILIES = {
-    "llama": ("debug", {}),
+    "llama": ("debug", {"scan_layers": True}),
     "unrolled": ("debug", {"scan_layers": False}),
     "yuan": ("yuan-2b", {"num_kv_heads": 4}),
     "shared": ("yuan-2b", {"num_kv_heads": 4, "lfa_variant": "none", "share_qk": True}),
@@ -139,7 +139,7 @@ def test_losses_and_leaves_of_every_family(family):
     assert result.matrix_bytes[1] == sum(x.nbytes for x in after.values() if isinstance(x, Coded))
 
 
-@pytest.mark.parametrize("family", [*QUICK, pytest.param("palm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["yuan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "palm"))])
 def test_matrices_see_what_is_done_before_them(family):
     """The sums are those of the quantised model itself, matrix by matrix; those of the original are told apart."""
     model, params = made(family)
@@ -202,8 +202,11 @@ def test_an_expert_that_nobody_meets_is_rounded_to_nearest():
     assert np.abs(decode(found[0]) - decode(nearest[0])).max() > 0.01
 
 
+SLOW = ("fp8", "2:4:method=sparsegpt", "int3:method=awq,asym,group=8")
+
+
 @pytest.mark.parametrize(
-    "text", ("fp8", "ternary", "2:4:method=sparsegpt", "sparse:share=0.75", "int3:method=awq,asym,group=8")
+    "text", ["ternary", "sparse:share=0.75", *(pytest.param(text, marks=pytest.mark.slow) for text in SLOW)]
 )
 def test_every_scheme_answers_to_its_leaves(text):
     result = walked(text)
