@@ -266,6 +266,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max([self._processor.vocab_size() - 1, *special.values()]) + 1
         self._require_inert()
 
+    def model(self) -> bytes:
+        """The sentencepiece model as it is used, with types of pieces as they are here."""
+        model: bytes = self._processor.serialized_model_proto()
+        return model
+
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
         ids: list[Ids] = self._processor.encode(list(texts), out_type="numpy")
         return ids

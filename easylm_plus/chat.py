@@ -19,7 +19,7 @@ from data_pipelines.conversation import Conversation, Turn
 from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
-from easylm_plus.inference.load import open_model
+from easylm_plus.inference.load import open_model, told
 from easylm_plus.inference.sampling import Sampling, checked
 from easylm_plus.parallel import cluster
 
@@ -70,6 +70,8 @@ def main() -> int:
     cluster.use_compilation_cache()
     texts = {"tokenizer": TOKENIZER.value, "template": TEMPLATE.value, "kv_cache": KV_CACHE.value or ""}
     opened = open_model(CHECKPOINT.value, step=STEP.value, **texts)
+    if line := told(opened.params):
+        print(line, file=sys.stderr)
     chatter = opened.chatter(tuple(STOP.value))
     options = Options(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value, MAX_NEW_TOKENS.value)
     options.sampling()

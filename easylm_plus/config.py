@@ -66,7 +66,9 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "lora_alpha": 16.0,  # adapters are multiplied by lora_alpha / rank
                 "fp8_accumulate": "float32",  # float32 | e4m3 (FP8-LM's): sums of FP8 gradients over micro-batches
                 "fp8_smooth": False,  # features of the feed-forward's product that stand out are evened out
-                "rules": (),  # "regex=plain|ternary|fp8|narrow": matrices that are otherwise than the level says
+                # "regex=plain|ternary|fp8|narrow", with lora also nf4|nf4_double: what matrices become instead
+                "rules": (),
+                "ternary_warmup": 0,  # steps over which ternary matrices become so, of a model that was not; 0: at once
                 "deterministic": True,  # GPU: refuse kernels whose sums depend on timing
             },
             "mesh": {
@@ -81,16 +83,16 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
             "optimizer": {
                 "learning_rate": 2e-5,
                 "end_learning_rate": 0.0,
-                "schedule": "cosine",  # constant | linear | cosine | two_stage
+                "schedule": "cosine",  # constant | linear | cosine | two_stage | two_stage_cosine
                 "warmup_steps": 0,
                 "warmup_share": 0.0,  # of the run, instead of warmup_steps
-                "stage_at": 0.5,  # two_stage: when the second line starts, as a share of the run
-                "stage_learning_rate": 0.0,  # two_stage: where it starts
+                "stage_at": 0.5,  # two stages: when the second line starts, as a share of the run
+                "stage_learning_rate": 0.0,  # two stages: where it starts
                 "b1": 0.9,
                 "b2": 0.95,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
-                "stage_weight_decay": 0.0,  # two_stage: from stage_at on
+                "stage_weight_decay": 0.0,  # two stages: from stage_at on
                 "decay": r"(kernel|embedding)$",  # which weights decay
                 "clip_norm": 1.0,
                 # formats of the transformed matrices: float32 | bf16 | fp16 | e4m3 | e5m2; "": what the level says

@@ -3,6 +3,7 @@
     python -m easylm_plus.convert --from=hf --input=Llama-2-7b-hf --output=checkpoints/llama2-7b
     python -m easylm_plus.convert --to=hf --input=runs/koala13b --output=koala13b-hf
     python -m easylm_plus.convert --from=easylm --model=koala-13b --input=streaming_params --output=koala-13b
+    python -m easylm_plus.convert --to=gguf --gguf_type=q8_0 --input=runs/koala13b --output=koala13b.gguf
 
 A difference that only owners of the base can use, and the model again:
 
@@ -13,8 +14,8 @@ Fewer bits a weight (compression/schemes.py lists the schemes and their keys):
 
     python -m easylm_plus.convert --quantize=int4:group=128,method=gptq --input=runs/koala13b --output=koala13b-int4
 
-The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder. The
-tokenizer, its chat template and generation_config.json come along.
+The output is a checkpoint that chat, evaluate and training's init_from open, or (--to=hf) a Hugging Face folder, or
+(--to=gguf) one file that llama.cpp runs. The tokenizer, its chat template and generation_config.json come along.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,23 +32,27 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
+from data_pipelines.template import CHAT
 from easylm_plus.compression.schemes import Scheme, scheme
 from easylm_plus.door import run
 from easylm_plus.errors import UserError
-from easylm_plus.interop import difference
+from easylm_plus.interop import difference, gguf_files
+from easylm_plus.interop.bitnet import FORMS
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import read_raw, stated_rules
+from easylm_plus.interop.configs import read_raw, stated_form, stated_rules
 from easylm_plus.interop.easylm import EASYLM, EasyLMStream
-from easylm_plus.interop.huggingface import export_keys, open_weights, write_folder
+from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
+from easylm_plus.interop.huggingface import export_keys, open_weights, ternary_form, write_folder
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated
-from easylm_plus.interop.weights import Cast, Weights, of_params
+from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packed_names
 from easylm_plus.models.families import preset
+from easylm_plus.numerics.rules import CODED
 from easylm_plus.planning.memory import human
 from easylm_plus.quantize import check_source, rows_of, write_quantized
 from easylm_plus.training.checkpoint import steps
-from easylm_plus.training.output import checked, replaced
+from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
 
 DEFAULT_SHARD_GB = 5.0
@@ -56,21 +61,25 @@ KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
-TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus"), "format of --output; by default easylm_plus")
+TO = flags.DEFINE_enum("to", None, ("hf", "easylm_plus", "gguf"), "format of --output; by default easylm_plus")
 INPUT = flags.DEFINE_string("input", None, "folder or file to convert", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "new folder; with --to=gguf a new file", required=True)
 STEP = flags.DEFINE_integer("step", None, "of a run of ours; the last by default")
 DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "of the output; by default each weight keeps its own")
 MODEL = flags.DEFINE_string("model", "", "preset that --from=easylm holds, such as koala-13b")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "file or folder that takes the place of the input's tokenizer")
 DIFF_BASE = flags.DEFINE_string("diff_base", "", "write the difference from this model, or with --recover add to it")
 RECOVER = flags.DEFINE_boolean("recover", False, "--input is a difference; make the model from it and --diff_base")
+HF_TERNARY = flags.DEFINE_enum("hf_ternary", None, list(FORMS), "how --to=hf has ternary weights; by default as the "
+                               "Hugging Face model that they came from, or packed as autobitlinear")  # fmt: skip
 ALLOW_PICKLE = flags.DEFINE_boolean("allow_pickle", False, "read PyTorch's own .bin and .pth, without running them")
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "largest safetensors file, in 10^9 bytes; by default 5")
 QUANTIZE = flags.DEFINE_string("quantize", "", "write fewer bits a weight: a scheme, as int4:group=128,method=gptq")
 DATA = flags.DEFINE_string("data", "", "prepared folder to calibrate with and measure on; that of the run by default")
 CALIBRATION_ROWS = flags.DEFINE_integer("calibration_rows", None, "rows that a method may look at; by default 128")
 EXAMPLES = flags.DEFINE_integer("examples", None, "held-out examples a source for the perplexity; by default 200")
+GGUF_TYPE = flags.DEFINE_enum("gguf_type", None, gguf_files.TYPES, "of the blocks' matrices in a GGUF file")
+GGUF_ENDS = flags.DEFINE_enum("gguf_ends", None, gguf_files.END_TYPES, "of its embedding and head; default by type")
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
@@ -86,7 +95,8 @@ class Source(NamedTuple):
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
     inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
-    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value), _shard_bytes()
+    gguf = TO.value == "gguf"
+    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value, file=gguf), _shard_bytes()
     _all_flags_count()
     chosen = scheme(QUANTIZE.value) if QUANTIZE.value else None
     if chosen:
@@ -95,7 +105,12 @@ def main() -> int:
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
     base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
+    if DIFF_BASE.value and (found := packed_names(source.weights)):
+        raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     show = Progress(total_bytes(source.weights))
+    if gguf:
+        _write_gguf(source, output, show)
+        return 0
     with replaced(output, FORCE.value, show.total) as folder:
         if chosen:
             return _write_quantized(source, chosen, folder)
@@ -110,7 +125,11 @@ def main() -> int:
 
 def _write_hf(source: Source, folder: Path, shards: int, show: "Progress") -> None:
     _companions(source, folder)
-    keys = export_keys(source.weights, source.original, folder)
+    stated = stated_form(source.original, source.weights.place) if source.original else ""
+    form = ternary_form(source.weights, HF_TERNARY.value or stated or "autobitlinear")
+    if HF_TERNARY.value and not form:
+        raise UserError(f"--hf_ternary={HF_TERNARY.value}: found no ternary weights in {INPUT.value}")
+    keys = export_keys(source.weights, source.original, folder, form)
     write_folder(source.weights, keys, folder, shards, show)
 
 
@@ -134,6 +153,24 @@ def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
     return 0
 
 
+def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
+    """Writes one file, and prints its size."""
+    chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
+    if chosen is None:
+        raise UserError(f"{INPUT.value}: found no tokenizer; expected --tokenizer=FILE, which a GGUF file has to have")
+    chat = CHAT if (source.run or {}).get("data", {}).get("template") == "chat" else None
+    keys = tokenizer_keys(open_tokenizer(chosen), source.weights.config.vocab_size, chat)
+    kind, ends = GGUF_TYPE.value or "f16", GGUF_ENDS.value or ""
+    needed = gguf_files.needed_bytes(gguf_files.plan(source.weights, kind, ends))
+    with replaced_file(output, FORCE.value, needed) as path:
+        written = gguf_files.write_gguf(source.weights, path, kind, keys, ends=ends, name=output.stem, progress=show)
+    show.done()
+    print(
+        f"{output}: llama.cpp's {written.architecture}, {human(written.bytes)}, {written.weights:,} weights of "
+        f"{written.bits:.2f} bits; {kind} in the blocks, {written.block_bits:.2f} bits with scales"
+    )
+
+
 WRITERS = {"hf": _write_hf, "easylm_plus": _write_own}  # of --to
 
 
@@ -151,12 +188,16 @@ def _all_flags_count() -> None:
     kind = FROM.value or _kind(Path(INPUT.value))
     kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
     for flag, given, counts, where in (
+        (GGUF_TYPE, GGUF_TYPE.value, TO.value == "gguf", "with --to=gguf"),
+        (GGUF_ENDS, GGUF_ENDS.value, TO.value == "gguf", "with --to=gguf"),
+        (DTYPE, DTYPE.value, TO.value != "gguf", "without --to=gguf, where --gguf_type says it"),
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
         (QUANTIZE, QUANTIZE.value, TO.value != "hf" and not DIFF_BASE.value, "without --to=hf and --diff_base"),
         (DATA, DATA.value, QUANTIZE.value, "with --quantize"),
         (CALIBRATION_ROWS, CALIBRATION_ROWS.value, QUANTIZE.value, "with --quantize"),
         (EXAMPLES, EXAMPLES.value, QUANTIZE.value, "with --quantize"),
         (MAX_SHARD_GB, MAX_SHARD_GB.value, writes_difference or TO.value == "hf", "with --to=hf and for differences"),
+        (HF_TERNARY, HF_TERNARY.value, TO.value == "hf" and not writes_difference, "with --to=hf"),
         (MODEL, MODEL.value, "easylm" in kinds, f"with --from=easylm; {INPUT.value} is {kind}"),
         (STEP, STEP.value, kind == "easylm_plus", f"for runs of ours; {INPUT.value} is {kind}"),
     ):
@@ -176,10 +217,15 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
     if kind == "difference":
         raise UserError(f"{path}: found a difference; expected --recover --diff_base=BASE with it")
     if kind == "hf":
-        return Source(open_weights(path, pickled=ALLOW_PICKLE.value), read_raw(path), path)
+        raw = read_raw(path)
+        weights: Weights = open_weights(path, pickled=ALLOW_PICKLE.value)
+        return Source(_ternary(weights, stated_rules(raw, f"{path}/config.json")), raw, path)
     if kind == "easylm_plus":
         weights, meta, directory = open_checkpoint(path, step)
-        return Source(weights, meta.get("config.json"), directory / "tokenizer", meta["config"])
+        original, run = meta.get("config.json"), meta["config"]
+        rules = stated_rules(original, f"{path}: config.json") if original else ()
+        rules = rules or run.get("numerics", {}).get("rules", ())
+        return Source(_ternary(weights, rules), original, directory / "tokenizer", run)
     if kind == "llama2c":
         model, params = load_llama2c(path)
         return Source(of_params(model.config, params, str(path)), None, None)
@@ -187,6 +233,11 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
         raise UserError(f"--model is not set; expected the preset that {path} holds, which the file does not say")
     stream = EasyLMStream(path)
     return Source(Translated(stream, EASYLM, preset(MODEL.value), lambda _: False), None, None)
+
+
+def _ternary(weights: Weights, rules: Sequence[str]) -> Weights:
+    """Weights that tell which of them are ternary, by rules (numerics/rules.py)."""
+    return Latents(weights, rules) if any(rule.endswith("=ternary") for rule in rules) else weights
 
 
 def _kind(path: Path) -> str:
@@ -221,7 +272,8 @@ def _recovered() -> Source:
     path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value))
     if FROM.value is None and (path / difference.FILE).is_file():
         weights, original = difference.open_difference(path, base.weights)
-        return Source(weights, original, path)
+        rules = stated_rules(original, f"{path}: config.json") if original else ()
+        return Source(_ternary(weights, rules), original, path)
     if FROM.value != "easylm":
         raise UserError(f"{path}: found no {difference.FILE}; expected one and no --from, or --from=easylm")
     print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
@@ -242,7 +294,9 @@ def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     config, run = source.weights.config, source.run or {}
     template = "tokenizer" if _has_chat_template(tokenizer) else "text"
     data = run.get("data") or {"path": "", "length": config.max_length, "date": "", "template": template}
-    numerics = dict(run.get("numerics", {}))
+    numerics = {key: value for key, value in run.get("numerics", {}).items() if key != "lora"}  # merged
+    if "rules" in numerics:  # and no longer in codes
+        numerics["rules"] = [rule for rule in numerics["rules"] if rule.rpartition("=")[2] not in CODED]
     if DTYPE.value or not numerics:
         exact = source.weights.dtype("embed_tokens/embedding") == np.float32
         numerics["precision"] = "float32" if exact else "bf16_pure"

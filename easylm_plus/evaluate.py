@@ -7,6 +7,7 @@ Answers are generated the way the chat generates them. The figures are printed a
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -19,7 +20,7 @@ from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.exact_match import Answer, answers, exact_match
 from easylm_plus.evaluation.loss import make_evaluate, unigram_entropy
-from easylm_plus.inference.load import Opened, open_model
+from easylm_plus.inference.load import Opened, open_model, told
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import cluster
 from easylm_plus.training.data import judged_by, learned_of
@@ -41,6 +42,8 @@ def main() -> int:
     """Prints the figures of one checkpoint."""
     cluster.use_compilation_cache()
     opened = open_model(CHECKPOINT.value, step=STEP.value, kv_cache=KV_CACHE.value or "")
+    if line := told(opened.params):
+        print(line, file=sys.stderr)
     if not (DATA.value or opened.config.get("data", {}).get("path")):
         raise UserError(f"--data is not set, and {CHECKPOINT.value} does not name any: expected a prepared folder")
     folder = DATA.value or opened.config["data"]["path"]

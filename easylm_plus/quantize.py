@@ -23,7 +23,7 @@ from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, nested, walk
 from easylm_plus.door import console
 from easylm_plus.errors import UserError
-from easylm_plus.interop.weights import LAYER, Weights, piece_shapes
+from easylm_plus.interop.weights import LAYER, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.precision import precision
@@ -56,6 +56,8 @@ def write_quantized(
     """
     numerics = described["config"]["numerics"]
     check_rules(scheme, rules)
+    if found := packed_names(weights):
+        raise UserError(f"--quantize={scheme.text}: {weights.place}: {min(found)} is in ternary codes already")
     if scheme.calibrated and not rows.calibration:
         raise UserError(f"--quantize={scheme.text}: method={scheme.values['method']} needs calibration: {rows.told}")
     start = time.monotonic()

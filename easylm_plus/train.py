@@ -117,12 +117,15 @@ def main() -> int:
                 console.print(f"the data starts from its beginning: {error}", markup=False)
         else:
             key = jax.random.key(config.train.seed)
-            params = jax.jit(lambda: init_parameters(run.model, key), out_shardings=run.param_shardings)()
-            origin = "random weights"
+            fresh = lambda: init_parameters(run.model, key)
             if config.init_from.path:
-                params, taken = restore.warm_start(params, config.init_from.path, run.model, config.init_from.rename)
-                origin = f"weights of {config.init_from.path}"
+                empty = jax.tree.map(lambda x, s: x.update(sharding=s), run.shapes, run.param_shardings)
+                path, rename = config.init_from.path, config.init_from.rename
+                params, taken = restore.warm_start(empty, path, run.model, rename, fresh, run.numerics.codings)
+                origin = f"weights of {path}"
                 console.print(restore.table(taken))
+            else:
+                params, origin = jax.jit(fresh, out_shardings=run.param_shardings)(), "random weights"
             with warnings.catch_warnings():  # where masters are narrower, nothing can take the place of what is given
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
                 state = jax.jit(run.make_state, out_shardings=run.shardings, donate_argnums=0)(params)
@@ -139,8 +142,8 @@ def main() -> int:
         compiled.add_row("attention", run.model.config.attention)
         if run.model.config.num_experts:
             compiled.add_row("experts", f"{run.model.config.num_experts}, products {run.model.config.grouped}")
-        if config.numerics.fp8_level != "none":
-            compiled.add_row("FP8", run.numerics.describe())
+        if told := run.numerics.describe():
+            compiled.add_row("weights", told)
         compiled.add_row("matmuls", matmul_formats(train_step.as_text() or ""))
         compiled.add_row("compiled", f"in {time.perf_counter() - compiling:.1f} s")
         console.print(compiled)

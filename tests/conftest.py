@@ -14,6 +14,7 @@ import pytest
 CACHE = Path(os.environ.get("EASYLM_PLUS_CACHE") or Path.home() / ".cache" / "easylm_plus") / "xla_tests"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NO_PEER = "parity tests need EASYLM_PLUS_PEER = a Python interpreter with torch and transformers"
+NO_ENGINE = "engine tests need EASYLM_PLUS_ENGINE = a Python interpreter with llama_cpp (llama-cpp-python)"
 COMPILERS = {"gpu": "jax_cuda13_plugin", "tpu": "libtpu"}
 NO_COMPILER = "compiling for a machine that is not here needs, beside jax: "
 
@@ -32,9 +33,9 @@ for flag, value in XLA.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 
 
-def peer_interpreter() -> Path | None:
-    """The interpreter that parity tests compare with, if there is one."""
-    path = os.environ.get("EASYLM_PLUS_PEER", "")
+def peer_interpreter(variable: str = "EASYLM_PLUS_PEER") -> Path | None:
+    """The interpreter that parity tests compare with, or engine tests, if there is one."""
+    path = os.environ.get(variable, "")
     return Path(path) if path and os.access(path, os.X_OK) and Path(path).is_file() else None
 
 
@@ -44,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"no {DATA}"))
         if item.get_closest_marker("parity") and peer_interpreter() is None:
             item.add_marker(pytest.mark.skip(reason=NO_PEER))
+        if item.get_closest_marker("engine") and peer_interpreter("EASYLM_PLUS_ENGINE") is None:
+            item.add_marker(pytest.mark.skip(reason=NO_ENGINE))
         if (aot := item.get_closest_marker("aot")) and not importlib.util.find_spec(COMPILERS[aot.args[0]]):
             item.add_marker(pytest.mark.skip(reason=NO_COMPILER + COMPILERS[aot.args[0]]))
     if "slow" not in config.option.markexpr:
@@ -56,6 +59,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if count := sum(NO_PEER in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"NOT COMPARED with torch: {count} test(s) skipped; {NO_PEER}", red=True, bold=True)
+    if count := sum(NO_ENGINE in str(report.longrepr) for report in skipped):
+        told = f"NOT COMPARED with llama.cpp: {count} test(s) skipped; {NO_ENGINE}"
+        terminalreporter.write_line(told, red=True, bold=True)
     for platform, package in COMPILERS.items():
         if count := sum(NO_COMPILER + package in str(report.longrepr) for report in skipped):
             told = f"NOT COMPILED for a {platform.upper()}: {count} test(s) skipped; {NO_COMPILER}{package}"
@@ -76,4 +82,13 @@ def peer() -> Path:
     path = peer_interpreter()
     if path is None:
         pytest.skip(NO_PEER)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> Path:
+    """The interpreter with llama.cpp; a test that takes it is marked `engine`."""
+    path = peer_interpreter("EASYLM_PLUS_ENGINE")
+    if path is None:
+        pytest.skip(NO_ENGINE)
     return path

@@ -16,13 +16,14 @@ from data_pipelines.tokenization import load_tokenizer
 from easylm_plus import config as configs
 from easylm_plus.errors import UserError
 from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.levels import PLAIN, Numerics
 from easylm_plus.numerics.precision import precision
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import AXES, axis_sizes
 from easylm_plus.planning.memory import estimate
 from easylm_plus.training.data import load_config_file
 from easylm_plus.training.optimizer import adamw
-from easylm_plus.training.schedules import schedule
+from easylm_plus.training.schedules import schedule, weight_decay
 from easylm_plus.training.state import new_state, state_shardings
 
 T, B, M = 1e12, 1e9, 2**20
@@ -33,6 +34,12 @@ OURS = {"debug", "koala_tiny"}  # no published experiment; they make their own d
 # vocabulary is ours, what that makes of its sizes), tokens a step, tokens in all (None: by epochs), peak learning rate.
 # Sources: as in the docstrings; a step's "4M" and "16M" are powers of two.
 PUBLISHED = {
+    "bitnet_700m": (0.77799, 1 * M, 100 * B, 1.5e-3),
+    "bitnet_1_3b": (1.3391, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_3b": (3.4268, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_3b:size=700m,twin=true": (0.77787, 1 * M, 100 * B, 2.5e-4),
+    "bitnet_3_9b": (4.4652, 1 * M, 100 * B, 1.2e-3),
+    "bitnet_2b4t": (2.4128, 4 * M, 4 * T, 1.2e-3),
     "codellama34b": (33.744, 4 * M, 500 * B, 1.5e-4),
     "codellama34b:stage=long": (33.744, 1 * M, 11_000 * M, 2e-5),
     "codellama7b": (6.7385, 4 * M, 500 * B, 3e-4),
@@ -43,6 +50,7 @@ PUBLISHED = {
     "gpt_fp8_175b": (175.2, 1 * M, 40 * B, 3e-5),
     "koala13b": (13.016, 128 * 2048, None, 2e-5),
     "koala7b": (6.7384, 128 * 2048, None, 2e-5),
+    "koala13b_qlora": (13.016, 16 * 2048, None, 2e-4),
     "llama7b": (6.7384, 4 * M, 1 * T, 3e-4),
     "llama2_7b": (6.7384, 4 * M, 2 * T, 3e-4),
     "llama2_13b": (13.016, 4 * M, 2 * T, 3e-4),
@@ -132,14 +140,15 @@ def test_its_schedule_ends_where_it_says(name):
 
 # --- memory ---
 
-STATED = re.compile(r"about (\d+) GiB on each of (\d+) devices(?: \((\w+=[\w=,]+)\))?")
+STATED = re.compile(r"about (\d+) GiB on (?:each of )?(\d+|one) devices?(?: \((\w+=[\w=,]+)\))?")
 
 
 def statements():
     """(config with arguments, GiB, devices) of every sentence about memory."""
     for path in FILES:
         text = re.sub(r"\s+", " ", path.read_text().split('"""')[1])
-        yield from ((f"{path.stem}:{arg}", int(gib), int(devices)) for gib, devices, arg in STATED.findall(text))
+        for gib, devices, arg in STATED.findall(text):
+            yield f"{path.stem}:{arg}", int(gib), 1 if devices == "one" else int(devices)
 
 
 def estimated(name, devices):
@@ -151,15 +160,16 @@ def estimated(name, devices):
     assert micro % (sizes["replica"] * sizes["fsdp"] * sizes["expert"]) == 0, "rows for every device"
     shapes, axes = weights(name)
     optimizer, model = adamw(config.optimizer, 10**9), configs.model_config(config)
-    abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0), shapes)
+    policy = precision(config.numerics.precision)
+    numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes) if config.numerics.lora else PLAIN
+    abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0, numerics), shapes)
     token = sharding._rules.set(sharding.rules_for(mesh, model.num_heads, model.num_kv_heads))
     try:
         shardings = state_shardings(abstract, sharding.shardings(axes, shapes, mesh), mesh)
     finally:
         sharding._rules.reset(token)
     tokens, parts = config.data.batch_size * config.data.length, config.train.accumulate
-    policy = precision(config.numerics.precision)
-    needed = estimate(abstract, shardings, model, policy, tokens, parts, config.objective.chunk)
+    needed = estimate(abstract, shardings, model, policy, tokens, parts, config.objective.chunk, numerics)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     assert needed.parameters < 1.1 * whole / sizes["fsdp"], (
         "all but norms is cut: a size that does not divide cuts nothing"
@@ -199,6 +209,21 @@ def test_without_data_one_message_says_where_to_get_it(name, tmp_path, monkeypat
 
 
 # --- single recipes ---
+
+
+def test_bitnet_drops_its_rate_and_its_decay_halfway():
+    """Table 2 of the training tips: 700M's lines start at 1.5e-3 and 1e-3, and decay ends; its twin is not ternary."""
+    config, steps = loaded("bitnet_700m"), 1000
+    rate, decay = schedule(config.optimizer, steps), weight_decay(config.optimizer, steps)
+    config.optimizer.warmup_steps = 0
+    at = lambda step: (float(schedule(config.optimizer, steps)(np.int32(step))), float(decay(np.int32(step))))
+    assert at(499) == pytest.approx((1.5e-3 * 0.501, 0.1), rel=1e-3)
+    assert at(500) == pytest.approx((1e-3 * 0.5, 0.0), rel=1e-3)
+    assert float(rate(np.int32(374))) == pytest.approx(1.5e-3)
+    twin = loaded("bitnet_700m:twin=true")
+    assert len(config.numerics.rules) == 1 and not twin.numerics.rules
+    assert config.model.sub_norms and not twin.model.sub_norms
+    assert {k for k, v in config.model.items() if v != twin.model[k]} == {"sub_norms"}
 
 
 def test_what_is_learned_of_the_documents():

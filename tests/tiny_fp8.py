@@ -45,6 +45,7 @@ KEYS = {
     "sequence_parallel": "mesh.sequence_parallel",
     "chunk": "objective.chunk",
     "lora": "numerics.lora",
+    "warmup": "numerics.ternary_warmup",
 }
 
 

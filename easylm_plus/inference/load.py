@@ -17,7 +17,9 @@ from easylm_plus.interop.configs import stated_rules
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.transformer import Transformer
+from easylm_plus.models.transformer import Transformer, unstack_layers
+from easylm_plus.numerics.deploy import all_served, is_packed
+from easylm_plus.numerics.kernels import choice
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import attach
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
@@ -74,11 +76,24 @@ def _opened(path: Path, step: int | None, tokenizer: str, template: str) -> Open
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     stated = stated_rules(original, f"{directory}/{step}: config.json") if original else ()
-    params = attach(params, stated or config["numerics"].get("rules", ()))
+    params = attach(all_served(params), stated or config["numerics"].get("rules", ()))
+    model, params = unrolled(model, params) if is_packed(params) else (model, params)
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)
     return Opened(model, params, words, layout, config, f"{directory}/{step}")
+
+
+def unrolled(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+    """The same model layer by layer: a scan would copy each layer's codes out of the stack for every token."""
+    if not model.config.scan_layers:
+        return model, params
+    return model.clone(config=dataclasses.replace(model.config, scan_layers=False)), unstack_layers(params)
+
+
+def told(params: Any) -> str:
+    """What multiplies by the packed weights that a model has, in one line; "" if it has none."""
+    return f"ternary products: {choice.told()}" if is_packed(params) else ""
 
 
 def _template(name: str, tokenizer: Tokenizer, length: int, now: datetime | None) -> Template:

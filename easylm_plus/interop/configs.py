@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easylm_plus.errors import UserError
+from easylm_plus.interop.bitnet import form_of
 from easylm_plus.interop.keys import optional, required
 from easylm_plus.interop.tables import ARCHITECTURES
 from easylm_plus.interop.tensor_files import read_json
@@ -37,8 +38,6 @@ DEFAULT_ACTIVATIONS = {"GPT2LMHeadModel": "gelu_new", "BitNetForCausalLM": "relu
 DEFAULT_THETAS = {"MixtralForCausalLM": 1e6, "BitNetForCausalLM": 5e5}
 # transformers' classes of the others know no window and ignore the key.
 WINDOWED = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM")
-# The quantization_config of weights that are stored as they are and rounded to ternary as the model runs.
-ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 # Keys of Yuan's moe_config that would change what its experts compute, and those that only training reads.
 ROUTING, TRAINING = re.compile("rout|gat|shared|capacity|drop|norm|scal"), re.compile("loss|jitter")
 
@@ -69,21 +68,19 @@ def architecture(raw: Mapping[str, Any], place: str) -> str:
 
 
 def stated_rules(raw: Mapping[str, Any], place: str) -> Sequence[str]:
-    """The rules (numerics/rules.py) that a config.json states for its weights: BITNET where they are to be rounded to
-    ternary as the model runs, none elsewhere.
+    """The rules (numerics/rules.py) that a config.json states for its weights: BITNET where they are ternary, none
+    elsewhere.
 
     Raises UserError for any other quantisation.
     """
-    found = optional(raw, "quantization_config", dict, place, None)
-    if not found:
-        return ()
-    method = found.get("quant_method", "unnamed")
-    plain = {key: found.get(key) for key in ("modules_to_not_convert", "use_rms_norm") if found.get(key)}
-    if architecture(raw, place) != "BitNetForCausalLM" or plain or {key: found.get(key) for key in ONLINE} != ONLINE:
-        told = ", ".join(f"{key} {value!r}" for key, value in found.items() if key != "quant_method")
-        expected = "plain weights, or BitNetForCausalLM with autobitlinear online on all layers of the blocks"
-        raise UserError(f"{place}: found quantization_config of method {method!r} ({told}), expected {expected}")
-    return BITNET
+    return BITNET if stated_form(raw, place) else ()
+
+
+def stated_form(raw: Mapping[str, Any], place: str) -> str:
+    """The form that a config.json's ternary weights are stored in (bitnet.py); "" where they are not ternary."""
+    found, name = optional(raw, "quantization_config", dict, place, None), architecture(raw, place)
+    biased = name == "Qwen2ForCausalLM" or bool(raw.get("attention_bias") or raw.get("mlp_bias"))
+    return form_of(found, name, biased, place)
 
 
 def parse_config(raw: Raw, place: str, **overrides: Any) -> ModelConfig:

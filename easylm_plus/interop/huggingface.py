@@ -21,10 +21,18 @@ import numpy as np
 from data_pipelines.tokenization import FILES, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.interop.beside import beside
+from easylm_plus.interop.bitnet import PACKED, PackedTensors, is_ternary_name
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import architecture, parse_config, read_config, read_raw, stated_rules
+from easylm_plus.interop.configs import (
+    architecture,
+    parse_config,
+    read_config,
+    read_raw,
+    stated_form,
+    stated_rules,
+)
 from easylm_plus.interop.copying import copy_into
-from easylm_plus.interop.tables import ARCHITECTURES, DERIVED
+from easylm_plus.interop.tables import ARCHITECTURES, DERIVED, Table
 from easylm_plus.interop.tensor_files import (
     SHARD_BYTES,
     Renamed,
@@ -35,27 +43,34 @@ from easylm_plus.interop.tensor_files import (
     safetensors_of,
 )
 from easylm_plus.interop.torch_files import TorchFiles
-from easylm_plus.interop.translate import Progress, Translated, write_tensors
+from easylm_plus.interop.translate import Progress, Translated, rules_for, their_names, their_shapes, write_tensors
 from easylm_plus.interop.weights import (
     Cast,
     Index,
+    Latents,
     Names,
     Weights,
     indices,
     of_params,
+    packed_names,
+    piece_shapes,
     put,
     stored,
     stored_shapes,
+    ternary_names,
+    ternary_piece,
     workers,
 )
 from easylm_plus.interop.write_configs import TOKEN_IDS, export_config
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
+from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.packed_ternary import PackedTernary, pack
 from easylm_plus.numerics.precision import POLICIES
 from easylm_plus.numerics.rules import BITNET, attach
 from easylm_plus.numerics.ternary import Ternary
 
-Place = Callable[[str, np.ndarray], Any]  # puts a host array where the parameter of that name lives
+Place = Callable[[str, Any], Any]  # puts a host array, or a PackedTernary of some, where the parameter lives
 
 
 def load_hf(
@@ -66,7 +81,8 @@ def load_hf(
     Args:
       dtype: float32 or bfloat16, of the parameters and of what is computed.
       numerics: rules of numerics/rules.py for what weights become; None is what config.json says: BITNET where it says
-        that the weights are rounded online, nothing elsewhere.
+        that the weights are ternary, nothing elsewhere. Ternary weights that are stored packed (bitnet.py) are
+        PackedTernary with exactly these codes and scales, whatever `numerics` says.
 
     `model.apply({"params": params}, tokens)` gives float32 logits [B, T, V].
     """
@@ -76,7 +92,8 @@ def load_hf(
     model = Transformer(read_config(folder, **overrides), POLICIES[policies[name]])
     if numerics is None:
         numerics = stated_rules(read_raw(folder), f"{folder}/config.json")
-    params = load_parameters(folder, model, lambda _, array: jnp.asarray(array, dtype))
+    place = lambda _, x: jax.tree.map(jnp.asarray, x) if is_kept(x) else jnp.asarray(x, dtype)
+    params = load_parameters(folder, model, place)
     return model, attach(params, numerics)
 
 
@@ -88,20 +105,29 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer_from: str | Path | None = None,
+    ternary: str = "",
 ) -> None:
     """A model -> a new Hugging Face folder that transformers' AutoModelForCausalLM opens (docs/models.md: which).
 
     Args:
-      params: a tree of plain floating-point arrays, or as BITNET makes it; each is fetched to the host once.
+      params: a tree of plain floating-point arrays, or as BITNET makes it, or with PackedTernary in its places; each is
+        fetched to the host once.
       dtype: of the files; None keeps each weight's own.
       max_shard_bytes: no file is larger, unless a single tensor is.
       tokenizer_from: a folder whose tokenizer, chat template and generation defaults come along.
+      ternary: the form that ternary weights are written in (bitnet.py); by default they lose nothing: "online" as
+        latents, "autobitlinear" if packed.
 
     Raises UserError if the folder exists, if no Hugging Face architecture represents the model, or if `tokenizer_from`
     has no tokenizer. The folder stands under its name only when it is whole.
     """
     plain = _masters(model.config, params)
     weights: Weights = of_params(model.config, plain, "params")
+    if plain is not params:
+        weights = Latents(weights, BITNET)
+    form = ternary_form(weights, ternary or ("online" if plain is not params else "autobitlinear"))
+    if ternary and not form:
+        raise UserError(f"ternary = {ternary!r}: found no ternary weights")
     if dtype is not None:
         weights = Cast(weights, np.dtype(dtype))
     folder, source = Path(folder), None if tokenizer_from is None else Path(tokenizer_from)
@@ -110,7 +136,7 @@ def save_hf(
     with beside(folder) as (new, _):
         if source is not None and not copy_companions(source, new):
             raise UserError(f"tokenizer_from={source}: found no tokenizer there; expected a folder with one")
-        write_folder(weights, export_keys(weights, None, source, plain is not params), new, max_shard_bytes)
+        write_folder(weights, export_keys(weights, None, source, form), new, max_shard_bytes)
         new.rename(folder)
 
 
@@ -126,6 +152,24 @@ def _masters(config: ModelConfig, params: Any) -> Any:
     return plain
 
 
+def ternary_form(weights: Weights, wanted: str) -> str:
+    """The form that weights go to Hugging Face in: the wanted one, or "" where none are ternary.
+
+    Raises UserError where only some of the blocks' matrices are, or where there are no latents for "online".
+    """
+    if not (found := ternary_names(weights)):
+        return ""
+    expected = {name for name in piece_shapes(weights.config) if is_ternary_name(name)}
+    if differ := sorted(expected ^ found):
+        told = f"found {differ[0]} {'ternary' if differ[0] in found else 'not ternary'}"
+        raise UserError(
+            f"{weights.place}: {told}; Hugging Face's formats have all layers of the blocks ternary, or none"
+        )
+    if wanted == "online" and packed_names(weights):
+        raise UserError(f"{weights.place}: found packed ternary weights, expected latents for the form 'online'")
+    return wanted
+
+
 def _structure(tree: Any) -> str:
     return str(jax.tree.structure(tree))
 
@@ -134,16 +178,16 @@ def export_keys(
     weights: Weights,
     original: Mapping[str, Any] | None,
     companions: Path | None = None,
-    rounded_online: bool = False,
+    form: str = "",
 ) -> dict[str, Any]:
     """The config.json of these weights.
 
     Args:
       original: that of the model they came from, which says what its special tokens are.
       companions: the folder that says so where there is no original.
-      rounded_online: see `export_config`.
+      form: of ternary weights, by `ternary_form`.
     """
-    raw = export_config(weights.config, original, weights.place, rounded_online)
+    raw = export_config(weights.config, original, weights.place, form)
     if original is None and companions is not None:
         raw |= token_ids(companions)
     return {**raw, "torch_dtype": weights.dtype("embed_tokens/embedding").name}
@@ -171,8 +215,9 @@ def write_folder(
     progress: Progress = lambda _: None,
 ) -> None:
     """Writes the safetensors of `raw`'s architecture into a folder that is there, and last, config.json."""
-    table = ARCHITECTURES[architecture(raw, weights.place)]
-    write_tensors(weights, table, lambda groups: ShardWriter(folder, groups, max_shard_bytes), progress)
+    table, form = ARCHITECTURES[architecture(raw, weights.place)], stated_form(raw, weights.place)
+    packed = form if form in PACKED else ""
+    write_tensors(weights, table, lambda groups: ShardWriter(folder, groups, max_shard_bytes), progress, packed)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -184,12 +229,26 @@ def open_weights(folder: str | Path, config: ModelConfig | None = None, *, pickl
     tensors = _open(folder, pickled)
     if name == "GPT2LMHeadModel" and "wte.weight" in tensors.names():
         tensors = Renamed(tensors, "transformer.")  # as OpenAI's own files were published
+    if (form := stated_form(raw, f"{folder}/config.json")) in PACKED:
+        tensors = PackedTensors(tensors, form, _ternary_tensors(ARCHITECTURES[name], config, tensors.place))
     copies = {"lm_head.weight"} if config.tie_embeddings else set()
     ignored = lambda tensor: tensor in copies or re.search(DERIVED, tensor) is not None
     weights = Translated(tensors, ARCHITECTURES[name], config, ignored)
     for copy in copies & tensors.names():
         _same_rows(weights.read(("embed_tokens/embedding",), ())[0], tensors.read(copy), f"{folder}: {copy}")
     return weights
+
+
+def _ternary_tensors(table: Table, config: ModelConfig, place: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of their tensors that transformers' formats make ternary, by name."""
+    shapes = piece_shapes(config)
+    rules = [rule for rule in rules_for(table, shapes, place) if is_ternary_name(rule.ours[0])]
+    return {
+        name: shape
+        for rule in rules
+        for index in indices(rule.ours[0], config)
+        for name, shape in zip(their_names(rule, index), their_shapes(rule, shapes, config), strict=True)
+    }
 
 
 def _same_rows(embedding: np.ndarray, copy: np.ndarray, place: str, rows: int = 4096) -> None:
@@ -234,11 +293,27 @@ def assemble(weights: Weights, place: Place) -> dict[str, Any]:
     with workers() as each:
         for names in weights.groups:
             keys = {stored(n, index, config.scan_layers)[0]: n for n in names for index in indices(n, config)}
+            if names[0] in packed_names(weights):
+                for key, leaf in _packed(weights, names[0]).items():
+                    put(tree, key, place(key, leaf))
+                continue
             arrays = {key: np.empty(shapes[key], weights.dtype(name)) for key, name in keys.items()}
             each(partial(_fill, arrays, weights, names), indices(names[0], config))
             for key in sorted(arrays):
                 put(tree, key, place(key, arrays[key]))
     return tree
+
+
+def _packed(weights: Weights, name: str) -> dict[str, PackedTernary]:
+    """Name in the tree -> a weight of `packed_names`, stacked or not, on the host."""
+    found: dict[str, list[PackedTernary]] = {}
+    for index in indices(name, weights.config):
+        piece = ternary_piece(weights, name, index)
+        assert piece is not None, name
+        leaf = PackedTernary(pack(piece[0]), np.asarray(piece[1], np.float32), len(piece[0]))  # type: ignore[arg-type]
+        found.setdefault(stored(name, index, weights.config.scan_layers)[0], []).append(leaf)
+    stack = lambda *parts: np.stack(parts) if weights.config.scan_layers else parts[0]
+    return {key: jax.tree.map(stack, *leaves) for key, leaves in found.items()}
 
 
 def _fill(arrays: Mapping[str, np.ndarray], weights: Weights, names: Names, index: Index) -> None:

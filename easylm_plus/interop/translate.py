@@ -2,13 +2,27 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from easylm_plus.errors import UserError
+from easylm_plus.interop.bitnet import packed_layouts, packed_tensors
 from easylm_plus.interop.tables import Rule, Table
 from easylm_plus.interop.tensor_files import Layout, ShardWriter, Tensors
-from easylm_plus.interop.weights import Index, Names, Weights, batches, indices, piece_shapes, stored, workers
+from easylm_plus.interop.weights import (
+    Index,
+    Names,
+    Ternary,
+    Weights,
+    batches,
+    indices,
+    piece_shapes,
+    stored,
+    ternary_names,
+    ternary_piece,
+    workers,
+)
 from easylm_plus.models.config import ModelConfig
 
 Progress = Callable[[int], None]  # told the bytes of what was written
@@ -43,11 +57,16 @@ class Translated:
     """
 
     def __init__(self, tensors: Tensors, table: Table, config: ModelConfig, ignored: Callable[[str], bool]):
-        self.config, self.place, self._tensors = config, tensors.place, tensors
+        self.config, self.place = config, tensors.place
+        self._tensors: Any = tensors
         self._shapes = piece_shapes(config)
         rules = rules_for(table, self._shapes, self.place)
         self.groups: list[Names] = [rule.ours for rule in rules]
         self._rule_of = {name: rule for rule in rules for name in rule.ours}
+        is_packed = getattr(tensors, "is_ternary", lambda _: False)
+        self.packed_names = self.ternary_names = {
+            name for name, rule in self._rule_of.items() if any(map(is_packed, their_names(rule, (0, 0))))
+        }
         unread = set(tensors.names()).difference(*(self._check(rule) for rule in rules))
         if left := sorted(name for name in unread if not ignored(name)):
             raise UserError(f"{self.place}: found {left[0]} ({len(left)} such), for which this model has no place")
@@ -73,6 +92,14 @@ class Translated:
     def dtype(self, name: str) -> np.dtype:
         return self._tensors.dtype(their_names(self._rule_of[name], (0, 0))[0])
 
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        if name not in self.ternary_names:
+            return None
+        rule = self._rule_of[name]
+        (theirs,) = their_names(rule, index)  # several would have a gamma each
+        codes, gamma = self._tensors.ternary(theirs)
+        return dict(zip(rule.ours, rule.read((codes,), self.config), strict=True))[name], gamma
+
     def read(self, names: Names, index: Index) -> list[np.ndarray]:
         rule = self._rule_of[names[0]]
         theirs = tuple(self._tensors.read(name) for name in their_names(rule, index))
@@ -83,8 +110,10 @@ class Translated:
 
 
 def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Sequence[Layout]]], ShardWriter],
-                  progress: Progress) -> None:  # fmt: skip
+                  progress: Progress, packed: str = "") -> None:  # fmt: skip
     """Writes our weights as other people's tensors: first what is there once, then layer after layer.
+
+    `packed`: the form (bitnet.py) that ternary weights are packed in; "": all are floats.
 
     The order of writing is another: weight after weight, as they lie in our checkpoints.
     """
@@ -93,19 +122,27 @@ def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Seq
     rule_of = {rule.ours: rule for rule in rules}
     made = {rule.ours: their_shapes(rule, shapes, config) for rule in rules}
     order = batches(rule_of, config)
-    groups = [
-        [
-            Layout(name, weights.dtype(names[0]), shape)
-            for name, shape in zip(their_names(rule_of[names], index), made[names], strict=True)
-        ]
-        for names, index in sorted(itertools.chain(*order), key=lambda piece: piece[1][:1])
-    ]
+    ternary = ternary_names(weights) if packed else frozenset()
+
+    def layouts(piece: tuple[Names, Index]) -> list[Layout]:
+        names, index = piece
+        theirs = zip(their_names(rule_of[names], index), made[names], strict=True)
+        plain = [Layout(name, weights.dtype(names[0]), shape) for name, shape in theirs]
+        return packed_layouts(plain, weights.place) if names[0] in ternary else plain
+
+    groups = [layouts(piece) for piece in sorted(itertools.chain(*order), key=lambda piece: piece[1][:1])]
+
+    def contents(names: Names, index: Index) -> Sequence[np.ndarray]:
+        rule = rule_of[names]
+        if names[0] not in ternary:
+            return rule.write(tuple(weights.read(names, index)), config)
+        piece = ternary_piece(weights, names[0], index)
+        assert piece is not None, names[0]
+        return packed_tensors(rule.write((piece[0],), config)[0], piece[1], packed)
 
     def move(piece: tuple[Names, Index]) -> None:
-        names, index = piece
-        rule = rule_of[names]
-        arrays = rule.write(tuple(weights.read(names, index)), config)
-        for name, array in zip(their_names(rule, index), arrays, strict=True):
+        arrays = contents(*piece)
+        for (name, *_), array in zip(layouts(piece), arrays, strict=True):
             shards.write(name, array)
             progress(array.nbytes)
 

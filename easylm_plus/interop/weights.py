@@ -3,12 +3,16 @@
 A piece is one of our weights of one layer (and one expert): the name "layers/{i}/mlp/up_proj/kernel" and the index
 (3,), or (3, 1) for expert 1 of layer 3, or () for what is there once. Whoever has weights hands them out piece by
 piece, whoever wants some asks piece by piece, so that a conversion never holds a model.
+
+Weights that are ternary, some or all of them, can be had as codes and gamma as well, from a method that only they have:
+`ternary(name, index)`, asked through `ternary_piece`. Those of `packed_names` are nothing but that: as floats they are
+codes times gamma, of which the codes' own gamma cannot be computed again.
 """
 
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -21,7 +25,12 @@ import numpy as np
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, abstract_parameters
+from easylm_plus.numerics.deploy import served
 from easylm_plus.numerics.formats import decode
+from easylm_plus.numerics.packed_ternary import PackedTernary, unpack
+from easylm_plus.numerics.rules import assign
+from easylm_plus.numerics.ternary import ternary_codes
+from easylm_plus.numerics.trits import Trits
 from easylm_plus.tree import path_name
 
 Names = tuple[str, ...]
@@ -42,6 +51,31 @@ class Weights(Protocol):
     def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
         """The pieces of these weights at this index, perhaps views that must not be written to."""
         ...
+
+
+Ternary = tuple[np.ndarray, float]  # codes int8[in, out], gamma
+
+
+def is_ternary(weights: Weights, name: str, index: Index) -> bool:
+    """Whether `ternary_piece` is something, without reading it."""
+    method = getattr(weights, "is_ternary", None)
+    return method(name, index) if method else name in ternary_names(weights)
+
+
+def ternary_piece(weights: Weights, name: str, index: Index) -> Ternary | None:
+    """A piece as ternary codes and their scale; None for one that is not ternary."""
+    method = getattr(weights, "ternary", None)
+    return method(name, index) if method else None
+
+
+def ternary_names(weights: Weights) -> Set[str]:
+    """The weights of which `ternary_piece` is something at every index."""
+    return getattr(weights, "ternary_names", frozenset())
+
+
+def packed_names(weights: Weights) -> Set[str]:
+    """Those that are kept as codes and gamma."""
+    return getattr(weights, "packed_names", frozenset())
 
 
 @functools.cache
@@ -109,19 +143,29 @@ class Stacked:
 
     Args:
       arrays: name in the tree -> anything with the shape and dtype that the weight has when it is read.
-      fetch: name in the tree -> that array on the host, or a Scaled, of which each piece is decoded when it is read.
-        What was last fetched is kept, so each is fetched once where all pieces of a weight are read before those of the
-        next.
+      fetch: name in the tree -> that array on the host, or a leaf of such arrays, of which each piece is decoded when
+        it is read. What was last fetched is kept, so each is fetched once where all pieces of a weight are read before
+        those of the next.
+      packed: names in the tree of those that are ternary codes, PackedTernary or Trits.
 
     Raises UserError where the arrays are not those of the config.
     """
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], fetch: Callable[[str], Any], place: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        arrays: Mapping[str, Any],
+        fetch: Callable[[str], Any],
+        place: str,
+        packed: Set[str] = frozenset(),
+    ):
         self.config, self.place, self._arrays, self._fetch = config, place, arrays, fetch
         self._scan = not any(name.startswith("layers/0/") for name in arrays)
         self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.groups: list[Names] = [(name,) for name in piece_shapes(config)]
+        is_packed = lambda name: stored(name, (0, 0), self._scan)[0] in packed
+        self.packed_names = self.ternary_names = {names[0] for names in self.groups if is_packed(names[0])}
         expected = stored_shapes(config, self._scan)
         for key in sorted({*expected, *arrays}):
             found = tuple(arrays[key].shape) if key in arrays else None
@@ -132,13 +176,22 @@ class Stacked:
         return np.dtype(self._arrays[stored(name, (0, 0), self._scan)[0]].dtype)
 
     def read(self, names: Names, index: Index) -> list[np.ndarray]:
+        return [decode(leaf) for leaf in self._leaves(names, index)]
+
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        if name not in self.packed_names:
+            return None
+        leaf = served(self._leaves((name,), index)[0])
+        return unpack(leaf.codes, leaf.inputs).T, float(leaf.scale)
+
+    def _leaves(self, names: Names, index: Index) -> list[Any]:
         places = [stored(name, index, self._scan) for name in names]
         with self._lock:
             wanted = {key for key, _ in places}
             if missing := wanted - self._kept.keys():
                 self._kept = {key: array for key, array in self._kept.items() if key in wanted}
                 self._kept |= {key: self._fetch(key) for key in sorted(missing)}
-            return [decode(self._kept[key][inner]) for key, inner in places]
+            return [self._kept[key][inner] for key, inner in places]
 
 
 def _show(shape: tuple[int, ...] | None) -> object:
@@ -146,12 +199,15 @@ def _show(shape: tuple[int, ...] | None) -> object:
 
 
 def of_params(config: ModelConfig, params: Any, place: str) -> Stacked:
-    """The weights of a tree of plain floating-point arrays, on any device."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """The weights of a tree of plain floating-point arrays, packed ternary ones among them, on any device."""
+    is_packed = lambda leaf: isinstance(leaf, PackedTernary | Trits)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)}
+    packed = {name for name, leaf in leaves.items() if is_packed(leaf)}
     for name, leaf in leaves.items():
-        if not jax.numpy.issubdtype(getattr(leaf, "dtype", np.dtype(object)), np.floating):
+        if name not in packed and not jax.numpy.issubdtype(getattr(leaf, "dtype", np.dtype(object)), np.floating):
             raise UserError(f"{place}: {name} is {getattr(leaf, 'dtype', type(leaf))}, expected plain floating point")
-    return Stacked(config, leaves, lambda name: np.asarray(leaves[name]), place)
+    arrays = {name: jax.eval_shape(decode, leaf) if name in packed else leaf for name, leaf in leaves.items()}
+    return Stacked(config, arrays, lambda name: jax.tree.map(np.asarray, leaves[name]), place, packed)
 
 
 class Cast:
@@ -160,6 +216,10 @@ class Cast:
     def __init__(self, weights: Weights, dtype: np.dtype):
         self.config, self.place, self.groups = weights.config, weights.place, weights.groups
         self._weights, self._dtype = weights, np.dtype(dtype)
+        self.ternary_names, self.packed_names = ternary_names(weights), packed_names(weights)
+
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        return ternary_piece(self._weights, name, index)
 
     def dtype(self, name: str) -> np.dtype:
         return self._dtype
@@ -178,6 +238,29 @@ class Cast:
             found = f"found {too_large} numbers beyond {limit:g}, the largest of {self._dtype}"
             raise UserError(f"{self.place}: {key}: {found}; expected another dtype, as bfloat16")
         return out
+
+
+class Latents:
+    """Weights of which some multiply as their ternary rounding (numerics/ternary.py), by the rules of a run."""
+
+    def __init__(self, weights: Weights, rules: Sequence[str]):
+        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
+        self.dtype, self.read, self._weights = weights.dtype, weights.read, weights
+        self._scan = weights.config.scan_layers
+        shapes = stored_shapes(weights.config, self._scan)
+        self._assigned = assign({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}, rules)
+        self.packed_names = packed_names(weights)
+        every = lambda name: all(self.is_ternary(name, index) for index in indices(name, weights.config))
+        self.ternary_names = {name for names in self.groups for name in names if every(name)}
+
+    def is_ternary(self, name: str, index: Index) -> bool:
+        return name in self.packed_names or self._assigned[stored(name, index, self._scan)[0]] == "ternary"
+
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        if name in self.packed_names or not self.is_ternary(name, index):
+            return ternary_piece(self._weights, name, index)
+        codes, inverse = ternary_codes(jax.numpy.asarray(self.read((name,), index)[0]))
+        return np.asarray(codes, np.int8), float(1 / inverse)
 
 
 @contextmanager

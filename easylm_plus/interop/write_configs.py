@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from easylm_plus.errors import UserError
-from easylm_plus.interop.configs import ACTIVATIONS, GPT2_KEYS, ONLINE, Raw, architecture, parse_config
+from easylm_plus.interop.bitnet import quantization_config
+from easylm_plus.interop.configs import ACTIVATIONS, GPT2_KEYS, Raw, architecture, parse_config, stated_form
 from easylm_plus.models.config import ModelConfig
 
 MODEL_TYPES = {
@@ -147,14 +148,12 @@ WRITERS: dict[str, Callable[[ModelConfig, str], Raw]] = {
 }
 
 
-def export_config(
-    config: ModelConfig, original: Mapping[str, Any] | None, place: str, rounded_online: bool = False
-) -> Raw:
+def export_config(config: ModelConfig, original: Mapping[str, Any] | None, place: str, form: str | None = None) -> Raw:
     """The config.json of a model on its way out.
 
     Args:
       original: that of the model it came from, whose other keys stay.
-      rounded_online: of a model without an original, whether its weights are ternary as it runs (BitNet).
+      form: of ternary weights (bitnet.py); "": they are not ternary; None: what the original says.
 
     Raises UserError naming a key that the architecture has no place for.
     """
@@ -163,12 +162,17 @@ def export_config(
     name = architecture(original, place) if original else architecture_of(config)
     written = write_config(config, name)
     if original:
-        kept = {key: value for key, value in original.items() if key not in REPLACED}
+        kept = {key: value for key, value in original.items() if key not in (*REPLACED, "quantization_config")}
         written |= {key: original[key] for key in ("model_type",) if key in original}
         if "moe_config" in written:
             written["moe_config"] = {**(original.get("moe_config") or {}), **written["moe_config"]}
     else:
-        kept = {**dict.fromkeys(TOKEN_IDS), **({"quantization_config": ONLINE} if rounded_online else {})}
+        kept = dict.fromkeys(TOKEN_IDS)
+    stated = stated_form(original, place) if original else ""
+    if form is None or (form and form == stated):
+        kept |= {key: value for key, value in (original or {}).items() if key == "quantization_config"}
+    elif form:
+        kept["quantization_config"] = quantization_config(form)
     raw = {**ASKED_FOR.get(name, {}), **kept, **written}
     try:
         back = parse_config(raw, place)

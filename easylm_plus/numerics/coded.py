@@ -9,12 +9,14 @@ A Coded is never learned. It can be the base of an adapter (lora.py), and gradie
 Legend: `...` stack axes (layers, experts), D in-features, F out-features.
 """
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from easylm_plus.numerics import handles, verbs
@@ -24,6 +26,8 @@ from easylm_plus.numerics.grouped import Groups
 
 class Coded:
     """Base of the kinds; a table of embeddings is a matrix too."""
+
+    by_output: ClassVar[tuple[str, ...]] = ()  # fields that are [..., F, parts of D]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,6 +46,27 @@ class Coded:
     def __getitem__(self, index: Any) -> Any:
         """Matrices of a stack, by an index of its stack axes."""
         return jax.tree.map(lambda x: x[index], self)
+
+    def placed(self, place: NamedSharding) -> Any:
+        """Where the arrays lie, of a matrix that would lie at `place`: cut as that where they have its axes and the cut
+        divides them, and whole on every replica: what does not learn is not cut over those."""
+        mesh, entries = place.mesh, (*place.spec, *(None for _ in self.shape))[: len(self.shape)]
+        *stack, D, F = (_without_replica(entry) for entry in entries)
+
+        def of_field(name: str, x: Any) -> NamedSharding:
+            wanted = (*stack, F, D) if name in self.by_output else (*stack, *(() for _ in x.shape))[: x.ndim]
+            fits = lambda axes, dim: not dim % math.prod(mesh.shape[axis] for axis in axes)
+            cut = (axes if axes and fits(axes, dim) else None for axes, dim in zip(wanted, x.shape, strict=True))
+            return NamedSharding(mesh, PartitionSpec(*cut))
+
+        own: Any = self  # a dataclass, as all kinds are
+        fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.metadata.get("pytree_node", True)}
+        return dataclasses.replace(own, **{name: of_field(name, x) for name, x in fields.items() if x is not None})
+
+
+def _without_replica(entry: Any) -> tuple[str, ...]:
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(axis for axis in axes if axis != "replica")
 
 
 @jax.custom_vjp

@@ -5,12 +5,16 @@ from typing import Any
 from easylm_plus.numerics import stored  # noqa: F401 how a Scaled multiplies
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import Scaled
+from easylm_plus.numerics.int8_rows import Int8Rows
 from easylm_plus.numerics.integer import Integers
 from easylm_plus.numerics.lora import LowRank
+from easylm_plus.numerics.nf4 import NF4
 from easylm_plus.numerics.packed_ternary import PackedTernary
 from easylm_plus.numerics.sparsity import Sparse, TwoFour
+from easylm_plus.numerics.trits import Trits
 
-KEPT: dict[str, type] = {kind.__name__: kind for kind in (Scaled, LowRank, PackedTernary, Integers, TwoFour, Sparse)}
+KINDS = (Scaled, LowRank, PackedTernary, Trits, Integers, NF4, Int8Rows, TwoFour, Sparse)
+KEPT: dict[str, type] = {kind.__name__: kind for kind in KINDS}
 
 
 def is_kept(x: Any) -> bool:

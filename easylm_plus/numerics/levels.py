@@ -20,8 +20,9 @@ Legend: `...` stack axes (layers, experts), D and F the sides of a matrix.
 """
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +32,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from easylm_plus.numerics import handles
 from easylm_plus.numerics.auto_scaling import initial_mu, update_mu
+from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import (
     E4M3,
     E5M2,
@@ -47,10 +50,11 @@ from easylm_plus.numerics.fp8 import SEEN, TENSORS, Fp8
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import Frozen, LowRank, new_adapter
 from easylm_plus.numerics.precision import Precision
-from easylm_plus.numerics.rules import adapter_ranks, assign, not_fp8
-from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over
+from easylm_plus.numerics.rules import CODED, adapter_ranks, assign, not_fp8
+from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over, warmup_of
 from easylm_plus.numerics.stored import Copy
-from easylm_plus.numerics.ternary import Ternary
+from easylm_plus.numerics.ternary import Ternary, ternary_codes
+from easylm_plus.numerics.ternary_codes import TernaryCodes, pack_rows, turned
 from easylm_plus.numerics.windows import new_window, observed, scale_now
 from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.sharding import constrain, mesh_axis_size, stored_spec
@@ -65,6 +69,8 @@ class Plain:
     cut = False
     deal = None
     assigned: Mapping[str, str] = MappingProxyType({})
+    warmup = 0
+    adapters: Mapping[str, int] = MappingProxyType({})
     sums = "float32"
 
     def store(self, params: Any) -> Any:
@@ -91,7 +97,7 @@ class Plain:
     def observe(self, state: dict[str, Any], seen: Any, ok: jax.Array) -> dict[str, Any]:
         return state
 
-    def report(self, seen: Any, state: Any) -> dict[str, Any]:
+    def report(self, seen: Any, state: Any, view: Any, after: Any) -> dict[str, Any]:
         return {}
 
 
@@ -127,6 +133,7 @@ class Numerics:
         self.assigned = assign(shapes, section["rules"], "plain" if self.level == "none" else "fp8")
         self.alpha, self.adapters = section["lora_alpha"], adapter_ranks(shapes, section["lora"])
         check_transforms(self.level, optimizer, set(self.assigned.values()), bool(self.adapters))
+        self.warmup = warmup_of(section, self.assigned)
         # whether masters are cut over the replicas, so that a step's view has to be brought together
         self.cut = optimizer["zero"] != "none" and mesh_axis_size("replica") > 1
         self.deal = None  # or whose they are, of those that are dealt out whole
@@ -147,8 +154,13 @@ class Numerics:
 
     # --- what is kept ---
 
+    @property
+    def codings(self) -> dict[str, Callable[[Any], Coded]]:
+        """name -> what a weight's codes are made by, of those that are kept in codes."""
+        return {name: CODED[transform] for name, transform in self.assigned.items() if transform in CODED}
+
     def store(self, params: Any) -> Any:
-        """Fresh or loaded parameters as the run keeps them."""
+        """Fresh or loaded parameters as the run keeps them; those that are in codes already stay so."""
         master = FORMATS[self.formats.master]
         key = jax.random.fold_in(jax.random.key(self.seed), ADAPTERS)
 
@@ -162,7 +174,7 @@ class Numerics:
             number = sorted(self.adapters).index(name)
             return new_adapter(jax.random.fold_in(key, number), base, self.adapters[name], self.alpha)
 
-        return self.laid(jax.tree_util.tree_map_with_path(keep, params))
+        return self.laid(jax.tree_util.tree_map_with_path(keep, params, is_leaf=is_kept))
 
     def laid(self, tree: Any) -> Any:
         """A tree like the parameters as the state has it: laid where whole tensors are dealt out (parallel/zero.py)."""
@@ -196,6 +208,8 @@ class Numerics:
 
     def _frozen(self, name: str, p: jax.Array) -> Any:
         """A weight that does not learn, as narrow as it is multiplied."""
+        if name in self.codings:
+            return p if isinstance(p, Coded) else self.codings[name](p)
         if self.assigned[name] == "fp8":
             return encode(p, E4M3 if self.level == "O3" else FP16)
         return p.astype(self.precision.compute) if name.endswith(("kernel", "embedding")) else p
@@ -222,6 +236,8 @@ class Numerics:
         state: dict[str, Any] = {"input": windows(), "output_grad": windows()} if self.size > 1 else {}
         if self.ring and stacks:
             state["mu"] = {name: initial_mu(summed_over(), stack) for name, stack in stacks.items()}
+        if self.warmup:
+            state["taken"] = jnp.zeros((), jnp.int32)
         return state
 
     def observe(self, state: dict[str, Any], seen: Mapping[str, jax.Array], ok: jax.Array) -> dict[str, Any]:
@@ -233,6 +249,8 @@ class Numerics:
                 moved[kind] = {n: observed(window, of(n, kind, "amax"), fmt) for n, window in state[kind].items()}
         if "mu" in state:
             moved["mu"] = {n: update_mu(mu, of(n, "gradient", "overflow"), ok) for n, mu in state["mu"].items()}
+        if "taken" in state:
+            moved["taken"] = state["taken"] + 1
         return jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
 
     # --- what a step multiplies by ---
@@ -250,6 +268,8 @@ class Numerics:
 
         def base(path: Any, kept: Any, axes: tuple[str | None, ...]) -> Any:
             name = path_name(path)
+            if isinstance(kept, Coded):
+                return kept
             transform = self.assigned[name]
             cut = None if name in dealt else axes
             if transform == "fp8":
@@ -259,7 +279,7 @@ class Numerics:
                 smooth = self.smooth and name.endswith("/down_proj/kernel")
                 return Fp8(weight, scale, scale_inv, None, mu=mu, axes=(axes[-2], axes[-1]), smooth=smooth, **own)
             if transform == "ternary":
-                return Ternary(self._copy(kept, cut, self.precision.param, self.level != "none"))
+                return self._towards_ternary(kept, cut, state) if self.warmup else self._ternary(kept, cut, axes)
             if transform == "narrow":
                 return self._copy(kept, cut, self.precision.compute, True)
             if name.endswith(("kernel", "embedding")):
@@ -288,6 +308,20 @@ class Numerics:
         scale = scale_of(amax(kept), E4M3)
         return self._gathered(kept.astype(self.precision.compute), axes), scale, 1 / scale
 
+    def _ternary(self, kept: Any, cut: Axes, axes: tuple[str | None, ...]) -> TernaryCodes:
+        """Codes that are made of the masters where these lie. `cut`: as of `_gathered`."""
+        codes, inverse = ternary_codes(decode(kept))
+        packed = self._gathered(pack_rows(codes), cut)
+        own = tuple(axis for axis in axes if axis != "layers")
+        narrow, D = self.level != "none", codes.shape[-2]
+        return TernaryCodes(packed, inverse, None, D, own, jnp.dtype(self.precision.param), narrow)
+
+    def _towards_ternary(self, kept: Any, cut: Axes, state: dict[str, Any]) -> Ternary:
+        """A latent on its way, which needs it whole: it travels as it is multiplied."""
+        share = jnp.minimum(state["taken"].astype(jnp.float32) / self.warmup, 1.0)
+        latent = self._copy(kept, cut, self.precision.param, self.level != "none")
+        return Ternary(latent, jnp.full(kept.shape[:-2], share))
+
     def _copy(self, kept: Any, axes: Axes, dtype: DTypeLike, narrow: bool = False) -> Any:
         """A weight that multiplies in a float dtype: as it is kept, or brought together in `dtype`; `narrow`: with a
         gradient in E4M3."""
@@ -310,9 +344,29 @@ class Numerics:
 
     # --- what a person is told ---
 
-    def report(self, seen: Mapping[str, jax.Array], state: dict[str, Any]) -> dict[str, Any]:
-        """What a step logs of its FP8 products, by the name of the weight: what was seen of x, dy and dw,
-        float32[..., 3, 3] (fp8.TENSORS by fp8.SEEN), the scales they were cast with, float32[..., 3], and mu."""
+    def report(self, seen: Mapping[str, jax.Array], state: dict[str, Any], view: Any, after: Any) -> dict[str, Any]:
+        """What a step logs, by the name of the weight. `after`: the stored parameters that it ends with.
+
+        Of FP8 products: what was seen of x, dy and dw, float32[..., 3, 3] (fp8.TENSORS by fp8.SEEN), the scales they
+        were cast with, float32[..., 3], and mu. Of ternary matrices that learn: shares of weights that have turned and
+        that are 0, float32[..., 2], and the weights of one matrix.
+        """
+        return self._report_fp8(seen, state) | self._report_ternary(view, after)
+
+    def _report_ternary(self, view: Any, after: Any) -> dict[str, Any]:
+        if self.deal or "ternary" not in self.assigned.values():  # dealt out, no device has the matrices by name
+            return {}
+        learning = lambda leaf: isinstance(leaf, TernaryCodes | Ternary)
+        before = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(view, is_leaf=handles.is_typed)}
+        now = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(after, is_leaf=is_kept)}
+        shares = {
+            name: (turned(leaf, decode(now[name])), math.prod(now[name].shape[-2:]))
+            for name, leaf in before.items()
+            if learning(leaf)
+        }
+        return {"ternary": shares} if shares else {}
+
+    def _report_fp8(self, seen: Mapping[str, jax.Array], state: dict[str, Any]) -> dict[str, Any]:
         if not seen:
             return {}
         mu = state.get("mu", {})
@@ -324,9 +378,17 @@ class Numerics:
         return {"seen": dict(seen), "scale": scales, "mu": mu}
 
     def describe(self) -> str:
-        """One line: what multiplies in FP8, and what does not, and why."""
+        """One line: what multiplies in FP8, and what does not, and why; or what rules make of the weights. "" where all
+        are plain."""
         leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
         total = sum(x.size for _, x in leaves)
+        if self.level == "none":
+            by_rule: Counter[str] = Counter()
+            for path, x in leaves:
+                by_rule[self.assigned[path_name(path)]] += x.size
+            shares = ", ".join(f"{kind} {size / total:.1%}" for kind, size in by_rule.most_common())
+            turning = f"; turning over {self.warmup:,} steps" if self.warmup else ""
+            return shares + turning if by_rule.keys() != {"plain"} else ""
         sizes = Counter({"fp8": 0})
         for path, x in leaves:
             name = path_name(path)

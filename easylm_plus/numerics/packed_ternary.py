@@ -10,22 +10,31 @@ blocks of 256, and byte j of a block's 64 holds those at j, j + 64, j + 128 and 
 any of the four is had by one shift, next to activations that lie side by side. In-features are padded to whole blocks
 with the code 0. Two bits hold code + 1.
 
+A product with few tokens may have a kernel that reads the codes as they lie (kernels/choice.py); all others unpack. The
+sums are the same, and so are the roundings before and after, bit by bit.
+
 Legend: `...` stack axes, D in-features, F out-features, N tokens, P padded in-features.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from easylm_plus.numerics import verbs
 from easylm_plus.numerics.coded import Coded, host_or_device
 from easylm_plus.numerics.formats import decode, per_matrix
 from easylm_plus.numerics.grouped import Groups
+from easylm_plus.numerics.kernels import choice, native
+from easylm_plus.numerics.kernels.mapped import over_tokens
 from easylm_plus.numerics.ternary import EPS, Rounded, ternary_codes
 
 BLOCK, PER_BYTE = 256, 4
+STEP = np.float32(1) / np.float32(127)  # XLA makes this of a division by 127, and is off by a last bit where it does
 LEAST_ROWS = 16  # XLA:CPU multiplies fewer rows of int8 in a loop of its own, fifteen times as slowly
 
 
@@ -36,6 +45,7 @@ class PackedTernary(Coded):
     codes: jax.Array  # uint8[..., F, P / 4]
     scale: jax.Array  # float32[...]: gamma
     inputs: int = struct.field(pytree_node=False)  # D
+    by_output: ClassVar[tuple[str, ...]] = ("codes",)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,8 +82,8 @@ def packed(latent: jax.Array) -> PackedTernary:
 def int8_codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(codes int8[..., D], 1 / s as float32[..., 1]) of activations, a scale a token."""
     x = x.astype(jnp.float32)
-    scale = 127 / jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
-    return jnp.clip(jnp.round(x * scale), -128, 127).astype(jnp.int8), 1 / scale
+    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
+    return jnp.clip(jnp.round(x * (127 / largest)), -128, 127).astype(jnp.int8), largest * STEP
 
 
 @decode.register
@@ -84,7 +94,7 @@ def _(w: PackedTernary) -> Any:
 
 @verbs._project.register
 def _(w: PackedTernary, x: jax.Array) -> jax.Array:
-    return _product(x, w)
+    return _product(choice.path(), x, w)
 
 
 @verbs._settle.register
@@ -97,24 +107,48 @@ def _(w: PackedTernary, x_MD: jax.Array, groups: Groups) -> jax.Array:
     return verbs.project_grouped(x_MD, verbs.settle(w), groups)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, w: PackedTernary) -> jax.Array:
-    rows_ND, inverse_N1 = int8_codes(x.reshape(-1, x.shape[-1]))
-    y_NF = integer_product(rows_ND, w).astype(jnp.float32) * (inverse_N1 * w.scale)
-    return y_NF.astype(x.dtype).reshape(*x.shape[:-1], -1)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(path: str, x: jax.Array, w: PackedTernary) -> jax.Array:
+    return _rows(path)(x.reshape(-1, x.shape[-1]), w.codes, w.scale).reshape(*x.shape[:-1], -1)
 
 
-def _backward(w: PackedTernary, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(path: str, w: PackedTernary, dy: jax.Array) -> tuple[jax.Array, None]:
     return verbs.unembed(dy, decode(w)), None  # straight through the rounding of x
 
 
-_product.defvjp(lambda x, w: (_product(x, w), w), _backward)
+_product.defvjp(lambda path, x, w: (_product(path, x, w), w), _backward)
 
 
-def integer_product(x_ND: jax.Array, w: PackedTernary) -> jax.Array:
+@cache
+def _rows(path: str) -> Callable:
+    """(x[N, D], codes and scale of one matrix) -> [N, F] in x's dtype, by this path; a function a path, since JAX
+    remembers what it has traced of a function."""
+
+    @over_tokens
+    def rows(x_ND: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        if path == "ffi" and fits(x_ND, path):
+            return native.ternary_product(x_ND, codes, scale)
+        rows_ND, inverse_N1 = int8_codes(x_ND)
+        y_NF = integer_product(rows_ND, PackedTernary(codes, scale, x_ND.shape[-1]), path).astype(jnp.float32)
+        return (y_NF * (inverse_N1 * scale)).astype(x_ND.dtype)
+
+    return rows
+
+
+def fits(x_ND: jax.Array, path: str) -> bool:
+    """Whether a path's kernel takes such tokens."""
+    return x_ND.shape[0] <= choice.MOST_TOKENS[path] and x_ND.shape[1] <= native.MOST_INPUTS
+
+
+def integer_product(x_ND: jax.Array, w: PackedTernary, path: str = "xla") -> jax.Array:
     """int8[N, D] times codes -> int32[N, F], exact."""
+    if path in KERNELS and fits(x_ND, path):
+        return KERNELS[path](x_ND, w.codes)
     N = x_ND.shape[0]
     x_ND = jnp.pad(x_ND, ((0, max(0, LEAST_ROWS - N)), (0, 0)))
     w_FD = unpack(w.codes, w.inputs)
     y_NF = jax.lax.dot_general(x_ND, w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return y_NF[:N]
+
+
+KERNELS: dict[str, Callable] = {"ffi": native.integer_product}

@@ -4,20 +4,26 @@ A rule is "regular expression=transform". It is searched in the names of the wei
 "layers/mlp/up_proj/kernel" (stacked) or "layers/0/mlp/...", and with a star for the layer, "layers/*/mlp/...", so that
 one rule serves both; the first rule that matches decides. Only matrices behind `project` are transformed: the kernels
 of the blocks but the routers', never embeddings, the head, norms and biases.
+
+CODED are what a weight becomes that does not learn: the base of adapters, or one of a model that is only used.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from easylm_plus.errors import UserError
+from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.nf4 import nf4
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
 
-TRANSFORMS = ("plain", "ternary", "fp8", "narrow")  # narrow: kept as an FP8 level says
+CODED: Mapping[str, Callable[[Any], Coded]] = {"nf4": nf4, "nf4_double": partial(nf4, double=True)}
+TRANSFORMS = ("plain", "ternary", "fp8", "narrow", *CODED)  # narrow: kept as an FP8 level says
 MATRIX = r"^layers/(?!.*/router/).*/kernel$"
 BITNET = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)  # all linear layers of the blocks, as in the paper
 
@@ -88,10 +94,18 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
     """The tree with the weights that rules name turned into typed leaves; gradients pass through to the arrays.
 
     For models that are used as they are; those that learn go through levels.py. Weights that multiply in FP8 while they
-    learn are used as they are kept.
+    learn are used as they are kept, and so are those that are in codes already.
     """
     assigned = assign(params, rules)
-    turned = lambda path, leaf: Ternary(leaf) if assigned[path_name(path)] == "ternary" else leaf
+
+    def turned(path: Any, leaf: Any) -> Any:
+        transform = assigned[path_name(path)]
+        if isinstance(leaf, Coded):
+            return leaf
+        if transform in CODED and not is_kept(leaf):
+            return CODED[transform](leaf)
+        return Ternary(leaf) if transform == "ternary" else leaf
+
     return jax.tree.map_with_path(turned, params, is_leaf=is_kept)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.formats import FORMATS, NARROW, WIDE, Format, Formats
+from easylm_plus.numerics.rules import CODED
 from easylm_plus.parallel.mesh import AXES
 from easylm_plus.parallel.sharding import DATA_AXES, mesh_axis_size
 
@@ -50,10 +51,24 @@ def check_transforms(level: str, optimizer: Mapping[str, Any], found: set[str], 
         reason = "adapters are kept in float32" if adapters else "no matrix that it concerns; see numerics.fp8_level"
         if adapters or found == {"plain"}:
             raise UserError(f"optimizer.{named[0]} = {optimizer[named[0]]!r}: found {reason}")
+    if not adapters and (fixed := CODED.keys() & found):
+        raise UserError(f"numerics.rules: found '={min(fixed)}', which does not learn; expected numerics.lora with it")
     if level == "none" and (needy := {"fp8", "narrow"} & found):
         raise UserError(f"numerics.rules: found '={min(needy)}', expected numerics.fp8_level = O1, O2 or O3 with it")
     if level != "none" and found == {"plain"}:
         raise UserError(f"numerics.fp8_level = {level!r}: found no matrix that it concerns")
+
+
+def warmup_of(section: Mapping[str, Any], assigned: Mapping[str, str]) -> int:
+    """Steps over which matrices turn ternary; UserError where nothing can, or a number is none."""
+    steps, ternary = section["ternary_warmup"], [name for name, transform in assigned.items() if transform == "ternary"]
+    if steps < 0:
+        raise UserError(f"numerics.ternary_warmup = {steps}: expected a number of steps, or 0 for none")
+    if steps and not ternary:
+        raise UserError(f"numerics.ternary_warmup = {steps}: found no weight that numerics.rules make ternary")
+    if steps and (experts := [name for name in ternary if "/experts/" in name]):
+        raise UserError(f"numerics.ternary_warmup = {steps}: found ternary experts ({experts[0]}), which take none")
+    return steps
 
 
 def deals(section: Mapping[str, Any], optimizer: Mapping[str, Any], master: Format, adapters: bool) -> bool:

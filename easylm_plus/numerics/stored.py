@@ -38,17 +38,20 @@ def _copied(value: Any, handle: Any) -> jax.Array:
     return decode(value)
 
 
-def _copied_backward(handle: Any, gradient: jax.Array) -> Any:
+_copied.defvjp(
+    lambda value, handle: (decode(value), handle), lambda handle, gradient: (None, to_handle(handle, gradient))
+)
+
+
+def to_handle(handle: Any, gradient: jax.Array) -> Any:
+    """The cotangent of a handle: the gradient in its dtype, or in E4M3 codes for an Fp8Handle, or None for none."""
     if not isinstance(handle, Fp8Handle):
-        return None, None if handle is None else gradient.astype(handle.dtype)
+        return None if handle is None else gradient.astype(handle.dtype)
     narrow = encode_shared(gradient, manual_axes())
     largest = collectives.largest(amax(gradient), manual_axes())
     seen = jnp.stack([largest, jnp.zeros_like(largest), underflow(gradient, narrow.code, (-2, -1))], -1)
     tap = jnp.full(handle.tap.shape, jnp.nan).at[..., TENSORS.index("gradient"), :].set(seen)  # no FP8 product
-    return None, Fp8Handle(narrow.code, narrow.scale_inv, tap, jnp.ones_like(narrow.scale_inv))
-
-
-_copied.defvjp(lambda value, handle: (decode(value), handle), _copied_backward)
+    return Fp8Handle(narrow.code, narrow.scale_inv, tap, jnp.ones_like(narrow.scale_inv))
 
 
 @verbs._dense.register

@@ -30,9 +30,14 @@ EPS = 1e-5
 
 @struct.dataclass
 class Ternary:
-    """A matrix [..., in, out] that multiplies as its ternary rounding; trained."""
+    """A matrix [..., in, out] that multiplies as its ternary rounding; trained.
+
+    With a `share`, weights and activations are only that much on the way to their roundings, 0 not at all and 1
+    wholly: how a model that was trained in floats turns ternary without losing what it knew.
+    """
 
     latent: Any  # an array, or a leaf that `dense` makes one of
+    share: jax.Array | None = None  # float32[...]; None: 1
 
 
 @struct.dataclass
@@ -57,12 +62,19 @@ def ternary_weight(latent: Any) -> jax.Array:
     return _straight_through(w, codes / per_matrix(inverse))
 
 
-def int8_activation(x: jax.Array, cut: str | None = None) -> jax.Array:
-    """x~ in float32, by the last axis (which the mesh axis `cut` may cut), with the gradient of x~ as that of x."""
+def int8_codes(x: jax.Array, cut: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """(whole numbers from -128 to 127 as float32[..., D], s as float32[..., 1]) of activations; the mesh axis `cut` may
+    cut D."""
     x = x.astype(jnp.float32)
-    largest = jnp.abs(jax.lax.stop_gradient(x)).max(-1, keepdims=True)
+    largest = jnp.abs(x).max(-1, keepdims=True)
     scale = 127 / jnp.maximum(jax.lax.pmax(largest, cut) if cut else largest, EPS)
-    return _straight_through(x, jnp.clip(jnp.round(x * scale), -128, 127) / scale)
+    return jnp.clip(jnp.round(x * scale), -128, 127), scale
+
+
+def int8_activation(x: jax.Array, cut: str | None = None) -> jax.Array:
+    """x~ in float32, with the gradient of x~ as that of x."""
+    codes, scale = int8_codes(jax.lax.stop_gradient(x), cut)
+    return _straight_through(x.astype(jnp.float32), codes / scale)
 
 
 @jax.custom_jvp
@@ -77,14 +89,21 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
     return primals[1], tangents[0]
 
 
+def _towards(x: jax.Array, rounded: jax.Array, share: jax.Array | None) -> jax.Array:
+    """x moved by a share of the way to its rounding, with the gradient of x."""
+    return rounded if share is None else _straight_through(x, x + share * (rounded - x))
+
+
 @verbs._project.register
 def _(w: Ternary, x: jax.Array) -> jax.Array:
-    return verbs.project(int8_activation(x).astype(x.dtype), ternary_weight(w.latent).astype(x.dtype))
+    moved = _towards(x.astype(jnp.float32), int8_activation(x), w.share)
+    return verbs.project(moved.astype(x.dtype), verbs.dense(w).astype(x.dtype))
 
 
 @verbs._settle.register
 def _(w: Ternary) -> Rounded:
-    return Rounded(ternary_weight(w.latent))
+    assert w.share is None, "experts turn ternary at once"
+    return Rounded(verbs.dense(w))
 
 
 @verbs._project_grouped.register
@@ -99,17 +118,20 @@ def _(w: Rounded, x_MD: jax.Array, groups: Groups) -> jax.Array:
 
 @verbs._dense.register
 def _(w: Ternary) -> jax.Array:
-    return ternary_weight(w.latent)
+    if w.share is None:
+        return ternary_weight(w.latent)
+    latent = verbs.dense(w.latent).astype(jnp.float32)
+    return _towards(latent, ternary_weight(latent), per_matrix(w.share))
 
 
 @handles.handle_of.register
 def _(leaf: Ternary) -> Any:
-    return handles.handle_of(leaf.latent)
+    return handles.handle_of(leaf.latent)  # a share is not learned
 
 
 @handles.hold.register
 def _(leaf: Ternary, handle: Any) -> Ternary:
-    return Ternary(handles.hold(leaf.latent, handle))
+    return Ternary(handles.hold(leaf.latent, handle), leaf.share)
 
 
 @handles.cotangent_of.register

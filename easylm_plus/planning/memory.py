@@ -2,8 +2,8 @@
 
 What is kept between steps is exact, and so are the copies of weights and the gradients that a step makes. Activations
 are estimated from what one block keeps for its backward pass under each remat policy: in the compute dtype, or as the
-E4M3 codes that an FP8 product has made of its input. Workspace of the compiler is not counted, so the compiled
-program's own figure (`memory_analysis`) can be larger.
+codes of a byte that an FP8 or ternary product has made of its input. Workspace of the compiler is not counted, so the
+compiled program's own figure (`memory_analysis`) can be larger.
 """
 
 import dataclasses
@@ -61,10 +61,13 @@ def estimate(
     the run's transforms of weights; whether `tensor` cuts the residual stream (sequence parallelism)."""
     mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
     local = math.ceil(tokens / accumulate / math.prod(mesh[axis] for axis in DATA_AXES))
-    fp8 = {name.split("/")[-2] for name, transform in numerics.assigned.items() if transform == "fp8"}
-    residual, whole, cut = kept_per_token(config, precision, mesh["expert"], fp8)
+    kinds = ("fp8",) if numerics.warmup else ("fp8", "ternary")
+    coded = {name.split("/")[-2] for name, transform in numerics.assigned.items() if transform in kinds}
+    residual, whole, cut = kept_per_token(config, precision, mesh["expert"], coded)
     residual /= mesh["tensor"] if cut_residual else 1
-    head = config.hidden_size * config.vocab_size * 4 / mesh["tensor"]
+    # the gathered head and its gradient; one that does not learn is there in the compute dtype
+    sizes = (4, 4) if not numerics.adapters else (np.dtype(precision.compute).itemsize,)
+    head = config.hidden_size * config.vocab_size * sum(sizes) / mesh["tensor"]
     made = made_by_a_step(state, shardings.params, numerics)
     between = (state.opt_state, state.numerics, state.ema), (shardings.opt_state, shardings.numerics, shardings.ema)
     return Memory(
@@ -73,8 +76,8 @@ def estimate(
         copies=sum(weight.copies for weight in made),
         gradients=sum(weight.gradients(accumulate) for weight in made),
         activations=int(local * (residual + whole + cut / mesh["tensor"])),
-        # a chunk's logits, their exponentials and their gradient; the gathered head and its gradient
-        loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + 2 * head),
+        # and a chunk's logits, their exponentials and their gradient
+        loss=int(3 * min(chunk, local) * config.vocab_size * 4 / mesh["tensor"] + head),
     )
 
 
@@ -112,11 +115,14 @@ def made_by_a_step(state: Any, places: Any, numerics: Any) -> list[Made]:
         as_kept = {(x.shape, x.dtype) for x, place in masters if place == here[x.shape]}
         matrices = lambda leaves: [x for x in leaves if x.shape in here and len(x.shape) == len(kept[name][0].shape)]
         copies = [x for x in matrices(viewed[name]) if (x.shape, x.dtype) not in as_kept]
+        master = kept[name][0]
+        here_of_whole = here[master.shape].shard_shape(master.shape)  # codes of several weights a byte lie as these do
+        packed = [x.size for x in viewed[name] if x.dtype == jnp.uint8 and x.ndim == master.ndim]
         grads = matrices(own[name])
         sums = [codes if x.dtype == E4M3.dtype else jnp.promote_types(x.dtype, jnp.float32) for x in grads]
         return Made(
-            name, sum(size(x, x.dtype) for x in copies), sum(size(x, x.dtype) for x in grads),
-            sum(map(size, grads, sums)),
+            name, sum(size(x, x.dtype) for x in copies) + sum(packed) * math.prod(here_of_whole) // master.size,
+            sum(size(x, x.dtype) for x in grads), sum(map(size, grads, sums)),
         )  # fmt: skip
 
     return [of_weight(name) for name in weights]
@@ -142,12 +148,12 @@ def _on_each_replica(place: NamedSharding) -> NamedSharding:
 
 
 def kept_per_token(
-    config: ModelConfig, precision: Precision, expert_axis: int = 1, fp8: Collection[str] = ()
+    config: ModelConfig, precision: Precision, expert_axis: int = 1, coded: Collection[str] = ()
 ) -> tuple[float, int, int]:
     """Bytes that the blocks keep for one token's backward pass: (residual stream, other, of which `tensor` cuts).
 
-    The first two are on every device of `tensor`, unless it cuts the residual stream too. `fp8`: the matrices, such as
-    "q_proj", that multiply in FP8.
+    The first two are on every device of `tensor`, unless it cuts the residual stream too. `coded`: the matrices, such
+    as "q_proj", whose products keep codes of a byte of their input: FP8 and ternary ones.
     """
     c, D, L = config, config.hidden_size, config.num_layers
     own = c.num_heads * c.head_dim
@@ -157,11 +163,11 @@ def kept_per_token(
     # experts have rows for all choices of the tokens that their axis brings together; these are never kept as "dots"
     rows = c.experts_per_token * expert_axis if c.num_experts else 1
     sorted_rows = (expert_axis + 2 * rows) * D if c.num_experts else 0
-    # an input of several matrices is kept once in the compute dtype, but each FP8 product keeps codes of its own
-    read_by = lambda *names: sum(name in fp8 for name in names) or size
+    # an input of several matrices is kept once in the compute dtype, but each such product keeps codes of its own
+    read_by = lambda *names: sum(name in coded for name in names) or size
     norms = read_by("q_proj", "k_proj", "qk_proj", "v_proj") + read_by("gate_proj", "up_proj")
     # attention's output is kept by attention itself, too
-    attention = size + read_by("o_proj") if "o_proj" in fp8 else size
+    attention = size + read_by("o_proj") if "o_proj" in coded else size
     inside = size * (heads + rows * wide) + attention * own + read_by("down_proj") * rows * c.intermediate_size
     block = (2 * D * size, norms * D + sorted_rows * size, inside)
     dots = (3 * D * size, 0, (heads + (0 if c.num_experts else wide)) * size)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from easylm_plus.errors import UserError
-from easylm_plus.training import fp8_log
+from easylm_plus.training import numerics_log
 from easylm_plus.training.metrics import MetricsLog
 
 # Dense 16-bit peak of one device in TFLOP/s, from the vendors' data sheets; the denominator of MFU.
@@ -124,7 +124,7 @@ class Meter:
             **{f"loss/{s}": float(nll[i] / tokens[i]) for i, s in enumerate(self.sources) if tokens[i]},
             **{k: float(metrics[k]) for k in ("grad_norm", "learning_rate") if k in metrics},
             **{f"router/{name}": value / routed for name, value in router.items() if routed},
-            **fp8_log.worst(metrics.get("numerics", {})),
+            **numerics_log.in_short(metrics.get("numerics", {})),
             "loss_tokens": float(tokens.sum()),
             "skipped": int(metrics["skipped"]),
             "tokens_per_second": rate,
@@ -138,7 +138,7 @@ class Meter:
         if self.peak_tflops:
             row["mfu"] = tflops / self.peak_tflops
         self.log.write(step, row)
-        self.log.details(step, fp8_log.each(metrics.get("numerics", {})))
+        self.log.details(step, numerics_log.each(metrics.get("numerics", {})))
         self.last = {"step": step, **row}
         self._reset()
         self.restart_clock()

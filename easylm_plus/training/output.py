@@ -19,9 +19,13 @@ from easylm_plus.interop.difference import FILE
 from easylm_plus.interop.tensor_files import INDEX, read_json
 from easylm_plus.training.checkpoint import read_meta
 
+GGUF = b"GGUF"  # what such files begin with
 
-def checked(output: Path, inputs: Sequence[Path], force: bool) -> Path:
+
+def checked(output: Path, inputs: Sequence[Path], force: bool, file: bool = False) -> Path:
     """The output's whole path, without links and `..`; an error if something there is in the way, or is an input.
+
+    `file`: the output is a GGUF file, else a folder.
 
     An input is in the way at the output, in it, or around it; so is a file that a link in an input leads to.
     """
@@ -35,7 +39,7 @@ def checked(output: Path, inputs: Sequence[Path], force: bool) -> Path:
             raise UserError(f"--output={output}: found the input {path} there; expected another place")
         if any(_same(whole, place) for place in output.parents):
             raise UserError(f"--output={output}: lies in the input {path}; expected another place")
-    _replaceable(output, force)
+    _replaceable(output, force, file)
     return output
 
 
@@ -44,12 +48,16 @@ def _same(a: Path, b: Path) -> bool:
     return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 
-def _replaceable(output: Path, force: bool) -> None:
+def _replaceable(output: Path, force: bool, file: bool = False) -> None:
     """An error if something is there that must stay."""
     if not os.path.lexists(output):
         return
     if not force:
         raise UserError(f"{output}: found something there already; --force replaces it")
+    if file:
+        if output.is_symlink() or not output.is_file() or output.open("rb").read(len(GGUF)) != GGUF:
+            raise UserError(f"{output}: found no GGUF file there; --force replaces only what a conversion has written")
+        return
     if output.is_symlink() or not output.is_dir():
         raise UserError(f"{output}: found no folder there; --force replaces only what a conversion has written")
     if (found := _foreign(output)) is not None:
@@ -81,12 +89,7 @@ def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
       needed: bytes that will be written; an OSError (ENOSPC) if the disk has less.
     """
     _replaceable(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(output.parent).free) < needed:
-        place = f"{output} (takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free)"
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
-    for other in output.parent.glob(f"{prefix(output)}*{SUFFIX}"):
-        print(f"{other} is of a conversion that still runs, or was killed: then remove it", file=sys.stderr)
+    _check_room(output, needed)
     with beside(output) as (new, old):
         yield new
         _replaceable(output, force)  # it took a while
@@ -98,3 +101,24 @@ def replaced(output: Path, force: bool, needed: int) -> Iterator[Path]:
             if old.exists():
                 old.rename(output)
             raise
+
+
+@contextmanager
+def replaced_file(output: Path, force: bool, needed: int) -> Iterator[Path]:
+    """As `replaced`, for a GGUF file: where to write what takes the output's place."""
+    _replaceable(output, force, file=True)
+    _check_room(output, needed)
+    with beside(output) as (new, _):
+        yield new / output.name
+        _replaceable(output, force, file=True)
+        (new / output.name).replace(output)
+
+
+def _check_room(output: Path, needed: int) -> None:
+    """An OSError (ENOSPC) if the disk has less than `needed` bytes; tells what other conversions have left."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(output.parent).free) < needed:
+        place = f"{output} (takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free)"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+    for other in output.parent.glob(f"{prefix(output)}*{SUFFIX}"):
+        print(f"{other} is of a conversion that still runs, or was killed: then remove it", file=sys.stderr)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.levels import PLAIN
 from easylm_plus.parallel.zero import DEALT
 from easylm_plus.training.optimizer import Optimizer
@@ -42,8 +44,8 @@ def new_state(params: Any, optimizer: Optimizer, ema: bool, numerics: Any = PLAI
     zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: the step donates them all
     guard = Guard(jnp.zeros((), jnp.float32), zero(), zero(), zero())
     # 16 bits would round away the small share that a step adds; jnp.array copies, since the step donates both trees
-    wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))
-    copy = numerics.laid(jax.tree.map(wide, params)) if ema else None
+    wide = lambda p: jnp.array(decode(p), jnp.promote_types(decode(p).dtype, jnp.float32))
+    copy = numerics.laid(jax.tree.map(wide, params, is_leaf=is_coded)) if ema else None
     stored = numerics.store(params)
     return TrainState(zero(), stored, optimizer.init(numerics.trained(stored)), numerics.state(), copy, guard)
 
@@ -56,26 +58,32 @@ def relaid(state: TrainState, way: Callable[[Any], Any]) -> TrainState:
     return dataclasses.replace(state, params=way(state.params), opt_state=opt_state, ema=ema)
 
 
+def is_coded(x: Any) -> bool:
+    """For tree functions: a Coded is one leaf."""
+    return isinstance(x, Coded)
+
+
 def state_shardings(state: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:
     """NamedShardings for a whole (abstract) state: what mirrors a parameter is sharded like it.
 
     A leaf mirrors the parameter whose path ends its own path and whose shape it has (Adam's moments, the EMA, and the
     codes of either, and the base of an adapter). Of what is dealt out (parallel/zero.py) all parts mirror the stack.
-    Scalars and everything else are replicated.
+    A Coded places its own arrays by those of the matrix that it is. Scalars and everything else are replicated.
     """
     place = lambda path: path_name(path).removesuffix("/code").removesuffix("/base")
-    shapes = {place(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    params = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_coded)
+    shapes = {place(path): leaf.shape for path, leaf in params}
     known = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)}
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
+    def sharding(path: Any, leaf: Any) -> Any:
         parts = place(path).split("/")
         for start in range(len(parts)):
             name = "/".join(parts[start:])
             if parts[start] == DEALT:
                 return known[f"{DEALT}/{parts[start + 1]}"]
             if name in known and shapes[name] == leaf.shape:
-                return known[name]
+                return leaf.placed(known[name]) if is_coded(leaf) else known[name]
         return whole
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return jax.tree_util.tree_map_with_path(sharding, state, is_leaf=is_coded)

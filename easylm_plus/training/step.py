@@ -43,7 +43,7 @@ def make_train_step(
             "skipped": guard.skipped,
             "streak": guard.streak,
             "sums": sums,
-            "numerics": numerics.report(seen, state.numerics),
+            "numerics": numerics.report(seen, state.numerics, view, params),
             **metrics,
         }
 

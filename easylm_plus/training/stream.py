@@ -30,15 +30,19 @@ from easylm_plus.interop.weights import (
     Weights,
     batches,
     indices,
+    packed_names,
     piece_shapes,
     put,
     stored,
     stored_shapes,
+    ternary_piece,
     workers,
 )
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
+from easylm_plus.numerics.trits import Trits
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 from easylm_plus.training.contents import declared, put_together
 from easylm_plus.tree import path_name
@@ -79,8 +83,19 @@ def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any],
     scan, shapes = config.scan_layers, stored_shapes(config, config.scan_layers)
     arrays: dict[str, dict[str, Any]] = {}
     tree: dict[str, Any] = {}
+    leaves: dict[str, dict[str, Any]] = {}
+    ternary = packed_names(weights)
     for name in (name for names in weights.groups for name in names):
         for key, inner in (stored(name, index, scan) for index in indices(name, config)):
+            if name in ternary:
+                leaf = _packed_shapes(shapes[key])
+                leaves[f"params/{key}"] = {"type": "PackedTernary", "inputs": leaf.inputs}
+                for part in ("codes", "scale"):
+                    array = getattr(leaf, part)
+                    arrays[f"params/{key}/{part}"] = {"shape": list(array.shape), "dtype": array.dtype.name}
+                    chunks = (*(1 for _ in inner), *array.shape[len(inner) :])
+                    put(tree, f"params/{key}/{part}", Declared(array.shape, array.dtype, chunks))
+                continue
             shape = shapes[key]
             chunks = (*(1 for _ in inner), *shape[len(inner) :])
             arrays[f"params/{key}"] = {"shape": list(shape), "dtype": weights.dtype(name).name}
@@ -90,7 +105,7 @@ def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any],
     with workers() as each:
         for batch in batches(weights.groups, config):
             each(partial(_write_piece, state, weights, progress), batch)
-    meta = {"schema": SCHEMA, "arrays": arrays, "data_hash": "", "pieces": True, **meta}
+    meta = {"schema": SCHEMA, "arrays": arrays, "leaves": leaves, "data_hash": "", "pieces": not leaves, **meta}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(directory / "0" / "meta", args=ocp.args.JsonSave(meta))
 
@@ -114,18 +129,37 @@ def _write_piece(state: Path, weights: Weights, progress: Progress, piece: tuple
     it would be copied twice more, each time into memory that is new to the process: twice the time.
     """
     names, index = piece
+    if names[0] in packed_names(weights):
+        found = ternary_piece(weights, names[0], index)
+        assert found is not None, names[0]
+        key, inner = stored(names[0], index, weights.config.scan_layers)
+        _write_chunk(_chunk(state, f"{key}/codes", inner, (0, 0)), pack(found[0]))
+        _write_chunk(_chunk(state, f"{key}/scale", inner, ()), np.full(1, found[1], np.float32))
+        progress(found[0].size * weights.dtype(names[0]).itemsize)
+        return
     for name, array in zip(names, weights.read(names, index), strict=True):
         key, inner = stored(name, index, weights.config.scan_layers)
-        with _chunk(state, key, inner, array.shape).open("wb", buffering=0) as file:
-            rest = memoryview(contiguous(array).reshape(-1).view(np.uint8))
-            while rest:
-                rest = rest[file.write(rest) :]
+        _write_chunk(_chunk(state, key, inner, array.shape), array)
         progress(array.nbytes)
+
+
+def _write_chunk(path: Path, array: np.ndarray) -> None:
+    with path.open("wb", buffering=0) as file:
+        rest = memoryview(contiguous(array).reshape(-1).view(np.uint8))
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def _packed_shapes(shape: tuple[int, ...]) -> PackedTernary:
+    """What a matrix [..., in, out] is packed as: ShapeDtypeStruct."""
+    stack, matrix = shape[:-2], jax.eval_shape(packed, jax.ShapeDtypeStruct(shape[-2:], np.float32))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), matrix)
 
 
 def _chunk(state: Path, key: str, inner: Index, shape: tuple[int, ...]) -> Path:
     """The file of a piece."""
-    return state / ("params/" + key).replace("/", ".") / ".".join(map(str, (*inner, *(0 for _ in shape))))
+    numbers = (*inner, *(0 for _ in shape)) or (0,)
+    return state / ("params/" + key).replace("/", ".") / ".".join(map(str, numbers))
 
 
 class Chunked(Stacked):
@@ -166,7 +200,8 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     config, place = ModelConfig(**meta["config"]["model"]), f"{directory}/{step}"
     if meta.get("pieces"):
         return Chunked(config, arrays, fetch, place, state=directory / str(step) / "state"), meta, directory
-    return Stacked(config, arrays, fetch, place), meta, directory
+    ternary = {path_name(path) for path, leaf in leaves if isinstance(leaf, PackedTernary | Trits)}
+    return Stacked(config, arrays, fetch, place, ternary), meta, directory
 
 
 def total_bytes(weights: Weights) -> int:

@@ -20,7 +20,8 @@ from data_pipelines.train_tokenizer import CHAT_TOKENS
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
 from easylm_plus.interop import tables
-from easylm_plus.interop.configs import ONLINE, parse_config, read_config, read_raw
+from easylm_plus.interop.bitnet import quantization_config
+from easylm_plus.interop.configs import parse_config, read_config, read_raw
 from easylm_plus.interop.huggingface import load_hf, save_hf
 from easylm_plus.interop.tensor_files import INDEX
 from easylm_plus.interop.weights import piece_shapes
@@ -31,6 +32,7 @@ from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import BITNET, attach
 
+ONLINE = quantization_config("online")
 GOLDEN = Path(__file__).parents[1] / "golden"
 END = CHAT_TOKENS[-1]
 FAMILIES = (
@@ -152,7 +154,7 @@ def test_nested_keys_of_the_original_stay():
 def test_rounding_online_is_stated():
     """Without it transformers computes a dense model of the weights, as it should of one with sub-norms alone."""
     original, config = read_raw(GOLDEN / "bitnet_tiny"), model_config("bitnet")
-    assert export_config(config, None, "here", rounded_online=True)["quantization_config"] == ONLINE
+    assert export_config(config, None, "here", form="online")["quantization_config"] == ONLINE
     assert "quantization_config" not in export_config(config, None, "here")
     for keys in ({}, {"quantization_config": {**ONLINE, "modules_to_not_convert": None}}):
         exported = export_config(parse_config(original, "here"), original | keys, "here")

@@ -15,10 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from easylm_plus.errors import UserError
-from easylm_plus.interop.configs import ONLINE, read_config
+from easylm_plus.interop.bitnet import quantization_config
+from easylm_plus.interop.configs import read_config
 from easylm_plus.interop.huggingface import load_hf, load_parameters
 from easylm_plus.numerics.rules import BITNET
 
+ONLINE = quantization_config("online")
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -130,11 +132,14 @@ EXPERTS = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
         (MIXED_WINDOWS, "found max_window_layers 1"),
         ({"partial_rotary_factor": 0.5}, r"found partial_rotary_factor 0\.5, expected 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"found partial_rotary_factor 0\.5, expected 1"),
-        ({"quantization_config": ONLINE}, r"method 'bitnet' \(linear_class 'autobitlinear'"),  # of LLaMA
-        ({**BITNET_KEYS, "quantization_config": ONLINE | {"quantization_mode": "offline"}}, "mode 'offline'"),
-        ({**BITNET_KEYS, "quantization_config": ONLINE | {"linear_class": "bitlinear"}}, "class 'bitlinear'"),
+        ({**M32, "quantization_config": ONLINE}, r"method 'bitnet' \(linear_class 'autobitlinear'"),  # of Yuan
+        ({**BITNET_KEYS, "quantization_config": ONLINE | {"quantization_mode": "later"}}, "mode 'later'"),
+        ({**BITNET_KEYS, "quantization_config": ONLINE | {"linear_class": "bitlinear"}}, "class 'bitlinear'"),  # online
         ({**BITNET_KEYS, "quantization_config": ONLINE | {"use_rms_norm": True}}, "use_rms_norm True"),
-        ({**BITNET_KEYS, "quantization_config": {"quant_method": "bitnet"}}, "method 'bitnet'"),
+        (
+            {**BITNET_KEYS, "attention_bias": True, "quantization_config": quantization_config("autobitlinear")},
+            "the latter without biases",
+        ),
         (
             {**M32, "moe_config": EXPERTS | {"router_type": "top_k"}},
             "found router_type 'top_k', expected 'attn_router'",

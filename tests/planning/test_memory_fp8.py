@@ -54,6 +54,20 @@ def test_bytes_by_arithmetic(level, accumulate):
     assert found.gradients == (gradient + both * total) * MATRICES + (1 + both) * 4 * OTHERS
 
 
+def test_ternary_weights_are_copied_as_codes():
+    """Four a byte, where a step that turns them over time has none: there latents multiply as they are kept."""
+    keys = {"numerics__rules": (r"layers/.*_proj=ternary",), "model__remat": "none"}
+    found, _ = estimated("none", **keys)
+    assert found.copies == MATRICES // 4
+    assert found.parameters == 4 * (MATRICES + OTHERS) and found.gradients == 4 * (MATRICES + OTHERS)
+    turning, _ = estimated("none", numerics__ternary_warmup=10, **keys)
+    assert turning.copies == 0
+    wide = [estimated("none", model__intermediate_size=256, **more)[0].activations
+            for more in ({**keys, "numerics__ternary_warmup": 10}, keys)]  # fmt: skip
+    # codes of a byte instead of 2: of queries, keys and values 3 for 2, of gate and up 2 for 2, of o 3 for 2
+    assert wide[0] - wide[1] == L * ROWS * LENGTH * (256 - D - D)
+
+
 def test_sums_in_e4m3_take_a_byte():
     found, _ = estimated("O3", train__accumulate=2, numerics__fp8_accumulate="e4m3")
     assert found.gradients == (1 + 1) * MATRICES + (4 + 4) * OTHERS
@@ -112,7 +126,7 @@ def test_inputs_of_fp8_products_are_kept_in_codes():
     """LLaMA 7B: by hand for a block that keeps everything, in bfloat16."""
     own, wide = 4096, 11008
     fp8 = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    kept = lambda remat, names: kept_per_token(preset("llama-7b", remat=remat), precision("bf16"), fp8=names)
+    kept = lambda remat, names: kept_per_token(preset("llama-7b", remat=remat), precision("bf16"), coded=names)
     residual, norms = 2 * 2 * own, 2 * 2 * own
     assert kept("none", ()) == tuple(32 * x for x in (residual, norms, 2 * (4 * own + 3 * wide)))
     codes = 5 * own  # q, k, v, gate and up each have their own

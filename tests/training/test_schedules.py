@@ -26,12 +26,14 @@ def expected(kind, step):
     else:
         done, warm = (step - WARMUP) / (TOTAL - WARMUP), 1.0
     line = lambda start: start + (END - start) * done
+    half = lambda start: END + (start - END) * (1 + math.cos(math.pi * done)) / 2
     late = step >= SECOND["stage_at"] * TOTAL
     rates = {
         "constant": PEAK,
         "linear": line(PEAK),
-        "cosine": END + (PEAK - END) * (1 + math.cos(math.pi * done)) / 2,
+        "cosine": half(PEAK),
         "two_stage": line(SECOND["stage_learning_rate"] if late else PEAK),
+        "two_stage_cosine": half(SECOND["stage_learning_rate"] if late else PEAK),
     }
     return warm * rates[kind]
 
@@ -42,7 +44,7 @@ def agrees(kind, rate):
     return np.allclose([rate(np.int32(step)) for step in steps], wanted, rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "two_stage"])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "two_stage", "two_stage_cosine"])
 def test_closed_forms(kind):
     rate = build(kind)
     assert agrees(kind, rate)
@@ -79,5 +81,7 @@ def test_weight_decay_ends_where_the_second_line_starts():
     config = {"schedule": "two_stage", "weight_decay": 0.1, "stage_weight_decay": 0.0, **SECOND}
     decay = weight_decay(config, TOTAL)
     assert [float(decay(np.int32(step))) for step in (0, 54, 55, 109)] == pytest.approx([0.1, 0.1, 0.0, 0.0])
+    half = weight_decay({**config, "schedule": "two_stage_cosine"}, TOTAL)
+    assert [float(half(np.int32(step))) for step in (0, 54, 55)] == pytest.approx([0.1, 0.05143, 0.0], abs=1e-5)
     assert weight_decay({**config, "schedule": "cosine"}, TOTAL) == 0.1, "one stage only"
     assert weight_decay({**config, "stage_weight_decay": 0.1}, TOTAL) == 0.1

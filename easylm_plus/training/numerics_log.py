@@ -1,10 +1,11 @@
-"""What a step says of its FP8 products (numerics/levels.py, `report`), as numbers for the log.
+"""What a step says of its FP8 and ternary matrices (numerics/levels.py, `report`), as numbers for the log.
 
-The JSONL row has the worst of all matrices; TensorBoard also has each matrix of each layer, as
-fp8/amax/input/03/self_attn/q_proj.
+The JSONL row has the worst of all FP8 matrices and the mean of the ternary ones; TensorBoard also has each matrix of
+each layer, as fp8/amax/input/03/self_attn/q_proj or ternary/flips/03/self_attn/q_proj.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,26 @@ import numpy as np
 
 from easylm_plus.numerics.fp8 import SEEN, TENSORS
 
+TERNARY = ("flips", "zeros")  # shares of weights whose code this step has changed, and whose code is 0
+
+
+def in_short(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of the row."""
+    return worst(report) | ternary_mean(report)
+
+
+def ternary_mean(report: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of all ternary weights; a matrix counts as often as it has weights."""
+    if not (shares := report.get("ternary")):
+        return {}
+    sizes = [math.prod(np.shape(share)[:-1]) * size for share, size in shares.values()]
+    means = [np.reshape(share, (-1, len(TERNARY))).mean(0) for share, _ in shares.values()]
+    return {f"ternary/{what}": float(x) for what, x in zip(TERNARY, np.average(means, axis=0, weights=sizes))}
+
 
 def worst(report: Mapping[str, Any]) -> dict[str, float]:
     """The largest shares of values that overflowed and that became 0, by tensor, and the smallest mu."""
-    if not report:
+    if "seen" not in report:
         return {}
     every = np.concatenate([np.reshape(taps, (-1, len(TENSORS), len(SEEN))) for taps in report["seen"].values()])
     largest = np.where(np.isnan(every), -1.0, every).max(0)  # -1: measured nowhere
@@ -46,6 +63,10 @@ def each(report: Mapping[str, Any]) -> dict[str, float]:
                 values[f"fp8/scale/{tensor}/{place}"] = float(scales[(*index, row)])
             if name in report["mu"]:
                 values[f"fp8/mu/{place}"] = float(np.asarray(report["mu"][name])[index])
+    for name, (shares, _) in report.get("ternary", {}).items():
+        for index in itertools.product(*map(range, np.shape(shares)[:-1])):
+            for what, share in zip(TERNARY, np.asarray(shares)[index]):
+                values[f"ternary/{what}/{_place(name, index)}"] = float(share)
     return values
 
 

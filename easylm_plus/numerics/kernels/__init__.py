@@ -1,0 +1,1 @@
+"""Products of packed weights with few tokens, for CPUs (C++, called by XLA), GPUs and TPUs (Pallas)."""
