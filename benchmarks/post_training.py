@@ -41,8 +41,8 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 PRUNING = ("magnitude", "wanda", "sparsegpt")
 SPARSE = [f"sparse:share={share},method={method}" for share in SHARES for method in PRUNING]
 FOURS = [f"2:4:method={method}" for method in PRUNING]
-OTHERS = ["fp8", "ternary", *(f"int{bits}:method={method}" for bits in (4, 3) for method in ("gptq", "awq")),
-          "int3:group=64,method=gptq,asym,act_order"]  # fmt: skip
+COLUMNS = [f"int{bits}:method={method}" for bits in (4, 3) for method in ("gptq", "awq")]
+OTHERS = ["nf4", "nf4:double", "fp8", "ternary", *COLUMNS, "int3:group=64,method=gptq,asym,act_order"]
 SCHEMES = [*BITS, *GROUPED, *FOURS, *SPARSE, *OTHERS]
 
 

@@ -25,6 +25,7 @@ from easylm_plus.door import console
 from easylm_plus.errors import UserError
 from easylm_plus.interop.weights import LAYER, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.deploy import all_filed
 from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import assign
@@ -75,7 +76,7 @@ def write_quantized(
     if described["config.json"] and rules:  # what it says of rounding is done
         kept = {key: value for key, value in described["config.json"].items() if key != "quantization_config"}
         described = {**described, "config.json": kept}
-    write_parameters(folder, result.params, {**described, "quantized": scheme.text})
+    write_parameters(folder, all_filed(result.params), {**described, "quantized": scheme.text})
     console.print(table(result, scheme))
 
 

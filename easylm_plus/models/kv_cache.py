@@ -2,8 +2,8 @@
 
     s = max |x| / 127 over a head's features      codes = round(x / s)
 
-In int8 a head of 64 takes 68 bytes a token and not 128 (bfloat16), of 128 features 132 and not 256. Keys are kept turned
-(rope.py), so that nothing is turned again when they are read. Attention reads what the codes mean: values in the
+In int8 a head of 64 takes 68 bytes a token and not 128 (bfloat16), of 128 features 132 and not 256. Keys are kept
+turned (rope.py), so that nothing is turned again when they are read. Attention reads what the codes mean: values in the
 compute dtype, made where they are used.
 
 Legend: B batch, S cache slots, T tokens of this call, G kv heads, K head_dim.
@@ -40,10 +40,10 @@ def empty(kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     return jnp.zeros(shape, dtype)
 
 
-def write(kept: Any, new_BTGK: jax.Array, offset: Any) -> Any:
-    """The cache [B, S, G, K] with T more tokens from slot `offset` on."""
-    new = rows8(new_BTGK) if isinstance(kept, Rows8) else new_BTGK
-    put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), offset, axis=1)
+def write(kept: Any, x: jax.Array, offset: Any, axis: int = 1) -> Any:
+    """The cache with T more tokens, [B, T, G, K], from slot `offset` on; slots lie along `axis`."""
+    new = rows8(x) if isinstance(kept, Rows8) else x
+    put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), offset, axis)
     return jax.tree.map(put, kept, new)
 
 
