@@ -6,8 +6,10 @@ measured; methods that need calibration refuse.
 """
 
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, nested, walk
 from easylm_plus.door import console
 from easylm_plus.errors import UserError
-from easylm_plus.interop.weights import LAYER, Weights, packed_names, piece_shapes
+from easylm_plus.interop.weights import LAYER, Stacked, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.deploy import all_filed
 from easylm_plus.numerics.leaves import KEPT
@@ -33,6 +35,7 @@ from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
 from easylm_plus.training.data import chosen_sources, judged_by, learned_of, template_date
+from easylm_plus.training.stream import open_checkpoint, write_checkpoint
 
 ROWS = 8  # of a batch
 LONGEST = 2048  # tokens of a row, where the model came without a run that says
@@ -66,18 +69,30 @@ def write_quantized(
     console.print(rows.told)
     calibration = rows.calibration if scheme.calibrated else ()
     trained = trained_as(weights, rules)
-    original = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
+    leaf_of = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
     smaller = lambda name, w, seen: w if rules and trained[name] != "ternary" else scheme(name, w, seen)
-    result = walk(weights, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, original,
-                  tell)  # fmt: skip
-    numerics |= {"rules": [], "lora": []}
-    if "fp8_level" in numerics:
-        numerics["fp8_level"] = "none"
-    if described["config.json"] and rules:  # what it says of rounding is done
-        kept = {key: value for key, value in described["config.json"].items() if key != "quantization_config"}
-        described = {**described, "config.json": kept}
-    write_parameters(folder, all_filed(result.params), {**described, "quantized": scheme.text})
+    after = {**numerics, "rules": [], "lora": []} | ({"fp8_level": "none"} if "fp8_level" in numerics else {})
+    original = described["config.json"]
+    if original and rules:  # what it says of rounding is done
+        original = {key: value for key, value in original.items() if key != "quantization_config"}
+    meta = {"config": {**described["config"], "numerics": after}, "config.json": original, "quantized": scheme.text}
+    with by_layer(weights, described, folder) as read:
+        result = walk(read, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, leaf_of,
+                      tell)  # fmt: skip
+        write_parameters(folder, all_filed(result.params), meta)
     console.print(table(result, scheme))
+
+
+@contextmanager
+def by_layer(weights: Weights, described: Mapping[str, Any], folder: Path) -> Iterator[Weights]:
+    """The same weights, to be read layer by layer. The arrays of a run hold all layers, and are read as a whole: they
+    are written piece by piece first, beside the result, and removed."""
+    if type(weights) is not Stacked or weights.config.num_layers == 1:
+        yield weights
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        write_checkpoint(weights, Path(place), described, lambda _: None)
+        yield open_checkpoint(place)[0]
 
 
 def check_rules(scheme: Scheme, rules: Sequence[str]) -> None:

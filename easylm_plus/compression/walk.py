@@ -1,4 +1,5 @@
-"""A model made smaller block by block: memory holds one block of it, and the hidden states of all calibration rows.
+"""A model made smaller block by block: memory holds one block of it, what is made of all, and the hidden states of all
+rows.
 
 Weights come piece by piece (interop/weights.py), from any checkpoint. Each block runs as the model runs it. Its
 matrices are done in the order in which they multiply; what a matrix sees, calibration notes with the matrices before
