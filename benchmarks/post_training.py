@@ -4,6 +4,8 @@
     python benchmarks/post_training.py --do=measure    # all schemes; continues where it stopped
     python benchmarks/post_training.py --do=table      # what came out, as Markdown
 
+    python benchmarks/post_training.py --do=measure --run=runs/koala_tiny --folder=runs/post_training_koala_tiny
+
 Only the matrices of the blocks are made smaller (embed=keep), so that the figures are theirs. Calibration reads rows
 that the model was trained on, perplexity is that of all tokens of held-out rows.
 """
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from own_step import with_huge_pages
 from rows_of_text import Text, encode
 
@@ -25,6 +27,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_layers": 4, "num_hea
          "head_dim": 64, "vocab_size": VOCAB, "max_length": LENGTH, "init": "fan_in"}  # fmt: skip
 DO = flags.DEFINE_enum("do", "table", ["train", "measure", "table"], "what to do")
 FOLDER = flags.DEFINE_string("folder", "runs/post_training", "of the tokenizer, the model and the results")
+RUN = flags.DEFINE_string("run", "", "measure this run on its own data, in the place of the model of --do=train")
 STEPS = flags.DEFINE_integer("steps", 2000, f"of {ROWS} x {LENGTH} tokens")
 CALIBRATION = flags.DEFINE_integer("calibration", 128, f"rows of {LENGTH} tokens to calibrate with")
 HELDOUT = flags.DEFINE_integer("heldout", 128, "held-out rows to measure on")
@@ -41,8 +44,8 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 PRUNING = ("magnitude", "wanda", "sparsegpt")
 SPARSE = [f"sparse:share={share},method={method}" for share in SHARES for method in PRUNING]
 FOURS = [f"2:4:method={method}" for method in PRUNING]
-OTHERS = ["fp8", "ternary", *(f"int{bits}:method={method}" for bits in (4, 3) for method in ("gptq", "awq")),
-          "int3:group=64,method=gptq,asym,act_order"]  # fmt: skip
+COLUMNS = [f"int{bits}:method={method}" for bits in (4, 3) for method in ("gptq", "awq")]
+OTHERS = ["nf4", "nf4:double", "fp8", "ternary", *COLUMNS, "int3:group=64,method=gptq,asym,act_order"]
 SCHEMES = [*BITS, *GROUPED, *FOURS, *SPARSE, *OTHERS]
 
 
@@ -103,24 +106,15 @@ def measure(folder: Path) -> None:
     """Adds a line to the results for each scheme that they do not have yet."""
     import jax
 
-    from data_pipelines.loader import evaluation_batches
     from easylm_plus.compression.schemes import scheme
     from easylm_plus.compression.walk import walk
     from easylm_plus.numerics.formats import decode
     from easylm_plus.numerics.precision import precision
     from easylm_plus.parallel.cluster import use_compilation_cache
-    from easylm_plus.training.stream import open_checkpoint
 
     use_compilation_cache()
-    text, results = Text(folder, VOCAB, LENGTH), folder / "results.jsonl"
-    weights = open_checkpoint(folder / "model")[0]
-    cut = lambda rows, count: [
-        batch.arrays
-        for batch in evaluation_batches(
-            {"text": rows[:: len(rows) // count][:count]}, encode, batch_size=16, length=LENGTH, packing="none"
-        )
-    ]
-    calibration, heldout = cut(text.train, CALIBRATION.value), cut(text.heldout, HELDOUT.value)
+    results = folder / "results.jsonl"
+    weights, calibration, heldout, told = of_a_run(RUN.value) if RUN.value else of_text(folder)
     for asked in SCHEMES:
         if asked in {row["scheme"] for row in read(results)}:
             continue
@@ -136,12 +130,48 @@ def measure(folder: Path) -> None:
                       heldout)  # fmt: skip
         row = {
             "scheme": asked, "bits": sum(b for b, _ in bits) / sum(n for _, n in bits), "before": result.before,
-            "after": result.after, "seconds": round(time.perf_counter() - start, 1), "data": text.hash,
-            "rows": [CALIBRATION.value, HELDOUT.value],
+            "after": result.after, "seconds": round(time.perf_counter() - start, 1), "data": told,
         }  # fmt: skip
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
+
+
+def of_text(folder: Path) -> tuple[Any, ...]:
+    """(weights, calibration batches, held-out batches, what they are) of the model that was trained here."""
+    from data_pipelines.loader import evaluation_batches
+
+    text = Text(folder, VOCAB, LENGTH)
+    cut = lambda rows, count: [
+        batch.arrays
+        for batch in evaluation_batches(
+            {"text": rows[:: len(rows) // count][:count]}, encode, batch_size=16, length=LENGTH, packing="none"
+        )
+    ]
+    told = f"{text.hash}, {CALIBRATION.value} and {HELDOUT.value} rows of {LENGTH}"
+    return held(folder / "model"), cut(text.train, CALIBRATION.value), cut(text.heldout, HELDOUT.value), told
+
+
+def of_a_run(path: str) -> tuple[Any, ...]:
+    """The same of a run on prepared data, whose examples are conversations and whose answers count."""
+    from easylm_plus.quantize import rows_of
+    from easylm_plus.training.checkpoint import locate, read_meta
+
+    directory, step = locate(path)
+    meta = read_meta(directory, step)
+    rows = rows_of(meta["config"], directory / "tokenizer", "", CALIBRATION.value, 100)
+    return held(path), rows.calibration, rows.heldout, rows.told
+
+
+def held(path: Any) -> Any:
+    """The weights of a checkpoint, in memory."""
+    from easylm_plus.interop.weights import of_params
+    from easylm_plus.models.config import ModelConfig
+    from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
+
+    place = locate(path)
+    config = ModelConfig(**read_meta(*place)["config"]["model"])
+    return of_params(config, read_parameters(*place), str(path))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -172,6 +202,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file
     folder = Path(FOLDER.value)
     folder.mkdir(parents=True, exist_ok=True)
     {"train": train, "measure": measure, "table": table}[DO.value](folder)

@@ -6,8 +6,10 @@ measured; methods that need calibration refuse.
 """
 
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, nested, walk
 from easylm_plus.door import console
 from easylm_plus.errors import UserError
-from easylm_plus.interop.weights import LAYER, Weights, packed_names, piece_shapes
+from easylm_plus.interop.weights import LAYER, Stacked, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.deploy import all_filed
 from easylm_plus.numerics.leaves import KEPT
@@ -32,7 +34,8 @@ from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
-from easylm_plus.training.data import judged_by, learned_of, template_date
+from easylm_plus.training.data import chosen_sources, judged_by, learned_of, template_date
+from easylm_plus.training.stream import open_checkpoint, write_checkpoint
 
 ROWS = 8  # of a batch
 LONGEST = 2048  # tokens of a row, where the model came without a run that says
@@ -66,19 +69,31 @@ def write_quantized(
     console.print(rows.told)
     calibration = rows.calibration if scheme.calibrated else ()
     trained = trained_as(weights, rules)
-    original = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
+    leaf_of = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
     smaller = lambda name, w, seen: w if rules and trained[name] != "ternary" else scheme(name, w, seen)
-    result = walk(weights, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, original,
-                  tell)  # fmt: skip
-    numerics |= {"rules": [], "lora": []}
-    if "fp8_level" in numerics:
-        numerics["fp8_level"] = "none"
-    if described["config.json"] and rules:  # what it says of rounding is done
-        kept = {key: value for key, value in described["config.json"].items() if key != "quantization_config"}
-        described = {**described, "config.json": kept}
-    params = all_filed(result.params)
-    write_parameters(folder, params, {**described, "quantized": scheme.text})
+    after = {**numerics, "rules": [], "lora": []} | ({"fp8_level": "none"} if "fp8_level" in numerics else {})
+    original = described["config.json"]
+    if original and rules:  # what it says of rounding is done
+        original = {key: value for key, value in original.items() if key != "quantization_config"}
+    meta = {"config": {**described["config"], "numerics": after}, "config.json": original, "quantized": scheme.text}
+    with by_layer(weights, described, folder) as read:
+        result = walk(read, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, leaf_of,
+                      tell)  # fmt: skip
+        params = all_filed(result.params)
+        write_parameters(folder, params, meta)
     console.print(table(result, scheme, sum(x.nbytes for x in jax.tree.leaves(params))))
+
+
+@contextmanager
+def by_layer(weights: Weights, described: Mapping[str, Any], folder: Path) -> Iterator[Weights]:
+    """The same weights, to be read layer by layer. The arrays of a run hold all layers, and are read as a whole: they
+    are written piece by piece first, beside the result, and removed."""
+    if type(weights) is not Stacked or weights.config.num_layers == 1:
+        yield weights
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        write_checkpoint(weights, Path(place), described, lambda _: None)
+        yield open_checkpoint(place)[0]
 
 
 def check_rules(scheme: Scheme, rules: Sequence[str]) -> None:
@@ -129,13 +144,17 @@ def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibratio
     now = template_date(section.get("date", ""))
     template = load_template(section["template"], words, max_length=length + 1, now=now)
     encode = judged_by(learned_of(section, template))
-    entries = datasets.read_manifest(folder)["sources"]
-    has = lambda split: [name for name, entry in entries.items() if split in entry["splits"]]
-    opened = lambda split: {name: datasets.open_source(folder, name, split) for name in has(split)}
+    manifest = datasets.read_manifest(folder)
+    names, mixed = chosen_sources(() if data else section.get("sources", ()), manifest)
+    opened = lambda split: {
+        name: datasets.open_source(folder, name, split)
+        for name in names
+        if split in manifest["sources"][name]["splits"]
+    }
     batches = evaluation_batches(opened("heldout"), encode, batch_size=ROWS, length=length, limit_per_source=examples)
     heldout = [batch.arrays for batch in batches]
     size = min(ROWS, calibration)
-    loader = Loader(opened("train"), None, encode, batch_size=size, length=length, seed=0) if calibration else ()
+    loader = Loader(opened("train"), mixed, encode, batch_size=size, length=length, seed=0) if calibration else None
     seen = [next(loader).arrays for _ in range(math.ceil(calibration / size))] if loader else []
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in seen)
     learned = sum(int(batch["loss_weights"].sum()) for batch in heldout)

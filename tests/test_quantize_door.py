@@ -22,8 +22,10 @@ from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.models.transformer import Transformer, unstack_layers
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import decode
+from easylm_plus.numerics.int8_rows import Int8Rows
 from easylm_plus.numerics.integer import Integers
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.nf4 import NF4
 from easylm_plus.numerics.packed_ternary import PackedTernary
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.sparsity import TwoFour
@@ -106,7 +108,8 @@ def test_what_the_checkpoint_says(four_bits):
     opened = open_model(folder)
     kernel = opened.params["layers"]["mlp"]["up_proj"]["kernel"]
     assert isinstance(kernel, Integers) and kernel.bits == 4 and kernel.shape == (2, 16, 32)
-    assert isinstance(opened.params["lm_head"]["kernel"], Integers)
+    assert isinstance(opened.params["lm_head"]["kernel"], Int8Rows)
+    assert isinstance(opened.params["embed_tokens"]["embedding"], Int8Rows)
     assert not isinstance(opened.params["layers"]["input_layernorm"]["weight"], Coded)
 
 
@@ -170,9 +173,11 @@ def test_a_ternary_run_is_frozen_as_it_is(tmp_path):
     rules = ["layers/.*/mlp/.*_proj=ternary"]
     source = a_run(tmp_path / "run", rules)
     run(input=source, output=tmp_path / "out", quantize="ternary:embed=keep", examples=4)
-    kernels = open_model(tmp_path / "out").params["layers"]
+    kernels = open_model(tmp_path / "out").params["layers"]["1"]  # what is packed is served unrolled
     assert isinstance(kernels["mlp"]["up_proj"]["kernel"], PackedTernary)
     assert not isinstance(kernels["self_attn"]["q_proj"]["kernel"], Coded), "was trained as it is"
+    leaf = read_meta(tmp_path / "out", 0)["leaves"]["params/layers/mlp/up_proj/kernel"]
+    assert leaf["type"] == "Trits", "1.6 bits on disk"
     losses = [heldout_loss(path) for path in (source, tmp_path / "out")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     with pytest.raises(UserError, match="expected --quantize=ternary, which is exactly it"):
@@ -188,7 +193,9 @@ def test_a_sparse_checkpoint(float_run, tmp_path):
     with pytest.raises(UserError, match="--force replaces it"):
         run(**again)
     run(**again, force=True)
-    assert not isinstance(open_model(tmp_path / "out").params["lm_head"]["kernel"], Integers)
+    assert not isinstance(open_model(tmp_path / "out").params["lm_head"]["kernel"], Int8Rows)
+    run(**{**again, "quantize": "nf4:double"}, force=True)
+    assert isinstance(open_model(tmp_path / "out").params["layers"]["self_attn"]["o_proj"]["kernel"], NF4)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +210,7 @@ def test_a_sparse_checkpoint(float_run, tmp_path):
         ("int4:asym=maybe", "expected asym alone, asym=true or asym=false"),
         ("sparse:share=1.5", "found share=1.5, expected a number between 0 and 1"),
         ("fp8:embed=int4", "unknown embed 'int4': did you mean 'int8'"),
+        ("nf4:block=7", "found block=7, expected an even number"),
         ("fp8:group=4", "unknown key of fp8 'group'"),
     ),
 )
@@ -214,7 +222,7 @@ def test_what_is_refused(float_run, tmp_path, text, message):
 
 def test_what_else_is_refused(four_bits, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="is Integers already; expected the checkpoint that it was made from"):
+    with pytest.raises(UserError, match="is Int8Rows already; expected the checkpoint that it was made from"):
         run(input=four_bits[0], output=out, quantize="int3")
     with pytest.raises(UserError, match="method=gptq needs calibration: no data"):
         run(input=GOLDEN / "llama_tiny", output=out, quantize="int4:method=gptq")

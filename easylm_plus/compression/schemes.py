@@ -2,14 +2,14 @@
 
     int8 int6 int5 int4 int3 int2   group=N (in-features that share a scale; by default all), asym,
                                     method=rtn | gptq | awq, act_order (gptq)
-    nf4                             the 16 levels of QLoRA; double (factors in 8 bits)
+    nf4                             block=64 (in-features that share an absmax), double (absmaxes rounded, too)
     fp8                             E4M3 codes, a scale a matrix
     ternary                         {-1, 0, 1} times one scale a matrix; of a model that was trained so, exactly itself
     sparse                          share=0.5 (of the weights that go), method=magnitude | wanda | sparsegpt
     2:4                             method=magnitude | wanda | sparsegpt
 
-All take embed=int8 | keep: whether embeddings and head are rounded too, to 8 bits; where weights go and are not rounded
-the default is keep.
+All take embed=int8 | keep: whether the table of tokens and the head are rounded too, to 8 bits a row; where weights go
+and are not rounded the default is keep.
 
 A scheme is a row of SCHEMES: the keys that it takes with their defaults, and a function (weight [D, F], what was seen
 of its inputs, the keys' values) -> leaf.
@@ -28,11 +28,11 @@ from easylm_plus.compression.awq import awq
 from easylm_plus.compression.gptq import gptq
 from easylm_plus.compression.pruning import kept_of, magnitude, sparsegpt, wanda
 from easylm_plus.errors import UserError
-from easylm_plus.numerics.deploy import HEAD
+from easylm_plus.numerics.deploy import EMBEDS, HEAD
 from easylm_plus.numerics.formats import E4M3, encode
 from easylm_plus.numerics.int8_rows import int8_rows
 from easylm_plus.numerics.integer import WIDTHS, integers
-from easylm_plus.numerics.nf4 import nf4
+from easylm_plus.numerics.nf4 import BLOCK, nf4
 from easylm_plus.numerics.packed_ternary import packed
 from easylm_plus.numerics.sparsity import sparse, two_four
 from easylm_plus.numerics.watched import Seen
@@ -40,7 +40,7 @@ from easylm_plus.numerics.watched import Seen
 Values = Mapping[str, Any]
 Make = Callable[[Any, Seen | None, Values], Any]
 CALIBRATED = ("gptq", "awq", "wanda", "sparsegpt")  # methods that look at a matrix's inputs
-CHOICES = {"embed": ("int8", "keep")}
+CHOICES = {"embed": EMBEDS}
 
 
 def _integers(bits: int, w: Any, seen: Seen | None, values: Values) -> Any:
@@ -74,7 +74,7 @@ SCHEMES: dict[str, tuple[Make, Values]] = {
         f"int{bits}": _keys(partial(_integers, bits), group=0, method="rtn", asym=False, act_order=False)
         for bits in WIDTHS
     },
-    "nf4": _keys(lambda w, seen, values: nf4(jnp.asarray(w), double=values["double"]), double=False),
+    "nf4": _keys(lambda w, seen, keys: nf4(jnp.asarray(w), keys["block"], keys["double"]), block=BLOCK, double=False),
     "fp8": _keys(lambda w, seen, values: encode(jnp.asarray(w), E4M3)),
     "ternary": _keys(lambda w, seen, values: packed(jnp.asarray(w))),
     "sparse": _keys(_pruned, share=0.5, method="wanda", embed="keep"),
@@ -109,8 +109,8 @@ class Scheme:
         return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
 
     def ends(self, name: str, w: Any) -> Any:
-        """What becomes of an embedding or a head."""
-        return int8_rows(jnp.asarray(w), transposed=name == HEAD) if self.values["embed"] == "int8" else w
+        """What becomes of the table of tokens or the head."""
+        return int8_rows(jnp.asarray(w), name == HEAD) if self.values["embed"] == "int8" else w
 
 
 def scheme(text: str) -> Scheme:
@@ -140,6 +140,10 @@ def _value(text: str, name: str, key: str, given: str | None, default: Any) -> A
         if given is not None and given.isdecimal():
             return int(given)
         expected = "in-features that share a scale, 0: all"
+    elif key == "block":
+        if given is not None and given.isdecimal() and int(given) and not int(given) % 2:
+            return int(given)
+        expected = "an even number of in-features that share an absmax"
     elif key == "share":
         try:
             if given is not None and 0 < float(given) < 1:

@@ -1,4 +1,5 @@
-"""A model made smaller block by block: memory holds one block of it, and the hidden states of all calibration rows.
+"""A model made smaller block by block: memory holds one block of it, what is made of all, and the hidden states of all
+rows.
 
 Weights come piece by piece (interop/weights.py), from any checkpoint. Each block runs as the model runs it. Its
 matrices are done in the order in which they multiply; what a matrix sees, calibration notes with the matrices before
@@ -29,6 +30,7 @@ from easylm_plus.models.attention import Layout
 from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotations
 from easylm_plus.models.transformer import Block, Transformer
+from easylm_plus.numerics.deploy import HEAD, TABLE
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import MATRIX
 from easylm_plus.numerics.watched import Seen, Watched, new_tap
@@ -87,7 +89,7 @@ def walk(
     model = Transformer(weights.config, precision).roomy()
     run, scan = Runner(model), weights.config.scan_layers
     before = {name: weights.read((name,), ())[0] for name in _single(weights)}
-    after = {name: ends(name, w) if _is_table(name) else w for name, w in before.items()}
+    after = {name: ends(name, w) if name in (TABLE, HEAD) else w for name, w in before.items()}
     old, new = nested(before), nested(after)
     count = Count()
     for name in before:
@@ -253,10 +255,6 @@ def _layer(weights: Weights, name: str, i: int) -> Any:
     if len(stack_sizes(name, weights.config)) == 1:
         return weights.read((name,), (i,))[0]
     return np.stack([weights.read((name,), (i, e))[0] for e in range(weights.config.num_experts)])
-
-
-def _is_table(name: str) -> bool:
-    return name in ("embed_tokens/embedding", "lm_head/kernel")
 
 
 def _flat(name: str) -> str:

@@ -63,8 +63,8 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, layout.segments_BT, c)
         else:
-            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later, and
-            # copy the whole cache for that, for every token
+            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later,
+            # and copy the whole cache for that, for every token
             k, v = jax.lax.optimization_barrier((write(cache.k, k, layout.offset), write(cache.v, v, layout.offset)))
             cache = LayerCache(k, v, recent)
             y = cached(q, read(k, q.dtype), read(v, q.dtype), _cache_mask(layout, T, sight_of(c)))

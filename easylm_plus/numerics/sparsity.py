@@ -3,8 +3,10 @@
     TwoFour   of four in-features of an output two are kept, with two bits each for where they stand
     Sparse    a bit a weight says whether it is kept; the kept ones lie one after the other, row by row
 
-Products decode first: these leaves take less room, and no less time. NVIDIA's sparse tensor cores, which multiply 2:4
-matrices up to twice as fast, cannot be reached from JAX (docs/quantisation.md says what was looked for).
+Products decode first: these leaves take less room, and no less time. NVIDIA's sparse tensor cores multiply 2:4 matrices
+up to twice as fast, but XLA does not use them: jax.experimental.sparse.nm, which did from 2024 on, is gone from jax
+0.10. What is left is a Pallas kernel's `tcgen05_mma` with its operand `a_sparse_metadata`, on Blackwell only; none is
+written here.
 
 Which weights are kept is decided in compression/. Values have the dtype of the weights.
 

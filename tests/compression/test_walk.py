@@ -1,4 +1,4 @@
-"""The walk over a model: what it measures is what evaluation measures, and what its matrices see is what they will see."""
+"""The walk over a model: it measures what evaluation measures, and its matrices see what they will see."""
 
 import functools
 
@@ -17,6 +17,7 @@ from easylm_plus.models.transformer import Transformer, init_parameters
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.grouped import Groups
+from easylm_plus.numerics.int8_rows import Int8Rows
 from easylm_plus.numerics.integer import Integers
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.precision import precision
@@ -27,7 +28,7 @@ from easylm_plus.tree import path_name
 
 ROWS, LENGTH, VOCAB = 2, 24, 50
 FAMILIES = {
-    "llama": ("debug", {}),
+    "llama": ("debug", {"scan_layers": True}),
     "unrolled": ("debug", {"scan_layers": False}),
     "yuan": ("yuan-2b", {"num_kv_heads": 4}),
     "shared": ("yuan-2b", {"num_kv_heads": 4, "lfa_variant": "none", "share_qk": True}),
@@ -43,7 +44,9 @@ FAMILIES = {
 def made(family="llama"):
     name, keys = FAMILIES[family]
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-    config = preset(name, **{**shape, "num_layers": 2, "vocab_size": VOCAB, "max_length": 64, "attention": "xla", **keys})
+    config = preset(
+        name, **{**shape, "num_layers": 2, "vocab_size": VOCAB, "max_length": 64, "attention": "xla", **keys}
+    )
     model = Transformer(config, precision("float32"))
     params = jax.jit(lambda: init_parameters(model, jax.random.key(1)))()
     grown = lambda path, x: 4 * x if path_name(path).endswith("kernel") else x  # layers that do something
@@ -121,7 +124,7 @@ ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for
 @pytest.mark.parametrize("family", ALL)
 def test_losses_and_leaves_of_every_family(family):
     """Before is what evaluation says of the model, after what it says of the result; all matrices are done."""
-    model, params = made(family)
+    _, params = made(family)
     result = walked("int4:group=4,method=gptq,embed=keep", family)
     assert result.before == pytest.approx(evaluated(family, params), rel=2e-5)
     assert result.after == pytest.approx(evaluated(family, result.params), rel=2e-5)
@@ -139,7 +142,9 @@ def test_losses_and_leaves_of_every_family(family):
     assert result.matrix_bytes[1] == sum(x.nbytes for x in after.values() if isinstance(x, Coded))
 
 
-@pytest.mark.parametrize("family", [*QUICK, pytest.param("palm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["yuan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "palm"))]
+)
 def test_matrices_see_what_is_done_before_them(family):
     """The sums are those of the quantised model itself, matrix by matrix; those of the original are told apart."""
     model, params = made(family)
@@ -158,9 +163,7 @@ def test_matrices_see_what_is_done_before_them(family):
 
         def run(taps, batch):
             counts = jnp.broadcast_to((batch["segment_ids"] != 0).reshape(-1).astype(jnp.float32), (2, ROWS * LENGTH))
-            put = lambda path, leaf: (
-                Watched(leaf, taps[path_name(path)], counts) if path_name(path) in taps else leaf
-            )
+            put = lambda path, leaf: Watched(leaf, taps[path_name(path)], counts) if path_name(path) in taps else leaf
             tree = jax.tree_util.tree_map_with_path(put, params, is_leaf=is_kept)
             return model.apply({"params": tree}, batch["inputs"], batch["positions"], batch["segment_ids"])
 
@@ -182,12 +185,12 @@ def test_matrices_see_what_is_done_before_them(family):
 
 
 def test_rounding_needs_no_calibration():
-    model, params = made()
+    _, params = made()
     result = walked("int8", calibration=())
     found = decode(leaves(result.params)["layers/mlp/up_proj/kernel"])
     for i, w in enumerate(params["layers"]["mlp"]["up_proj"]["kernel"]):
         np.testing.assert_array_equal(found[i], decode(scheme("int8")("", w)))
-    assert isinstance(result.params["lm_head"]["kernel"], Integers), "the default policy"
+    assert isinstance(result.params["lm_head"]["kernel"], Int8Rows), "the default policy"
     assert abs(result.after - result.before) < 2e-3 * result.before
     assert abs(walked("int3", calibration=()).after - result.before) > 10 * abs(result.after - result.before)
 
@@ -202,8 +205,11 @@ def test_an_expert_that_nobody_meets_is_rounded_to_nearest():
     assert np.abs(decode(found[0]) - decode(nearest[0])).max() > 0.01
 
 
+SLOW = ("nf4:double", "fp8", "2:4:method=sparsegpt", "int3:method=awq,asym,group=8")
+
+
 @pytest.mark.parametrize(
-    "text", ("fp8", "ternary", "2:4:method=sparsegpt", "sparse:share=0.75", "int3:method=awq,asym,group=8")
+    "text", ["ternary", "sparse:share=0.75", *(pytest.param(text, marks=pytest.mark.slow) for text in SLOW)]
 )
 def test_every_scheme_answers_to_its_leaves(text):
     result = walked(text)

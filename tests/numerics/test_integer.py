@@ -78,7 +78,7 @@ def test_errors_and_bits(bits, kind):
 @pytest.mark.parametrize("xp", (np, jnp), ids=("numpy", "jax"))
 @KINDS
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("shape", ((8, 3), (13, 5), (2, 3, 20, 7)), ids=str)
+@pytest.mark.parametrize("shape", ((13, 5), (2, 3, 16, 7)), ids=str)
 def test_packing_loses_nothing(shape, bits, kind, xp):
     low = 0 if kind == "asym" else -(2 ** (bits - 1))
     q = np.random.default_rng(0).integers(low, low + 2**bits, shape)
