@@ -137,12 +137,12 @@ def far_from_ties(model: Any, tree: Any, candidates: np.ndarray, least: float) -
     In a model of one layer an activation differs by a few 1e-7 of the largest of its block, 1e-4 codes at most; where
     one lies nearer to a tie, the engine may round it the other way, and the logits after it move by a thousandth.
     """
-    nearest = []
+    nearest, really = [], rounded
 
     def seen(x: jax.Array, kind: str) -> jax.Array:
         if kind not in ("f32", "f16", "bf16"):
             nearest.append(tie_distance(x, kind))
-        return rounded(x, kind)
+        return really(x, kind)
 
     with mock.patch.dict(globals(), rounded=seen):
         model.apply({"params": tree}, candidates)

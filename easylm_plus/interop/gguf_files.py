@@ -10,9 +10,9 @@ of a type of their own, the other matrices of the type that is asked for:
 
 A ternary matrix is its codes, in the file as here, and its scale gamma beside them as a float32 (`....scale`), for
 every type that holds codes exactly; the scale that each TQ block has too is 1 then, and would round gamma to 11 bits
-if it had to hold it. The engine multiplies by gamma after the product; llama.cpp reads such a scale for every
-architecture since it has NVFP4 (for `bitnet` always), and refuses the file before that. It rounds activations by
-itself: to 8 bits by 256 inputs for TQ types, not by token as training does.
+if it had to hold it. The engine multiplies by gamma after the product: llama.cpp's `bitnet` always, `llama` since it
+has NVFP4, before which it refuses the file. It rounds activations by itself: to 8 bits by 256 inputs for TQ types, not
+by token as training does.
 """
 
 import importlib
@@ -101,7 +101,7 @@ def write_gguf(
     Raises UserError naming the model's key that llama.cpp, or the type, cannot hold.
     """
     gguf = package()
-    architecture = architecture_for(weights.config, weights.place)
+    architecture = architecture_for(weights.config, weights.place, bool(TernaryPieces(weights, rules)))
     planned = plan(weights, kind, ends, rules)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
@@ -137,10 +137,10 @@ def plan(weights: Weights, kind: str, ends: str, rules: Sequence[str]) -> list[P
     """All tensors in the order in which they are best read; see `write_gguf`."""
     config, shapes = weights.config, piece_shapes(weights.config)
     pieces = TernaryPieces(weights, rules)
-    table = TABLES[architecture_for(config, weights.place)]
+    table = TABLES[architecture_for(config, weights.place, bool(pieces))]
     rule_of = {rule.ours: rule for rule in rules_for(table, shapes, weights.place)}
     planned: list[Planned] = []
-    ternary: str = ""
+    ternary = ""  # one of them, for messages
     for (ours,), index in itertools.chain(*batches(rule_of, config)):
         rule = rule_of[(ours,)]
         name, shape = their_names(rule, index)[0], their_shapes(rule, shapes, config)[0]

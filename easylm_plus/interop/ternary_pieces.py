@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easylm_plus.interop.weights import Index, Weights, put, stored, stored_shapes
+from easylm_plus.interop.weights import Index, Weights, indices, put, stored, stored_shapes
 from easylm_plus.numerics.packed_ternary import PackedTernary, unpack
 from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.ternary import ternary_codes
@@ -45,6 +45,11 @@ class TernaryPieces:
     def __contains__(self, piece: tuple[str, Index]) -> bool:
         name, index = piece
         return self._packed(name, index) or self._assigned[stored(name, index, self._scan)[0]] == "ternary"
+
+    def __bool__(self) -> bool:
+        """Whether any piece is."""
+        names = (name for group in self._weights.groups for name in group)
+        return any((name, index) in self for name in names for index in indices(name, self._weights.config))
 
     def read(self, name: str, index: Index) -> TernaryPiece:
         """A piece that is ternary."""
