@@ -22,11 +22,12 @@ import tiny
 pytest.importorskip("gguf")
 
 import engine
+import gguf
 from engine import AsEngine, Crashed, ask, far_from_ties, load
 from gguf_models import LLAMA3, random_model, words, written
 
 from data_pipelines.template import CHAT
-from easylm_plus.interop.gguf_files import write_gguf
+from easylm_plus.interop.gguf_files import encoded, write_gguf
 from easylm_plus.interop.gguf_names import _paired
 from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
 from easylm_plus.interop.weights import of_params
@@ -65,7 +66,7 @@ def changed(tree, change, name=""):
 def with_neighbours(tree, config):
     """Queries and keys as another rotary layout has them."""
     for name, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
-        turn = lambda x, heads=heads: dataclasses.replace(x, weight=jnp.asarray(_paired(np.asarray(x.weight), heads)))
+        turn = lambda x, heads=heads: jax.tree.map(lambda a: a if a.ndim == 0 else jnp.asarray(_paired(a, heads)), x)
         tree = changed(tree, turn, name)
     return tree
 
@@ -85,10 +86,10 @@ def test_one_ternary_layer(tmp_path, engine_python, kind, variant, ends):
     _, answers = ask(engine_python, model=tmp_path / "x.gguf", prompts=prompts.tolist())
     error = functools.partial(worst, model, prompts=prompts, answers=answers)
     assert error(tree) < EXACT
-    in_blocks = lambda x: dataclasses.replace(x, kind="token") if x.kind == kind else x
-    assert error(changed(tree, in_blocks)) > 100 * EXACT, "rounded by token, as training does"
+    by_token = lambda x: dataclasses.replace(x, kind="token") if x.kind == kind else x
+    assert error(changed(tree, by_token)) > 100 * EXACT, "rounded by token, as training does"
     assert error(load(tmp_path / "x.gguf", model.config, rounding=False)) > 100 * EXACT, "not rounded"
-    larger = lambda x: dataclasses.replace(x, weight=1.01 * x.weight)
+    larger = lambda x: dataclasses.replace(x, gamma=1.01 * x.gamma)
     assert error(changed(tree, larger, "o_proj")) > 100 * EXACT, "a wrong gamma"
     assert error(with_neighbours(tree, model.config)) > 100 * EXACT, "a wrong rotary layout"
 
@@ -102,8 +103,8 @@ def test_ternary_without_sub_norms_and_with_gamma_beside(tmp_path, engine_python
     _, answers = ask(engine_python, model=tmp_path / "x.gguf", prompts=prompts.tolist())
     error = functools.partial(worst, model, prompts=prompts, answers=answers)
     assert error(tree) < EXACT
-    as_f16 = lambda x: dataclasses.replace(x, weight=jnp.sign(x.weight) * jnp.abs(x.weight).max().astype(jnp.float16))
-    assert error(changed(tree, as_f16, "kernel")) > EXACT, "gamma in the blocks' f16"
+    as_f16 = lambda x: dataclasses.replace(x, gamma=x.gamma.astype(jnp.float16).astype(jnp.float32))
+    assert error(changed(tree, as_f16)) > EXACT, "gamma in the blocks' f16"
 
 
 def test_layers_on_the_engines_tokens(tmp_path, engine_python):
@@ -260,9 +261,6 @@ def test_chat_template(tmp_path, engine_python):
 
 def test_the_emulation_rounds_as_the_blocks_do():
     x = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
-    import gguf
-
-    blocks = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
-    np.testing.assert_array_equal(
-        engine.rounded(jnp.asarray(x), "q8_0"), gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-    )
+    codes, d = engine.in_codes(jnp.asarray(x), "q8_0")
+    values = (codes * d[..., None]).reshape(x.shape)
+    np.testing.assert_array_equal(values, gguf.quants.dequantize(encoded(x, "q8_0"), gguf.GGMLQuantizationType.Q8_0))
