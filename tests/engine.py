@@ -13,6 +13,7 @@ The rest is float32, as is the cache here. Sums are in another order, which no t
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,54 +52,84 @@ def ask(python: Path | str, **request: Any) -> tuple[dict[str, Any], dict[str, n
     return json.loads(str(found.pop("told"))), found
 
 
+BLOCKS = {"q8_0": 32, "q4_0": 32, "tq2_0": 256, "tq1_0": 256}  # inputs that share a scale, of weights and activations
+
+
 @struct.dataclass
 class AsEngine:
-    """A matrix [D, F], or an embedding [V, D], that multiplies as the engine does."""
+    """A matrix [D, F] that multiplies as the engine does; an embedding is kept as [D, V] too.
 
-    weight: jax.Array
+    In blocks: whole numbers, their scales [D / block, F], and gamma, by which the product is multiplied.
+    """
+
+    numbers: jax.Array
+    scales: jax.Array | None
+    gamma: jax.Array
     kind: str = struct.field(pytree_node=False)
 
+    @property
+    def weight(self) -> jax.Array:
+        """The matrix that is meant."""
+        if self.scales is None:
+            return self.numbers * self.gamma
+        size = self.numbers.shape[0] // self.scales.shape[0]
+        return self.numbers * jnp.repeat(self.scales, size, 0) * self.gamma
 
-def by_blocks(x: jax.Array, size: int, kind: str) -> jax.Array:
-    """x[..., D] rounded to 8 bits by blocks of its last axis."""
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, size)
+
+def in_codes(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """Activations x[..., D] as (whole numbers [..., blocks, size], scales [..., blocks])."""
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCKS.get(kind, x.shape[-1]))
     largest = jnp.abs(blocks).max(-1, keepdims=True)
-    if kind == "q8_k":
+    if BLOCKS.get(kind) == 32:
+        factor, d = 127 / jnp.where(largest == 0, 1, largest), (largest / 127).astype(jnp.float16).astype(jnp.float32)
+    else:
         signed = jnp.take_along_axis(blocks, jnp.abs(blocks).argmax(-1, keepdims=True), -1)
         factor = -127 / jnp.where(signed == 0, 1, signed)
         d = 1 / factor
-    else:
-        factor = 127 / jnp.where(largest == 0, 1, largest)
-        d = (largest / 127).astype(jnp.float16).astype(jnp.float32)
     codes = jnp.minimum(jnp.round(blocks * factor), 127)
-    return jnp.where(largest == 0, 0, codes * d).reshape(x.shape)
+    return jnp.where(largest == 0, 0, codes), d[..., 0]
 
 
-def rounded(x: jax.Array, kind: str) -> jax.Array:
-    """Activations as they are for a matrix of this type; "token": by token, as ternary training has it."""
-    bits = {"f16": (5, 10), "bf16": (8, 7)}
-    if kind in bits:
-        return jax.lax.reduce_precision(x.astype(jnp.float32), *bits[kind])
-    if kind in ("q8_0", "q4_0"):
-        return by_blocks(x, 32, "q8_0")
-    if kind in ("tq2_0", "tq1_0"):
-        return by_blocks(x, 256, "q8_k")
-    return by_blocks(x, x.shape[-1], "q8_k") if kind == "token" else x
+def product(x: jax.Array, w: AsEngine) -> jax.Array:
+    """x[..., D] times w. Sums of codes in a block are exact, as the engine's are: each rounding of our own that the
+    engine does not have is one more chance for an activation behind it to be rounded the other way."""
+    if w.kind in ("f16", "bf16"):
+        bits = {"f16": (5, 10), "bf16": (8, 7)}[w.kind]
+        return verbs.project(jax.lax.reduce_precision(x.astype(jnp.float32), *bits), w.weight)
+    if w.kind == "token":  # as ternary training has it
+        codes, d = in_codes(x, w.kind)
+        return verbs.project((codes * d[..., None]).reshape(x.shape), w.weight)
+    if w.scales is None or w.kind not in BLOCKS:
+        return verbs.project(x, w.weight)
+    codes, d = in_codes(x, w.kind)
+    sums = jnp.einsum("...nk,nkf->...nf", codes, w.numbers.reshape(len(w.scales), -1, w.numbers.shape[-1]))
+    return (sums * (d[..., None] * w.scales)).sum(-2) * w.gamma
 
 
 @verbs._project.register
 def _(w: AsEngine, x: jax.Array) -> jax.Array:
-    return verbs.project(rounded(x, w.kind), w.weight)
+    return product(x, w)
 
 
 @verbs._unembed.register
 def _(w: AsEngine, x: jax.Array) -> jax.Array:
-    return verbs.unembed(rounded(x, w.kind), w.weight)
+    return product(x, w)
 
 
 @verbs._lookup.register
 def _(w: AsEngine, ids: jax.Array, dtype: Any, rows: str | None) -> jax.Array:
-    return verbs.lookup(ids, w.weight, dtype, rows)
+    return verbs.lookup(ids, w.weight.T, dtype, rows)
+
+
+def in_blocks(data: np.ndarray, values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(whole numbers [F, D], their scales [F, D / block]) of a tensor's bytes and values; scales None of floats."""
+    if kind not in BLOCKS:
+        return values, None
+    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]][1])
+    at = slice(-2, None) if kind.startswith("tq") else slice(0, 2)
+    scales = np.ascontiguousarray(blocks[:, at]).view(np.float16).astype(np.float32).reshape(len(values), -1)
+    wide = np.repeat(np.where(scales == 0, 1, scales), BLOCKS[kind], axis=1)
+    return np.round(values / wide), scales
 
 
 def load(path: Path, config: ModelConfig, rounding: bool = True) -> dict[str, Any]:
@@ -112,21 +143,28 @@ def load(path: Path, config: ModelConfig, rounding: bool = True) -> dict[str, An
             continue
         for index in indices(rule.ours[0], config):
             name = their_names(rule, index)[0]
-            tensor = tensors[name]
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-            if (scale := tensors.get(name.removesuffix("weight") + "scale")) is not None:
-                values = values * scale.data[0]
-            array = jnp.asarray(np.ascontiguousarray(rule.read((values,), config)[0]), jnp.float32)
-            kind = tensor.tensor_type.name.lower() if rounding else "f32"
-            leaf = AsEngine(array, kind) if array.ndim > 1 else array
+            scale = tensors.get(name.removesuffix("weight") + "scale")
+            turn = lambda array, rule=rule: jnp.asarray(rule.read((array,), config)[0], jnp.float32)
+            leaf = _leaf(tensors[name], 1.0 if scale is None else scale.data[0], turn, rounding)
+            if rule.ours[0].startswith("embed_tokens/"):
+                leaf = jax.tree.map(lambda x: x.T, leaf)
             put(tree, stored(rule.ours[0], index, scan=False)[0], leaf)
     return tree
 
 
+def _leaf(tensor: Any, gamma: float, turn: Callable[[np.ndarray], jax.Array], rounding: bool) -> Any:
+    kind = tensor.tensor_type.name.lower()
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+    if values.ndim == 1:
+        return turn(values)
+    numbers, scales = in_blocks(tensor.data, values, kind)
+    turned = None if scales is None else turn(scales)
+    return AsEngine(turn(numbers), turned, jnp.float32(gamma), kind if rounding else "f32")
+
+
 def tie_distance(x: jax.Array, kind: str) -> jax.Array:
     """How far the activation of each row x[B, ...] that is nearest to a tie lies from it, in codes: float32[B]."""
-    size = {"q8_0": 32, "q4_0": 32}.get(kind, 256)
-    blocks = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1, size)
+    blocks = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1, BLOCKS[kind])
     codes = 127 * blocks / jnp.maximum(blocks.max(-1, keepdims=True), 1e-30)
     return jnp.abs(codes - jnp.floor(codes) - 0.5).min((1, 2))
 
@@ -137,13 +175,12 @@ def far_from_ties(model: Any, tree: Any, candidates: np.ndarray, least: float) -
     In a model of one layer an activation differs by a few 1e-7 of the largest of its block, 1e-4 codes at most; where
     one lies nearer to a tie, the engine may round it the other way, and the logits after it move by a thousandth.
     """
-    nearest = []
+    nearest, really = [], in_codes
 
-    def seen(x: jax.Array, kind: str) -> jax.Array:
-        if kind not in ("f32", "f16", "bf16"):
-            nearest.append(tie_distance(x, kind))
-        return rounded(x, kind)
+    def seen(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+        nearest.append(tie_distance(x, kind))
+        return really(x, kind)
 
-    with mock.patch.dict(globals(), rounded=seen):
+    with mock.patch.dict(globals(), in_codes=seen):
         model.apply({"params": tree}, candidates)
     return candidates[np.min(nearest, 0) > least]

@@ -28,7 +28,7 @@ F32 = 0  # ggml's type of the cache of keys and values
 def resident() -> dict[str, int]:
     """Memory of this process in kB: all, what is its own, what is mapped from files."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {key: int(value) for key, value, *_ in lines if key in ("VmRSS:", "RssAnon:", "RssFile:")}
+    return {key[:-1]: int(value) for key, value, _ in (line for line in lines if line[0][:3] in ("VmR", "Rss"))}
 
 
 def opened(request: dict) -> llama_cpp.Llama:

@@ -10,9 +10,9 @@ of a type of their own, the other matrices of the type that is asked for:
 
 A ternary matrix is its codes, in the file as here, and its scale gamma beside them as a float32 (`....scale`), for
 every type that holds codes exactly; the scale that each TQ block has too is 1 then, and would round gamma to 11 bits
-if it had to hold it. The engine multiplies by gamma after the product; llama.cpp reads such a scale for every
-architecture since it has NVFP4 (for `bitnet` always), and refuses the file before that. It rounds activations by
-itself: to 8 bits by 256 inputs for TQ types, not by token as training does.
+if it had to hold it. The engine multiplies by gamma after the product: llama.cpp's `bitnet` always, `llama` since it
+has NVFP4, before which it refuses the file. It rounds activations by itself: to 8 bits by 256 inputs for TQ types, not
+by token as training does.
 """
 
 import importlib
@@ -38,6 +38,7 @@ from easylm_plus.interop.weights import (
     Index,
     Weights,
     batches,
+    holds_ternary,
     is_ternary,
     piece_shapes,
     stored,
@@ -108,7 +109,7 @@ def write_gguf(
     Raises UserError naming the model's key that llama.cpp, or the type, cannot hold.
     """
     gguf = package()
-    architecture = architecture_for(weights.config, weights.place)
+    architecture = architecture_for(weights.config, weights.place, holds_ternary(weights))
     planned = plan(weights, kind, ends)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
@@ -143,10 +144,10 @@ def needed_bytes(planned: Sequence[Planned]) -> int:
 def plan(weights: Weights, kind: str, ends: str) -> list[Planned]:
     """All tensors in the order in which they are best read; see `write_gguf`."""
     config, shapes = weights.config, piece_shapes(weights.config)
-    table = TABLES[architecture_for(config, weights.place)]
+    table = TABLES[architecture_for(config, weights.place, holds_ternary(weights))]
     rule_of = {rule.ours: rule for rule in rules_for(table, shapes, weights.place)}
     planned: list[Planned] = []
-    ternary: str = ""
+    ternary = ""  # one of them, for messages
     for (ours,), index in itertools.chain(*batches(rule_of, config)):
         rule = rule_of[(ours,)]
         name, shape = their_names(rule, index)[0], their_shapes(rule, shapes, config)[0]

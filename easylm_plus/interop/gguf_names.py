@@ -1,7 +1,7 @@
 """Our models as llama.cpp's architectures: which one holds a model, its hyperparameters, its tensors' names.
 
     llama    LLaMA and what is LLaMA with other numbers: Koala, Mistral, Skywork; biases if any
-    qwen2    biases on queries, keys and values only
+    qwen2    biases on queries, keys and values only, and no ternary matrix: it leaves out scales of the feed-forward
     bitnet   BitNet b1.58: a norm before the last matrix of attention and of the feed-forward, SiLU, tied head
 
 What decides is what llama.cpp computes, which is in its source (src/models/{llama,qwen2,bitnet}.cpp) and is compared
@@ -96,12 +96,12 @@ OWN: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-def architecture_for(config: ModelConfig, place: str) -> str:
-    """llama, qwen2 or bitnet.
+def architecture_for(config: ModelConfig, place: str, ternary: bool = False) -> str:
+    """llama, qwen2 or bitnet. `ternary`: some matrices have a scale beside them.
 
     Raises UserError naming the first key of the model that llama.cpp cannot hold, and what it holds.
     """
-    qwen2 = config.qkv_bias and not config.o_bias and not config.mlp_bias
+    qwen2 = config.qkv_bias and not (config.o_bias or config.mlp_bias or ternary)
     name = "bitnet" if config.sub_norms else "qwen2" if qwen2 else "llama"
     for key, known in {**COMMON, **OWN[name]}.items():
         if (found := getattr(config, key)) not in known:

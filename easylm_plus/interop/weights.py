@@ -68,6 +68,12 @@ def ternary_piece(weights: Weights, name: str, index: Index) -> Ternary | None:
     return method(name, index) if method else None
 
 
+def holds_ternary(weights: Weights) -> bool:
+    """Whether any piece is ternary."""
+    names = (name for group in weights.groups for name in group)
+    return any(is_ternary(weights, name, index) for name in names for index in indices(name, weights.config))
+
+
 def ternary_names(weights: Weights) -> Set[str]:
     """The weights of which `ternary_piece` is something at every index."""
     return getattr(weights, "ternary_names", frozenset())

@@ -149,6 +149,13 @@ def test_pieces_know_which_are_ternary(scan):
         Latents(weights, ("mlp/nothing=ternary",))
 
 
+def test_biases_with_ternary_matrices_are_a_llama(tmp_path):
+    """llama.cpp's qwen2 reads the scales of the feed-forward and does not multiply by them."""
+    model, params = random_model(qkv_bias=True)
+    assert written(tmp_path / "x.gguf", model, params, "tq2_0", rules=BITNET).architecture == "llama"
+    assert written(tmp_path / "y.gguf", model, params, "f16").architecture == "qwen2"
+
+
 def test_some_matrices_may_be_ternary(tmp_path):
     model, params = random_model()
     written(tmp_path / "x.gguf", model, params, "tq2_0", rules=("mlp/.*=ternary",))
@@ -244,10 +251,10 @@ def test_what_llama_cpp_cannot_hold(config, told):
     ("overrides", "kind", "rules", "told"),
     (
         ({}, "tq2_0", (), "--gguf_type=tq2_0: params has no ternary matrix; expected one that was trained with"),
-        ({}, "q4_0", BITNET, "--gguf_type=q4_0: found params: layers/0/.*, which is ternary; expected one of tq2_0, tq1_0"),
+        ({}, "q4_0", BITNET, "--gguf_type=q4_0: found params: layers/0/.*, which is ternary; expected one of tq2_0"),
         ({}, "q8_0", BITNET, "--gguf_type=q8_0: found params"),
-        ({"intermediate_size": 384}, "tq1_0", BITNET, "model.intermediate_size = 384, the inputs of .*down_proj/kernel: "
-                                                      "tq1_0 has blocks of 256; expected a multiple of 256"),
+        ({"intermediate_size": 384}, "tq1_0", BITNET, "model.intermediate_size = 384, the inputs of .*down_proj/kernel:"
+                                                      " tq1_0 has blocks of 256; expected a multiple"),
         ({"num_heads": 5, "num_kv_heads": 5}, "tq2_0", BITNET, r"model.num_heads \* head_dim = 320"),
         ({"hidden_size": 272}, "q8_0", (), "model.hidden_size = 272.*: q8_0 has blocks of 32"),
         ({"vocab_size": 290}, "f32", (), "tokenizer.json: found 300 tokens, more than model.vocab_size = 290"),

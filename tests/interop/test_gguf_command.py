@@ -72,7 +72,7 @@ def test_force_replaces_gguf_files_only(folder, tmp_path):
     assert read(path)[0]["general.file_type"] == 7
     (tmp_path / "notes.gguf").write_text("mine")
     for place in (tmp_path / "notes.gguf", folder):
-        with pytest.raises(UserError, match="no GGUF file there|found the input"):
+        with pytest.raises(UserError, match=r"no GGUF file there|found the input"):
             run(to="gguf", input=folder, output=place, force=True)
     with pytest.raises(UserError, match="found no folder there"):
         run(to="hf", input=folder, output=path, force=True)
@@ -113,7 +113,7 @@ def test_flags_that_would_change_nothing(folder, tmp_path, flags, told):
 
 def test_no_tokenizer(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="found none of tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"found none of tokenizer\.json"):
         run(to="gguf", input=folder, output=tmp_path / "x.gguf")
     raw = json.loads((folder / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForCausalLM"] and not (tmp_path / "x.gguf").exists()

@@ -110,7 +110,7 @@ def test_words_are_known_by_name(tmp_path, pieces, model, pre):
         ([split(LLAMA3), BYTES], {}, "model.ignore_merges: found False; llama.cpp's llama-bpe has True"),
         ([split(QWEN2), BYTES], {"ignore_merges": True}, "model.ignore_merges: found True"),
         ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}, "found pre_tokenizer"),
-        ([split(QWEN2), BYTES], {"normalizer": normalizers.NFKC()}, "found a normalizer NFKC; llama.cpp's qwen2 has none"),
+        ([split(QWEN2), BYTES], {"normalizer": normalizers.NFKC()}, "found a normalizer NFKC; llama.cpp's qwen2"),
     ),
     ids=("words", "merges", "no_merges", "prefix", "normalizer"),
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_words_that_llama_cpp_has_not(tmp_path, pieces, more, told):
 
 @pytest.mark.parametrize("kind", ("first", "always"))
 def test_pieces_without_bytes(kind):
-    with pytest.raises(UserError, match="found pre_tokenizer .*Metaspace"):
+    with pytest.raises(UserError, match=r"found pre_tokenizer .*Metaspace"):
         keys_of(tiny_tokenizers.tiny(kind))
 
 
@@ -158,16 +158,14 @@ def test_of_two_files_the_one_with_scores(tmp_path):
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["model"]["byte_fallback"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    with pytest.raises(
-        UserError, match=r"tokenizer.model: found 400 tokens, tokenizer.json has \d+; expected the same"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer.model: found 400 tokens, tokenizer.json has \d+"):
         open_tokenizer(tmp_path)
     source["model"]["vocab"] = {f"p{i}": i for i in range(400)}
     source["model"]["merges"], source["added_tokens"], source["model"]["unk_token"] = [], [], None
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     assert open_tokenizer(tmp_path).path.name == "tokenizer.model"
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match="expected tokenizer.model beside"):
+    with pytest.raises(UserError, match=r"expected tokenizer\.model beside"):
         open_tokenizer(tmp_path)
 
 
