@@ -19,7 +19,7 @@ from easylm_plus.interop.peft import beside, read_adapters
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.precision import precision
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
 from easylm_plus.training.data import template_date
 
@@ -80,7 +80,7 @@ def _open_model(path: str | Path, step: int | None, tokenizer: str, template: st
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     stated = stated_rules(original, f"{directory}/{step}: config.json") if original else ()
-    params = attach(params, stated or config["numerics"].get("rules", ()))
+    params = attach(params, stated or for_use(config["numerics"].get("rules", ())))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)
