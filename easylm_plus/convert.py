@@ -51,9 +51,9 @@ from easylm_plus.interop.huggingface import export_keys, open_weights, ternary_f
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.tensor_files import read_json
 from easylm_plus.interop.translate import Translated
-from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packed_names
+from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packed_names, stored, ternary_names
 from easylm_plus.models.families import preset
-from easylm_plus.numerics.rules import CODED
+from easylm_plus.numerics.rules import for_use
 from easylm_plus.planning.memory import human
 from easylm_plus.quantize import check_source, rows_of, write_quantized
 from easylm_plus.training.checkpoint import locate, read_adapters, steps
@@ -247,7 +247,12 @@ def open_source(path: Path, kind: str | None = None, step: int | None = None) ->
         original, run = meta.get("config.json"), meta["config"]
         rules = stated_rules(original, f"{path}: config.json") if original else ()
         rules = rules or run.get("numerics", {}).get("rules", ())
-        return Source(_ternary(weights, rules), original, directory / "tokenizer", run)
+        ternary = _ternary(weights, rules)
+        leaves, scan = meta.get("leaves", {}), weights.config.scan_layers
+        adapted = lambda name: leaves.get(f"params/{stored(name, (0, 0), scan)[0]}", {}).get("type") == "LowRank"
+        if found := sorted(filter(adapted, ternary_names(ternary))):
+            raise UserError(f"{path}: found an adapter of {found[0]}, which is ternary; the two cannot be merged")
+        return Source(ternary, original, directory / "tokenizer", run)
     if kind == "llama2c":
         model, params = load_llama2c(path)
         return Source(of_params(model.config, params, str(path)), None, None)
@@ -318,7 +323,7 @@ def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     data = run.get("data") or {"path": "", "length": config.max_length, "date": "", "template": template}
     numerics = {key: value for key, value in run.get("numerics", {}).items() if key != "lora"}  # merged
     if "rules" in numerics:  # and no longer in codes
-        numerics["rules"] = [rule for rule in numerics["rules"] if rule.rpartition("=")[2] not in CODED]
+        numerics["rules"] = for_use(numerics["rules"])
     if DTYPE.value or not numerics:
         exact = source.weights.dtype("embed_tokens/embedding") == np.float32
         numerics["precision"] = "float32" if exact else "bf16_pure"

@@ -25,7 +25,7 @@ from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.evaluation.samples import make_sampler
 from easylm_plus.models.config import train_flops_per_token
 from easylm_plus.models.transformer import init_parameters
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.parallel import cluster, sharding
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.planning.memory import estimate
@@ -165,7 +165,7 @@ def main() -> int:
 
         def evaluate(step: int) -> None:
             """Held-out loss and a few sampled answers, into the log."""
-            params = attach(run.named(state.params if state.ema is None else state.ema), config.numerics.rules)
+            params = attach(run.named(state.params if state.ema is None else state.ema), for_use(config.numerics.rules))
             scores.update(evaluate_loss(params, (put(b) for b in data_module.heldout_batches(config, data, rows))))
             log.write(step, scores)
             texts = sampler(params)

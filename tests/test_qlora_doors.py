@@ -147,7 +147,7 @@ def test_conversion_merges(run, tmp_path):
                                    logits(open_model(run)), atol=1e-5)  # fmt: skip
     assert not any(isinstance(leaf, NF4 | LowRank) for leaf in kept(tmp_path / "plain").values())
     config = read_meta(*locate(tmp_path / "plain"))["config"]
-    assert not config["numerics"]["rules"] and "lora" not in config["numerics"]
+    assert config["numerics"]["rules"] == ["layers=plain"] and "lora" not in config["numerics"]
 
 
 def test_codes_that_are_the_same_are_not_rounded_again(run, tmp_path):

@@ -22,7 +22,7 @@ from easylm_plus.models.transformer import Transformer, unstack_layers
 from easylm_plus.numerics.deploy import all_served, is_packed
 from easylm_plus.numerics.kernels import choice
 from easylm_plus.numerics.precision import precision
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
 from easylm_plus.training.data import template_date
 
@@ -96,7 +96,7 @@ def _opened(path: Path, step: int | None, tokenizer: str, template: str) -> Open
     model = Transformer(ModelConfig(**config["model"]), precision(config["numerics"]["precision"]))
     params = read_parameters(directory, step, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     stated = stated_rules(original, f"{directory}/{step}: config.json") if original else ()
-    params = attach(all_served(params), stated or config["numerics"].get("rules", ()))
+    params = attach(all_served(params), stated or for_use(config["numerics"].get("rules", ())))
     words = load_tokenizer(tokenizer or directory / "tokenizer")
     now = template_date(config["data"].get("date", ""))
     layout = _template(template or config["data"]["template"], words, config["data"]["length"], now)

@@ -25,7 +25,18 @@ from easylm_plus.interop.keys import optional, required
 from easylm_plus.interop.tables import ARCHITECTURES, Rule
 from easylm_plus.interop.tensor_files import Layout, Safetensors, ShardWriter, read_json
 from easylm_plus.interop.translate import rules_for, their_names
-from easylm_plus.interop.weights import Index, Names, Weights, indices, piece_shapes, stored, ternary_names
+from easylm_plus.interop.weights import (
+    Index,
+    Names,
+    Ternary,
+    Weights,
+    indices,
+    packed_names,
+    piece_shapes,
+    stored,
+    ternary_names,
+    ternary_piece,
+)
 from easylm_plus.interop.write_configs import architecture_of
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
@@ -211,8 +222,12 @@ class Adapted:
     def __init__(self, weights: Weights, adapters: Adapters):
         self.config, self.place, self.groups = weights.config, weights.place, weights.groups
         self.dtype, self._weights, self._adapters = weights.dtype, weights, adapters
-        if ternary := sorted(ternary_names(weights) & {name for name, _ in adapters}):
+        self.ternary_names, self.packed_names = ternary_names(weights), packed_names(weights)
+        if ternary := sorted(self.ternary_names & {name for name, _ in adapters}):
             raise UserError(f"{self.place}: found {ternary[0]} ternary; an adapter cannot be merged with it")
+
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        return ternary_piece(self._weights, name, index)
 
     def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
         pieces = zip(names, self._weights.read(names, index), strict=True)

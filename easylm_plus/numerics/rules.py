@@ -8,6 +8,7 @@ of the blocks but the routers', never embeddings, the head, norms and biases.
 CODED are what a weight becomes that does not learn: the base of adapters, or one of a model that is only used.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ import jax
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.nf4 import nf4
 from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.tree import path_name
@@ -100,6 +102,8 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
 
     def turned(path: Any, leaf: Any) -> Any:
         transform = assigned[path_name(path)]
+        if isinstance(leaf, LowRank):
+            return dataclasses.replace(leaf, base=turned(path, leaf.base))
         if isinstance(leaf, Coded):
             return leaf
         if transform in CODED and not is_kept(leaf):
@@ -107,6 +111,13 @@ def attach(params: Any, rules: Sequence[str]) -> Any:
         return Ternary(leaf) if transform == "ternary" else leaf
 
     return jax.tree.map_with_path(turned, params, is_leaf=is_kept)
+
+
+def for_use(rules: Sequence[str]) -> list[str]:
+    """A run's rules for its weights as they are used: what is in codes says so itself, and what is not, as an average
+    of the weights, is not rounded to codes for that."""
+    parts = (rule.rpartition("=") for rule in rules)
+    return [f"{pattern}=plain" if name in CODED else f"{pattern}={name}" for pattern, _, name in parts]
 
 
 def _parse(rule: str) -> tuple[re.Pattern[str], str]:

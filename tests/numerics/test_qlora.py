@@ -14,7 +14,7 @@ from easylm_plus.numerics import handles
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.nf4 import NF4, nf4
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.parallel import sharding
 
 LORA, RULES = ("layers=4",), ("layers=nf4",)
@@ -155,6 +155,34 @@ def test_a_model_that_is_only_used():
     dense = jax.tree.map(decode, coded, is_leaf=lambda x: isinstance(x, NF4))
     np.testing.assert_allclose(logits(coded), logits(dense), atol=1e-5)
     assert np.abs(logits(coded) - logits(plain)).max() > 1e-2
+
+
+def test_rules_of_a_run_for_its_use():
+    """An average of a run's weights is not rounded to codes to be used, nor does a later rule take its place."""
+    run = qlora(precision="float32")
+    plain = jax.tree.map(jnp.asarray, run.parameters())
+    rules = ("mlp=nf4", "layers=ternary")
+    used, meant = attach(plain, for_use(rules)), attach(plain, rules)
+    kind = lambda tree, part, name: type(tree["layers"][part][name]["kernel"]).__name__
+    assert kind(meant, "mlp", "up_proj") == "NF4" and kind(used, "mlp", "up_proj") == "ArrayImpl"
+    assert kind(meant, "self_attn", "q_proj") == kind(used, "self_attn", "q_proj") == "Ternary"
+
+
+def test_adapters_beside_ternary_weights_are_used_as_they_learned():
+    """The base alone is rounded, not base and adapter together."""
+    run = run_of("none", lora=LORA, rules=("layers=ternary",), scan_layers=True, precision="float32").start()
+    run.steps(2)
+    with sharding.use(run.mesh, run.parts.rules):
+        view = run.parts.numerics.view(run.state.params, {})
+    learned = handles.held(view, handles.handles(view))
+    used = attach(run.state.params, ("layers=ternary",))
+    assert jax.tree.structure(learned) == jax.tree.structure(used)
+    together = attach(jax.tree.map(lambda x: decode(x) if isinstance(x, LowRank) else x, run.state.params,
+                                   is_leaf=lambda x: isinstance(x, LowRank)), ("layers=ternary",))  # fmt: skip
+    tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
+    logits = lambda params: np.asarray(run.parts.model.apply({"params": params}, tokens))
+    np.testing.assert_array_equal(logits(used), logits(learned))
+    assert np.abs(logits(together) - logits(used)).max() > 1e-3
 
 
 def test_experts_in_codes():
