@@ -46,6 +46,7 @@ constexpr int64_t kChunkBytes = 48 * 1024;  // of weights that a thread takes at
 constexpr int64_t kAhead = 4096;            // bytes of weights asked for before they are needed: without it, and where
                                             // several rows are read at a time, memory is read a third as fast
 constexpr float kEps = 1e-5f;               // ternary.EPS
+constexpr float kStep = 1.0f / 127.0f;      // packed_ternary.STEP
 
 // --- threads ---
 
@@ -103,10 +104,10 @@ inline void Narrow(float x, uint16_t* out) {  // to bfloat16, half to even
   *out = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// One token: codes [P], the factor of a sum, and the sum of codes.
+// One token, beside its codes.
 struct Token {
-  float inverse;
-  int32_t sum;
+  float largest;  // the magnitude that the largest code stands for; NaN if something is not finite
+  int32_t sum;    // of codes
 };
 
 template <typename X>
@@ -138,7 +139,7 @@ __attribute__((always_inline)) inline Token RoundToken(const X* x, int64_t D, in
     codes[k] = static_cast<int8_t>(code);
     sum += code;
   }
-  return {most * (1.0f / 127.0f), sum};  // packed_ternary.STEP
+  return {most, sum};
 }
 
 // --- ternary sums: y[n * kRows + r] = sum_k x[n * P + k] (code[r, k] + 1) of at most kRows rows ---
@@ -284,9 +285,10 @@ template <typename X>
 void Ternary(ffi::ThreadPool& pool, int64_t level, Shape s, const X* x, const uint8_t* w, float gamma, X* y) {
   std::vector<int8_t> codes(s.N * s.P);
   Token tokens[kMostTokens];
+  float factors[kMostTokens];
   for (int64_t n = 0; n < s.N; ++n) {
     tokens[n] = Round(level, x + n * s.D, s.D, s.P, codes.data() + n * s.P);
-    tokens[n].inverse *= gamma;
+    factors[n] = tokens[n].largest * (kStep * gamma);
   }
   OverRows(pool, s.F, s.P / 4, [&](int64_t from, int64_t to) {
     int32_t sums[kMostTokens * kRows];
@@ -295,7 +297,7 @@ void Ternary(ffi::ThreadPool& pool, int64_t level, Shape s, const X* x, const ui
       Sums(level, w + r * (s.P / 4), s.P, codes.data(), s.N, rows, sums);
       for (int64_t n = 0; n < s.N; ++n)
         for (int64_t i = 0; i < rows; ++i)
-          Narrow(static_cast<float>(sums[n * kRows + i] - tokens[n].sum) * tokens[n].inverse, y + n * s.F + r + i);
+          Narrow(static_cast<float>(sums[n * kRows + i] - tokens[n].sum) * factors[n], y + n * s.F + r + i);
     }
   });
 }
