@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from easylm_plus.models.attend import Sight, attend, masked, sight_of, visible
+from easylm_plus.models.attend import Sight, attend, cached, sight_of, visible
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.ema import DampedEMA
 from easylm_plus.models.initializers import initializer
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, G, K]; with a leading layer axis in a scanned model."""
+    """Keys and values of one layer, [B, G, S, K]; with a leading layer axis in a scanned model."""
 
     k: Any  # an array, or codes (models/kv_cache.py)
     v: Any
@@ -63,8 +63,11 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, layout.segments_BT, c)
         else:
-            cache = LayerCache(write(cache.k, k, layout.offset), write(cache.v, v, layout.offset), recent)
-            y = masked(q, read(cache.k, q.dtype), read(cache.v, q.dtype), mask=_cache_mask(layout, T, sight_of(c)))
+            # the barrier keeps what is written one array: XLA:CPU would write it twice, for attention and for later,
+            # and copy the whole cache for that, for every token
+            k, v = jax.lax.optimization_barrier((write(cache.k, k, layout.offset), write(cache.v, v, layout.offset)))
+            cache = LayerCache(k, v, recent)
+            y = cached(q, read(k, q.dtype), read(v, q.dtype), _cache_mask(layout, T, sight_of(c)))
         y = constrain(y, "batch", "length", "act_heads", None).reshape(B, T, -1)
         if c.sub_norms:
             y = norm(c, self.precision, name="attn_sub_norm")(y)

@@ -34,19 +34,20 @@ def rows8(x: jax.Array) -> Rows8:
 
 
 def empty(kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Nothing kept yet, [..., B, S, G, K]; `kind`: model.kv_cache."""
+    """Nothing kept yet, [..., B, G, S, K]; `kind`: model.kv_cache."""
     if kind == "int8":
         return Rows8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1)))
     return jnp.zeros(shape, dtype)
 
 
-def write(kept: Any, x: jax.Array, offset: Any, axis: int = 1) -> Any:
-    """The cache with T more tokens, [B, T, G, K], from slot `offset` on; slots lie along `axis`."""
-    new = rows8(x) if isinstance(kept, Rows8) else x
-    put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), offset, axis)
+def write(kept: Any, new_BTGK: jax.Array, offset: Any) -> Any:
+    """The cache [B, G, S, K] with T more tokens from slot `offset` on."""
+    new_BGTK = new_BTGK.swapaxes(1, 2)
+    new = rows8(new_BGTK) if isinstance(kept, Rows8) else new_BGTK
+    put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), offset, axis=2)
     return jax.tree.map(put, kept, new)
 
 
 def read(kept: Any, dtype: DTypeLike) -> jax.Array:
-    """[B, S, G, K] as attention multiplies by it."""
+    """[B, G, S, K] as attention multiplies by it."""
     return (kept.codes * kept.scale).astype(dtype) if isinstance(kept, Rows8) else kept

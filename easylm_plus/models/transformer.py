@@ -45,7 +45,7 @@ REMAT = {
 class Cache(NamedTuple):
     """Decoding state: what has been seen so far. A pytree, passed in and handed back."""
 
-    layers: Any  # LayerCache [L, B, S, G, K] (scanned) or a tuple of LayerCache [B, S, G, K]
+    layers: Any  # LayerCache [L, B, G, S, K] (scanned) or a tuple of LayerCache [B, G, S, K]
     segments_BS: jax.Array  # int32; 0: slot empty or padding
     length: jax.Array  # int32: slots filled so far, the same for all rows
 
@@ -186,7 +186,7 @@ class Transformer(nn.Module):
         c = self.config
         if not c.causal:
             raise UserError("model.causal = False: a bidirectional model has no next token to decode")
-        shape = (batch, slots, c.num_kv_heads, c.head_dim)
+        shape = (batch, c.num_kv_heads, slots, c.head_dim)
         rows = lambda *lead: empty_rows(c.kv_cache, (*lead, *shape), self.precision.compute)
         recent = lambda *lead: nothing_kept(c, (*lead, batch), self.precision.compute)
         empty = lambda *lead: LayerCache(rows(*lead), rows(*lead), recent(*lead))

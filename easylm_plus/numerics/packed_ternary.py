@@ -81,9 +81,15 @@ def packed(latent: jax.Array) -> PackedTernary:
 
 def int8_codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(codes int8[..., D], 1 / s as float32[..., 1]) of activations, a scale a token."""
+    codes, largest = _rounded(x)
+    return codes, largest * STEP
+
+
+def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The codes, and the magnitude that the largest of them stands for, [..., 1]."""
     x = x.astype(jnp.float32)
     largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
-    return jnp.clip(jnp.round(x * (127 / largest)), -128, 127).astype(jnp.int8), largest * STEP
+    return jnp.clip(jnp.round(x * (127 / largest)), -128, 127).astype(jnp.int8), largest
 
 
 @decode.register
@@ -128,9 +134,10 @@ def _rows(path: str) -> Callable:
     def rows(x_ND: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         if path == "ffi" and fits(x_ND, path):
             return native.ternary_product(x_ND, codes, scale)
-        rows_ND, inverse_N1 = int8_codes(x_ND)
+        rows_ND, largest_N1 = _rounded(x_ND)
         y_NF = integer_product(rows_ND, PackedTernary(codes, scale, x_ND.shape[-1]), path).astype(jnp.float32)
-        return (y_NF * (inverse_N1 * scale)).astype(x_ND.dtype)
+        # in the order that XLA (jax 0.10) would make of any other
+        return (y_NF * (largest_N1 * (STEP * scale))).astype(x_ND.dtype)
 
     return rows
 
@@ -151,4 +158,13 @@ def integer_product(x_ND: jax.Array, w: PackedTernary, path: str = "xla") -> jax
     return y_NF[:N]
 
 
-KERNELS: dict[str, Callable] = {"ffi": native.integer_product}
+def _in_pallas(name: str) -> Callable:
+    def kernel(x_ND: jax.Array, codes: jax.Array) -> jax.Array:
+        from easylm_plus.numerics.kernels import pallas  # takes half a second, and few need it
+
+        return getattr(pallas, name)(x_ND, codes)
+
+    return kernel
+
+
+KERNELS = {"ffi": native.integer_product, "triton": _in_pallas("triton"), "mosaic": _in_pallas("mosaic")}
