@@ -42,7 +42,7 @@ AVERAGE_PRODUCTS = (
     'carried = jnp.einsum("dnc,dnx->dcx", decays[..., 1:] * a.leave[..., None], before, precision=EXACT)',
 )
 # of a weight's errors by sums of its inputs' squares, which decide what it is rounded to before a model has it
-COMPRESSION_PRODUCTS = ("_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)",)
+COMPRESSION_PRODUCTS = ("product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)",)
 ALLOWED_PRODUCTS = {
     "models/attend.py": ATTENTION_PRODUCTS,
     "models/ema.py": AVERAGE_PRODUCTS,

@@ -78,7 +78,7 @@ def sweep(w_DF: jax.Array, u_DD: jax.Array, block: int, enter: Enter, row: Row, 
         w_BF, errors_BF, state = jax.lax.fori_loop(0, block, one_row, (w_BF, jnp.zeros_like(w_BF), state))
         w_DF = jax.lax.dynamic_update_slice_in_dim(w_DF, w_BF, first, 0)
         later_BD = jnp.where(jnp.arange(D) >= first + block, u_BD, 0)
-        return w_DF - _product(later_BD.T, errors_BF), state
+        return w_DF - product(later_BD.T, errors_BF), state
 
     return jax.lax.fori_loop(0, D // block, one_block, (w_DF.astype(jnp.float32), state))
 
@@ -86,7 +86,7 @@ def sweep(w_DF: jax.Array, u_DD: jax.Array, block: int, enter: Enter, row: Row, 
 def change(before_DF: jax.Array, after_DF: jax.Array, gram_DD: jax.Array) -> jax.Array:
     """The sum of squares by which outputs change: tr (W' - W)' H (W' - W)."""
     d_DF = after_DF.astype(jnp.float32) - before_DF.astype(jnp.float32)
-    return (d_DF * _product(gram_DD, d_DF)).sum()
+    return (d_DF * product(gram_DD, d_DF)).sum()
 
 
-_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easylm_plus.compression.awq import ALPHAS, awq, scales
+from easylm_plus.compression.awq import ALPHAS, SHARES, awq, clipped, scales
 from easylm_plus.compression.gptq import gptq
 from easylm_plus.compression.pruning import kept_of, magnitude, sparsegpt, wanda
 from easylm_plus.compression.surgeon import DAMPING, change, factor
@@ -132,9 +132,29 @@ def test_awq_takes_the_best_of_its_grid():
     np.testing.assert_allclose(errors, [damage(w, new, x) * x.shape[0] * F for new in tried], rtol=1e-3)
     best = int(np.argmin(errors))
     assert best > 0
-    np.testing.assert_allclose(decode(awq(w, gram, size, 3, 12)), tried[best], rtol=1e-5, atol=1e-6)
+    found = awq(w, gram, size, 3, 12)
+    np.testing.assert_allclose(found.channel, scales(mean, best / ALPHAS), rtol=1e-5)
+    assert damage(w, decode(found), x) < 0.98 * damage(w, tried[best], x), "and clips"
     np.testing.assert_allclose(scales(mean, 0.0), np.ones(D))
     assert float(jnp.sqrt(scales(mean, 0.5).max() * scales(mean, 0.5).min())) == pytest.approx(1)
+
+
+def test_clipping_takes_the_best_of_its_shares():
+    """By hand, group after group and output after output."""
+    w, x = problem()
+    s = np.exp(np.random.default_rng(5).normal(size=D)).astype(np.float32)
+    found = clipped(jnp.asarray(w), jnp.asarray(x.T @ x), jnp.asarray(s), 3, 12, False)
+    up, down = w * s[:, None], x / s
+    for g in range(4):
+        rows = slice(12 * g, 12 * g + 12)
+        for f in range(F):
+            scale = np.abs(up[rows, f]).max() / 3
+            tried = [np.clip(np.round(up[rows, f] / (scale * p)), -4, 3) * scale * p for p in np.asarray(SHARES)]
+            lost = [np.square(down[:, rows] @ (new - up[rows, f])).sum() for new in tried]
+            best = int(np.argmin(lost))
+            assert found.scales[g, f] == pytest.approx(scale * float(SHARES[best]), rel=1e-5)
+    whole = integers(jnp.asarray(w), 3, 12, False, jnp.asarray(s))
+    assert (np.asarray(found.scales) < np.asarray(whole.scales) * 0.99).mean() > 0.2
 
 
 # --- what goes ---
