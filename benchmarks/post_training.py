@@ -154,7 +154,7 @@ def of_text(folder: Path) -> tuple[Any, ...]:
 
 def of_a_run(path: str) -> tuple[Any, ...]:
     """The same of a run on prepared data, whose examples are conversations and whose answers count."""
-    from easylm_plus.quantize import rows_of
+    from easylm_plus.compression.quantize import rows_of
     from easylm_plus.training.checkpoint import locate, read_meta
 
     directory, step = locate(path)

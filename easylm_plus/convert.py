@@ -38,8 +38,9 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.template import CHAT
+from easylm_plus.compression.quantize import check_source, rows_of, write_quantized
 from easylm_plus.compression.schemes import Scheme, scheme
-from easylm_plus.door import run
+from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference, gguf_files, peft
 from easylm_plus.interop.bitnet import FORMS
@@ -55,7 +56,6 @@ from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packe
 from easylm_plus.models.families import preset
 from easylm_plus.numerics.rules import for_use
 from easylm_plus.planning.memory import human
-from easylm_plus.quantize import check_source, rows_of, write_quantized
 from easylm_plus.training.checkpoint import locate, read_adapters, steps
 from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
@@ -158,7 +158,7 @@ def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
     calibration = 128 if CALIBRATION_ROWS.value is None else CALIBRATION_ROWS.value
     examples = 200 if EXAMPLES.value is None else EXAMPLES.value
     rows = rows_of(described["config"], tokenizer, DATA.value, calibration, examples)
-    write_quantized(source.weights, chosen, described, folder, rows, rules)
+    write_quantized(source.weights, chosen, described, folder, rows, rules, console.print)
     return 0
 
 

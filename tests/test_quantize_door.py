@@ -73,7 +73,7 @@ def four_bits(float_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "int4"
     with pytest.MonkeyPatch.context() as patch:
         told = []
-        patch.setattr("easylm_plus.quantize.console.print", lambda *args, **_: told.extend(args))
+        patch.setattr("easylm_plus.convert.console.print", lambda *args, **_: told.extend(args))
         run(input=float_run, output=folder, quantize="int4:group=8,method=gptq", calibration_rows=8, examples=4)
     return folder, told
 

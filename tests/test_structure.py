@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "doors", "alignment", "planning", "evaluation", "inference", "training", "compression", "objectives", "interop",
+    "doors", "alignment", "compression", "planning", "evaluation", "inference", "training", "objectives", "interop",
     "models", "numerics", "parallel",
 )  # fmt: skip
 FOR_ALL = ("errors", "tree")

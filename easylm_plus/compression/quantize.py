@@ -8,7 +8,7 @@ measured; methods that need calibration refuse.
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, nested, walk
-from easylm_plus.door import console
 from easylm_plus.errors import UserError
 from easylm_plus.interop.weights import LAYER, Stacked, Weights, packed_names, piece_shapes
 from easylm_plus.numerics.coded import Coded
@@ -50,13 +49,15 @@ class Rows(NamedTuple):
 
 
 def write_quantized(
-    weights: Weights, scheme: Scheme, described: dict[str, Any], folder: Path, rows: Rows, rules: Sequence[str]
-) -> None:
-    """Writes the checkpoint `folder`/0 and prints what came out.
+    weights: Weights, scheme: Scheme, described: dict[str, Any], folder: Path, rows: Rows, rules: Sequence[str],
+    show: Callable[[Any], None],
+) -> None:  # fmt: skip
+    """Writes the checkpoint `folder`/0.
 
     Args:
       described: what stands beside the arrays, of the model before.
       rules: those by which the model multiplies now; none are left afterwards.
+      show: prints a line of progress, and at the end a table of what came out.
     """
     numerics = described["config"]["numerics"]
     check_rules(scheme, rules)
@@ -65,8 +66,8 @@ def write_quantized(
     if scheme.calibrated and not rows.calibration:
         raise UserError(f"--quantize={scheme.text}: method={scheme.values['method']} needs calibration: {rows.told}")
     start = time.monotonic()
-    tell = lambda line: console.print(f"{line}, {time.monotonic() - start:.0f} s")
-    console.print(rows.told)
+    tell = lambda line: show(f"{line}, {time.monotonic() - start:.0f} s")
+    show(rows.told)
     calibration = rows.calibration if scheme.calibrated else ()
     trained = trained_as(weights, rules)
     leaf_of = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
@@ -81,7 +82,7 @@ def write_quantized(
                       tell)  # fmt: skip
         params = all_filed(result.params)
         write_parameters(folder, params, meta)
-    console.print(table(result, scheme, sum(x.nbytes for x in jax.tree.leaves(params))))
+    show(table(result, scheme, sum(x.nbytes for x in jax.tree.leaves(params))))
 
 
 @contextmanager
