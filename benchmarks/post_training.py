@@ -13,6 +13,7 @@ that the model was trained on, perplexity is that of all tokens of held-out rows
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ DO = flags.DEFINE_enum("do", "table", ["train", "measure", "table"], "what to do
 FOLDER = flags.DEFINE_string("folder", "runs/post_training", "of the tokenizer, the model and the results")
 RUN = flags.DEFINE_string("run", "", "measure this run on its own data, in the place of the model of --do=train")
 STEPS = flags.DEFINE_integer("steps", 2000, f"of {ROWS} x {LENGTH} tokens")
+ONLY = flags.DEFINE_string("only", "", "regular expression: measure only the schemes that it is found in")
 CALIBRATION = flags.DEFINE_integer("calibration", 128, f"rows of {LENGTH} tokens to calibrate with")
 HELDOUT = flags.DEFINE_integer("heldout", 128, "held-out rows to measure on")
 RATE = flags.DEFINE_float("learning_rate", 2e-3, "the peak; cosine to a tenth after 100 steps of warm-up")
@@ -116,7 +118,7 @@ def measure(folder: Path) -> None:
     results = folder / "results.jsonl"
     weights, calibration, heldout, told = of_a_run(RUN.value) if RUN.value else of_text(folder)
     for asked in SCHEMES:
-        if asked in {row["scheme"] for row in read(results)}:
+        if asked in {row["scheme"] for row in read(results)} or not re.search(ONLY.value, asked):
             continue
         chosen, bits, start = scheme(asked), [], time.perf_counter()
 

@@ -125,7 +125,7 @@ ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for
 def test_losses_and_leaves_of_every_family(family):
     """Before is what evaluation says of the model, after what it says of the result; all matrices are done."""
     _, params = made(family)
-    result = walked("int4:group=4,method=gptq,embed=keep", family)
+    result = walked("int3:group=4,method=gptq,embed=keep", family)
     assert result.before == pytest.approx(evaluated(family, params), rel=2e-5)
     assert result.after == pytest.approx(evaluated(family, result.params), rel=2e-5)
     assert abs(result.after - result.before) > 1e-4
