@@ -29,9 +29,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,30 +38,25 @@ from absl import flags
 
 from data_pipelines.template import CHAT
 from easylm_plus.compression.quantize import check_source, rows_of, write_quantized
-from easylm_plus.compression.schemes import Scheme, scheme
+from easylm_plus.compression.schemes import scheme
 from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference, gguf_files, peft
 from easylm_plus.interop.bitnet import FORMS
 from easylm_plus.interop.companions import copy_companions
-from easylm_plus.interop.configs import read_raw, stated_form, stated_rules
-from easylm_plus.interop.easylm import EASYLM, EasyLMStream
+from easylm_plus.interop.configs import stated_form, stated_rules
 from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
-from easylm_plus.interop.huggingface import export_keys, open_weights, ternary_form, write_folder
-from easylm_plus.interop.llama2c import load_llama2c
+from easylm_plus.interop.huggingface import export_keys, ternary_form, write_folder
 from easylm_plus.interop.tensor_files import read_json
-from easylm_plus.interop.translate import Translated
-from easylm_plus.interop.weights import Cast, Latents, Weights, of_params, packed_names, stored, ternary_names
-from easylm_plus.models.families import preset
+from easylm_plus.interop.weights import Cast, packed_names
 from easylm_plus.numerics.rules import for_use
 from easylm_plus.planning.memory import human
-from easylm_plus.training.checkpoint import locate, read_adapters, steps
+from easylm_plus.training.checkpoint import locate, read_adapters
 from easylm_plus.training.output import checked, replaced, replaced_file
-from easylm_plus.training.stream import open_checkpoint, total_bytes, write_checkpoint
+from easylm_plus.training.source import KINDS, Source, kind_of, open_source, with_ternary
+from easylm_plus.training.stream import total_bytes, write_checkpoint
 
 DEFAULT_SHARD_GB = 5.0
-OTHERS = ("*.safetensors", "*.bin", "*.pth", "*.pt")  # weights that a folder may hold
-KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 FROM = flags.DEFINE_enum("from", None, KINDS, "format of --input; by default what it looks like")
@@ -89,66 +83,66 @@ GGUF_ENDS = flags.DEFINE_enum("gguf_ends", None, gguf_files.END_TYPES, "of its e
 FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has written at --output")
 
 
-class Source(NamedTuple):
-    """What is converted."""
-
-    weights: Weights
-    original: Mapping[str, Any] | None  # its config.json, if it has or once had one
-    companions: Path | None  # the folder of its tokenizer
-    run: Mapping[str, Any] | None = None  # the config of the run that made it
-
-
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
     inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
-    gguf = TO.value == "gguf"
-    output, shards = checked(Path(OUTPUT.value), inputs, FORCE.value, file=gguf), _shard_bytes()
+    output, target = checked(Path(OUTPUT.value), inputs, FORCE.value, file=TO.value == "gguf"), _target()
     _all_flags_count()
-    chosen = scheme(QUANTIZE.value) if QUANTIZE.value else None
-    if chosen:
-        check_source(Path(INPUT.value), STEP.value, chosen.text)
-    source = _recovered() if RECOVER.value else open_source(Path(INPUT.value), FROM.value, STEP.value)
+    if target == "quantized":
+        check_source(Path(INPUT.value), STEP.value, scheme(QUANTIZE.value).text)
+    source = _recovered() if RECOVER.value else _open(INPUT.value, FROM.value, STEP.value)
     if ADAPTER.value:
         adapters = peft.read_adapters(ADAPTER.value, source.weights.config, source.original)
         source = source._replace(weights=peft.Adapted(source.weights, adapters))
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
-    base = open_source(Path(DIFF_BASE.value)).weights if DIFF_BASE.value and not RECOVER.value else None
-    if DIFF_BASE.value and (found := packed_names(source.weights)):
-        raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     show = Progress(total_bytes(source.weights))
-    if gguf:
+    if target == "gguf":
         _write_gguf(source, output, show)
         return 0
     with replaced(output, FORCE.value, show.total) as folder:
-        if chosen:
-            return _write_quantized(source, chosen, folder)
-        if base is not None:
-            difference.write_difference(base, source.weights, folder, source.original, shards, show)
-            _companions(source, folder)
-        else:
-            WRITERS[TO.value or "easylm_plus"](source, folder, shards, show)
-    show.done()
+        WRITERS[target](source, folder, show)
+    if target != "quantized":  # which shows its layers
+        show.done()
     return 0
 
 
-def _write_hf(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+def _target() -> str:
+    """What is written: a format of --to, or "difference", or "quantized"."""
+    if DIFF_BASE.value and not RECOVER.value:
+        return "difference"
+    return "quantized" if QUANTIZE.value else TO.value or "easylm_plus"
+
+
+def _open(path: str, kind: str | None = None, step: int | None = None) -> Source:
+    return open_source(Path(path), kind, step, model=MODEL.value, pickled=ALLOW_PICKLE.value)
+
+
+def _write_difference(source: Source, folder: Path, show: "Progress") -> None:
+    if found := packed_names(source.weights):
+        raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
+    base = _open(DIFF_BASE.value).weights
+    difference.write_difference(base, source.weights, folder, source.original, _shard_bytes(), show)
+    _companions(source, folder)
+
+
+def _write_hf(source: Source, folder: Path, show: "Progress") -> None:
     _companions(source, folder)
     stated = stated_form(source.original, source.weights.place) if source.original else ""
     form = ternary_form(source.weights, HF_TERNARY.value or stated or "autobitlinear")
     if HF_TERNARY.value and not form:
         raise UserError(f"--hf_ternary={HF_TERNARY.value}: found no ternary weights in {INPUT.value}")
     keys = export_keys(source.weights, source.original, folder, form)
-    write_folder(source.weights, keys, folder, shards, show)
+    write_folder(source.weights, keys, folder, _shard_bytes(), show)
 
 
-def _write_own(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+def _write_own(source: Source, folder: Path, show: "Progress") -> None:
     (folder / "tokenizer").mkdir()
     _companions(source, folder / "tokenizer")
     write_checkpoint(source.weights, folder, describe(source, folder / "tokenizer"), show)
 
 
-def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
+def _write_quantized(source: Source, folder: Path, show: "Progress") -> None:
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     _companions(source, tokenizer)
@@ -158,8 +152,7 @@ def _write_quantized(source: Source, chosen: Scheme, folder: Path) -> int:
     calibration = 128 if CALIBRATION_ROWS.value is None else CALIBRATION_ROWS.value
     examples = 200 if EXAMPLES.value is None else EXAMPLES.value
     rows = rows_of(described["config"], tokenizer, DATA.value, calibration, examples)
-    write_quantized(source.weights, chosen, described, folder, rows, rules, console.print)
-    return 0
+    write_quantized(source.weights, scheme(QUANTIZE.value), described, folder, rows, rules, console.print)
 
 
 def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
@@ -180,7 +173,7 @@ def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
     )
 
 
-def _write_peft(source: Source, folder: Path, shards: int, show: "Progress") -> None:
+def _write_peft(source: Source, folder: Path, show: "Progress") -> None:
     leaves = read_adapters(*locate(INPUT.value, STEP.value))
     show.total = sum(leaf.a.nbytes + leaf.b.nbytes for leaf in leaves.values())
     _companions(source, folder)
@@ -190,7 +183,13 @@ def _write_peft(source: Source, folder: Path, shards: int, show: "Progress") -> 
     show(show.total)
 
 
-WRITERS = {"hf": _write_hf, "easylm_plus": _write_own, "peft": _write_peft}  # of --to
+WRITERS = {
+    "hf": _write_hf,
+    "easylm_plus": _write_own,
+    "peft": _write_peft,
+    "difference": _write_difference,
+    "quantized": _write_quantized,
+}
 
 
 def _shard_bytes() -> int:
@@ -204,14 +203,15 @@ def _shard_bytes() -> int:
 def _all_flags_count() -> None:
     """An error if a flag is given that would change nothing."""
     writes_difference = bool(DIFF_BASE.value) and not RECOVER.value
-    kind = FROM.value or _kind(Path(INPUT.value))
-    kinds = {kind, _kind(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
+    kind = FROM.value or kind_of(Path(INPUT.value))
+    kinds = {kind, kind_of(Path(DIFF_BASE.value))} if DIFF_BASE.value else {kind}
+    ours = "where a checkpoint of ours is written"
     for flag, given, counts, where in (
         (GGUF_TYPE, GGUF_TYPE.value, TO.value == "gguf", "with --to=gguf"),
         (GGUF_ENDS, GGUF_ENDS.value, TO.value == "gguf", "with --to=gguf"),
         (DTYPE, DTYPE.value, TO.value != "gguf", "without --to=gguf, where --gguf_type says it"),
         (TO, TO.value, not writes_difference, "where a model is written: without --diff_base, or with --recover"),
-        (QUANTIZE, QUANTIZE.value, TO.value != "hf" and not DIFF_BASE.value, "without --to=hf and --diff_base"),
+        (QUANTIZE, QUANTIZE.value, not writes_difference and TO.value in (None, "easylm_plus"), ours),
         (DATA, DATA.value, QUANTIZE.value, "with --quantize"),
         (CALIBRATION_ROWS, CALIBRATION_ROWS.value, QUANTIZE.value, "with --quantize"),
         (EXAMPLES, EXAMPLES.value, QUANTIZE.value, "with --quantize"),
@@ -225,86 +225,22 @@ def _all_flags_count() -> None:
     ):
         if given not in (None, "") and not counts:
             raise UserError(f"--{flag.name}={given} counts only {where}")
-
-
-def open_source(path: Path, kind: str | None = None, step: int | None = None) -> Source:
-    """Opens weights of any format; `kind` None: what it looks like; `step` None: a run's last."""
-    if not path.exists():
-        raise UserError(f"{path}: not found; expected weights")
-    if path.is_file() and _is_part_of_a_folder(path):
-        pickle = "" if path.suffix == ".safetensors" else " --allow_pickle"
-        expected = f"--input=FOLDER{pickle}, the folder with it and the model's config.json"
-        raise UserError(f"{path}: found tensors without a config; expected {expected}")
-    kind = kind or _kind(path)
-    if kind == "difference":
-        raise UserError(f"{path}: found a difference; expected --recover --diff_base=BASE with it")
-    if kind == "hf":
-        raw = read_raw(path)
-        weights: Weights = open_weights(path, pickled=ALLOW_PICKLE.value)
-        return Source(_ternary(weights, stated_rules(raw, f"{path}/config.json")), raw, path)
-    if kind == "easylm_plus":
-        weights, meta, directory = open_checkpoint(path, step)
-        original, run = meta.get("config.json"), meta["config"]
-        rules = stated_rules(original, f"{path}: config.json") if original else ()
-        rules = rules or run.get("numerics", {}).get("rules", ())
-        ternary = _ternary(weights, rules)
-        leaves, scan = meta.get("leaves", {}), weights.config.scan_layers
-        adapted = lambda name: leaves.get(f"params/{stored(name, (0, 0), scan)[0]}", {}).get("type") == "LowRank"
-        if found := sorted(filter(adapted, ternary_names(ternary))):
-            raise UserError(f"{path}: found an adapter of {found[0]}, which is ternary; the two cannot be merged")
-        return Source(ternary, original, directory / "tokenizer", run)
-    if kind == "llama2c":
-        model, params = load_llama2c(path)
-        return Source(of_params(model.config, params, str(path)), None, None)
-    if not MODEL.value:
-        raise UserError(f"--model is not set; expected the preset that {path} holds, which the file does not say")
-    stream = EasyLMStream(path)
-    return Source(Translated(stream, EASYLM, preset(MODEL.value), lambda _: False), None, None)
-
-
-def _ternary(weights: Weights, rules: Sequence[str]) -> Weights:
-    """Weights that tell which of them are ternary, by rules (numerics/rules.py)."""
-    return Latents(weights, rules) if any(rule.endswith("=ternary") for rule in rules) else weights
-
-
-def _kind(path: Path) -> str:
-    """What weights look like: a kind that --from knows, or "difference"."""
-    if not path.exists():
-        raise UserError(f"{path}: not found; expected weights")
-    if path.is_dir():
-        if (path / difference.FILE).is_file():
-            return "difference"
-        if (path / "config.json").is_file():
-            return "hf"
-        weights = sorted(file for pattern in OTHERS for file in path.glob(pattern))
-        if weights and not any(steps(place) for place in (path, path / "checkpoints")):
-            raise UserError(
-                f"{path}: found {weights[0].name}, but no config.json; expected that of the model beside it"
-            )
-        return "easylm_plus"
-    return "llama2c" if path.suffix == ".bin" else "easylm"
-
-
-def _is_part_of_a_folder(path: Path) -> bool:
-    """Is it a file of tensors by their names: safetensors, or PyTorch's of today (zip) or of before 2020 (a pickle)?"""
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start in (b"PK\x03\x04", b"\x80\x02\x8a\x0a") or path.suffix in (".pt", ".pth", ".safetensors")
+    _shard_bytes()
 
 
 def _recovered() -> Source:
     """What a difference and its base make."""
     if not DIFF_BASE.value:
         raise UserError("--recover needs --diff_base: expected the model that the difference was made with")
-    path, base = Path(INPUT.value), open_source(Path(DIFF_BASE.value))
+    path, base = Path(INPUT.value), _open(DIFF_BASE.value)
     if FROM.value is None and (path / difference.FILE).is_file():
         weights, original = difference.open_difference(path, base.weights)
         rules = stated_rules(original, f"{path}: config.json") if original else ()
-        return Source(_ternary(weights, rules), original, path)
+        return Source(with_ternary(weights, rules), original, path)
     if FROM.value != "easylm":
         raise UserError(f"{path}: found no {difference.FILE}; expected one and no --from, or --from=easylm")
     print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
-    return base._replace(weights=difference.Sum(base.weights, open_source(path, "easylm").weights))
+    return base._replace(weights=difference.Sum(base.weights, _open(INPUT.value, "easylm").weights))
 
 
 def _companions(source: Source, folder: Path) -> None:

@@ -226,8 +226,9 @@ def test_what_else_is_refused(four_bits, tmp_path):
         run(input=four_bits[0], output=out, quantize="int3")
     with pytest.raises(UserError, match="method=gptq needs calibration: no data"):
         run(input=GOLDEN / "llama_tiny", output=out, quantize="int4:method=gptq")
-    with pytest.raises(UserError, match="--quantize=int4 counts only without --to=hf"):
-        run(input=GOLDEN / "llama_tiny", output=out, quantize="int4", to="hf")
+    for to in ("hf", "gguf", "peft"):
+        with pytest.raises(UserError, match="--quantize=int4 counts only where a checkpoint of ours is written"):
+            run(input=GOLDEN / "llama_tiny", output=out, quantize="int4", to=to)
     with pytest.raises(UserError, match="--calibration_rows=3 counts only with --quantize"):
         run(input=GOLDEN / "llama_tiny", output=out, calibration_rows=3)
     assert not out.exists()

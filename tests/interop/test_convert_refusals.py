@@ -11,12 +11,12 @@ import pytest
 import tiny
 from test_convert import GOLDEN, hashes, run
 
-from easylm_plus import convert
 from easylm_plus.errors import UserError
 from easylm_plus.interop import translate
 from easylm_plus.interop.huggingface import load_hf
 from easylm_plus.training import output
 from easylm_plus.training.checkpoint import Checkpoints
+from easylm_plus.training.source import open_source
 
 
 def test_what_is_there_stays_unless_forced(hub, tmp_path):
@@ -227,7 +227,7 @@ def test_what_a_killed_run_leaves_does_not_open(hub, tmp_path, monkeypatch, caps
     (left,) = tmp_path.iterdir()
     message = "no config.json; expected that of the model" if to == "hf" else "new/0: found no readable meta"
     with pytest.raises(UserError, match=message):
-        convert.open_source(left / "new")
+        open_source(left / "new")
     monkeypatch.undo()
     run(input=hub, output=tmp_path / "out", to=to)
     assert f"{left} is of a conversion that still runs, or was killed" in capsys.readouterr().err
