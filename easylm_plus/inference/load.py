@@ -19,7 +19,7 @@ from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.peft import beside, read_adapters
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, unstack_layers
-from easylm_plus.numerics.deploy import all_served, is_packed
+from easylm_plus.numerics.deploy import all_served, frozen, is_packed
 from easylm_plus.numerics.kernels import choice
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import attach, for_use
@@ -59,7 +59,7 @@ def open_model(
     `kv_cache` replaces the key of that name in the model's config.
     """
     opened = _opened(Path(path), step, tokenizer, template)
-    model, params = opened.model, opened.params
+    model, params = opened.model, frozen(opened.params)
     if is_packed(params):
         model, params = unrolled(model, params)
     if adapter:

@@ -21,6 +21,7 @@ from easylm_plus.numerics.int8_rows import int8_rows
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.packed_ternary import PackedTernary, packed
 from easylm_plus.numerics.rules import assign
+from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.trits import Trits
 from easylm_plus.tree import path_name
 
@@ -54,6 +55,13 @@ def deployed(params: Any, rules: Sequence[str], embed: str = "int8") -> Any:
         return kept
 
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_kept)
+
+
+def frozen(view: Any) -> Any:
+    """A model that multiplies as it trained (rules.attach), its ternary matrices rounded once instead of every time."""
+    is_ternary = lambda leaf: isinstance(leaf, Ternary)
+    once = lambda leaf: packed(jnp.asarray(decode(leaf.latent))) if is_ternary(leaf) else leaf
+    return jax.tree.map(once, view, is_leaf=lambda leaf: is_ternary(leaf) or is_kept(leaf))
 
 
 def _ternary(name: str, kept: Any) -> Any:

@@ -135,3 +135,19 @@ def test_a_checkpoint_of_trits_is_opened_packed_and_unrolled(tmp_path):
     assert told(opened.params).startswith("ternary products: ") and told(params) == ""
     expected = Generator(*unrolled(model, all_served(kept)), ())(PROMPTS, 8)
     assert Generator(opened.model, opened.params, ())(PROMPTS, 8) == expected
+
+
+def test_a_run_that_trained_ternary_is_opened_packed_too(tmp_path):
+    """Rounded once, not for every token; latents as they lie are another model."""
+    config = tiny.config(tmp_path, numerics__rules=BITNET, model__sub_norms=True, model__scan_layers=True)
+    model = Transformer(ModelConfig(**config.model), precision("float32"))
+    params = init_parameters(model, jax.random.key(3))
+    write_parameters(tmp_path / "checkpoints", params, {"config": config.to_dict()})
+    opened = open_model(tmp_path, tokenizer=str(tiny.data() / "tokenizer"), template="chat")
+    assert is_packed(opened.params) and not opened.model.config.scan_layers
+    assert (
+        sum(isinstance(leaf, PackedTernary) for leaf in leaves(opened.params).values()) == 7 * config.model.num_layers
+    )
+    said = Generator(opened.model, opened.params, ())(PROMPTS, 8)
+    assert said == Generator(model, attach(params, BITNET), ())(PROMPTS, 8)
+    assert said != Generator(model, params, ())(PROMPTS, 8)
