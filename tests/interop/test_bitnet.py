@@ -31,7 +31,7 @@ from easylm_plus.interop.configs import read_raw
 from easylm_plus.interop.huggingface import load_hf, open_weights, save_hf
 from easylm_plus.interop.tensor_files import safetensors_of
 from easylm_plus.interop.weights import packed_names, piece_shapes, ternary_names, ternary_piece
-from easylm_plus.numerics.deploy import is_packed
+from easylm_plus.numerics import deploy
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
 from easylm_plus.numerics.rules import BITNET, attach
@@ -248,7 +248,9 @@ def test_a_ternary_run_stays_trainable_as_ours(run, tmp_path):
     weights = open_checkpoint(tmp_path / "ours")[0]
     assert not packed_names(weights) and weights.dtype("layers/{i}/mlp/up_proj/kernel") == np.float32
     opened = open_model(tmp_path / "ours")
-    assert is_packed(opened.params) and opened.config["numerics"]["rules"], "rounded only as it is opened to be used"
+    assert deploy.is_packed(opened.params) and opened.config["numerics"]["rules"], (
+        "rounded only as it is opened to be used"
+    )
 
 
 # --- refusals ---
