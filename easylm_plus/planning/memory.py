@@ -117,7 +117,8 @@ def made_by_a_step(state: Any, places: Any, numerics: Any) -> list[Made]:
         copies = [x for x in matrices(viewed[name]) if (x.shape, x.dtype) not in as_kept]
         master = kept[name][0]
         here_of_whole = here[master.shape].shard_shape(master.shape)  # codes of several weights a byte lie as these do
-        packed = [x.size for x in viewed[name] if x.dtype == jnp.uint8 and x.ndim == master.ndim]
+        is_kept_so = lambda x: any((x.shape, x.dtype) == (own.shape, own.dtype) for own in kept[name])
+        packed = [x.size for x in viewed[name] if x.dtype == jnp.uint8 and x.ndim == master.ndim and not is_kept_so(x)]
         grads = matrices(own[name])
         sums = [codes if x.dtype == E4M3.dtype else jnp.promote_types(x.dtype, jnp.float32) for x in grads]
         return Made(

@@ -183,8 +183,8 @@ def test_leaves_are_put_together_as_they_were():
     nested = {"a": {"code": 1, "scale_inv": 2}, "b": {"c": 4, "d": {"code": 5, "scale_inv": 6}}}
     assert put_together(nested, leaves) == {"a": Scaled(1, 2), "b": tree["b"]}
     assert leaf_types(tree) == {"b/d": {"type": "Scaled"}}, "of known types"
-    with pytest.raises(UserError, match="b/d: found a leaf of type 'Sparse', expected one of Scaled, Window"):
-        put_together(nested, {"b/d": {"type": "Sparse"}})
+    with pytest.raises(UserError, match="b/d: found a leaf of type 'Other', expected one of Scaled, LowRank"):
+        put_together(nested, {"b/d": {"type": "Other"}})
 
 
 # --- the hash of the parameters ---
