@@ -5,8 +5,11 @@ All of it is set through the environment, before anything imports JAX, so that t
 the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere.
 """
 
+import gc
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,16 @@ def engine_python() -> Path:
     if path is None:
         pytest.skip(NO_ENGINE)
     return path
+
+
+MAPPINGS = 20_000  # of memory; Linux allows a process 65,530, and XLA aborts in the middle of a compilation there
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs() -> Iterator[None]:
+    """Drops compiled programs between files, each of which takes several mappings of memory for good."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if "jax" in sys.modules and mappings.is_file() and mappings.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
