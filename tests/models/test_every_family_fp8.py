@@ -125,7 +125,11 @@ def test_all_families_and_all_pairs_are_here():
     assert missing <= {("O1", "numerics.fp8_smooth")}, "a pair that no row covers"
 
 
-@pytest.mark.parametrize("name", NAMES)
+# one of each architecture; the others differ from one of them by numbers
+QUICK = ("llama-7b", "yuan-2b", "yuan-m32", "mixtral-8x7b", "palm-8b", "gpt-fp8-125m", "bitnet-3b", "stablelm2-1.6b")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_a_family_trains_in_fp8(name):
     """Gradients beside those of float32 on one device: fourteen products with 4 to 6 % of noise each, in all about
     20 %, 14 dB (tests/numerics/test_levels.py has the budget and tight bounds). Ternary rounding is a step function of
