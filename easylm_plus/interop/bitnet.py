@@ -24,6 +24,7 @@ import numpy as np
 from easylm_plus.errors import UserError
 from easylm_plus.interop.tensor_files import Layout, Tensors
 from easylm_plus.numerics.rules import BITNET
+from easylm_plus.numerics.two_bits import PER_BYTE, joined, parted
 
 FORMS = {
     "online": {"linear_class": "autobitlinear", "quantization_mode": "online"},
@@ -35,7 +36,6 @@ ABSENT = FORMS["bitlinear"]  # what transformers takes for keys that are not the
 # of those whose matrices stand in transformers' own classes under one name each
 ARCHITECTURES = ("BitNetForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 SCALE = "_scale"  # after the name of a matrix
-PER_BYTE = 4
 
 
 def is_ternary_name(name: str) -> bool:
@@ -84,17 +84,16 @@ def form_of(found: Mapping[str, Any] | None, architecture: str, biased: bool, pl
 def pack_rows(codes: np.ndarray) -> np.ndarray:
     """{-1, 0, 1} as int8[out, in] -> uint8[ceil(out / 4), in]."""
     rows = -(-len(codes) // PER_BYTE)
-    up = np.zeros((rows * PER_BYTE, codes.shape[1]), np.uint8)
-    up[: len(codes)] = codes + np.int8(1)
-    shifts = 2 * np.arange(PER_BYTE, dtype=np.uint8)[:, None, None]
-    return (up.reshape(PER_BYTE, rows, -1) << shifts).sum(0, dtype=np.uint8)
+    padded = np.full((rows * PER_BYTE, codes.shape[1]), -1, np.int8)
+    padded[: len(codes)] = codes
+    packed: np.ndarray = joined(padded.reshape(PER_BYTE, -1)).reshape(rows, -1)
+    return packed
 
 
 def unpack_rows(packed: np.ndarray, out: int) -> np.ndarray:
     """uint8[ceil(out / 4), in] -> int8[out, in], without what `out` was padded by."""
-    shifts = 2 * np.arange(PER_BYTE, dtype=np.uint8)[:, None, None]
-    codes = ((packed[None] >> shifts) & 3).astype(np.int8) - np.int8(1)
-    return codes.reshape(-1, packed.shape[-1])[:out]
+    codes: np.ndarray = parted(packed.reshape(-1)).reshape(-1, packed.shape[-1])
+    return codes[:out]
 
 
 class PackedTensors:

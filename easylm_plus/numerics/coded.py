@@ -88,7 +88,7 @@ def _(w: Coded, x: jax.Array) -> jax.Array:
 
 @verbs._project_grouped.register
 def _(w: Coded, x_MD: jax.Array, groups: Groups) -> jax.Array:
-    return verbs.project_grouped(x_MD, decode(w), groups)
+    return verbs.project_grouped(x_MD, verbs.settle(w), groups)
 
 
 @verbs._settle.register

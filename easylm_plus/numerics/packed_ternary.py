@@ -28,12 +28,12 @@ from flax import struct
 from easylm_plus.numerics import verbs
 from easylm_plus.numerics.coded import Coded, host_or_device
 from easylm_plus.numerics.formats import decode, per_matrix
-from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.kernels import choice, native
 from easylm_plus.numerics.kernels.mapped import over_tokens
-from easylm_plus.numerics.ternary import EPS, Rounded, ternary_codes
+from easylm_plus.numerics.ternary import Rounded, int8_codes, ternary_codes
+from easylm_plus.numerics.two_bits import PER_BYTE, joined, parted
 
-BLOCK, PER_BYTE = 256, 4
+BLOCK = 256
 STEP = np.float32(1) / np.float32(127)  # XLA makes this of a division by 127, and is off by a last bit where it does
 LEAST_ROWS = 16  # XLA:CPU multiplies fewer rows of int8 in a loop of its own, fifteen times as slowly
 
@@ -55,21 +55,15 @@ class PackedTernary(Coded):
 def pack(codes: Any) -> Any:
     """{-1, 0, 1} of any signed dtype [..., D, F] -> uint8[..., F, P / 4]."""
     xp = host_or_device(codes)
-    up = (xp.swapaxes(codes, -1, -2).astype(xp.int8) + xp.int8(1)).astype(xp.uint8)
-    padding = [(0, 0)] * (up.ndim - 1) + [(0, -up.shape[-1] % BLOCK)]
-    up = xp.pad(up, padding, constant_values=1)
-    quarters = up.reshape(*up.shape[:-1], -1, PER_BYTE, BLOCK // PER_BYTE)
-    shifts = 2 * xp.arange(PER_BYTE, dtype=xp.uint8)[:, None]
-    packed = (quarters << shifts).sum(-2, dtype=xp.uint8)
-    return packed.reshape(*packed.shape[:-2], -1)
+    by_output = xp.swapaxes(codes, -1, -2)
+    padding = [(0, 0)] * (by_output.ndim - 1) + [(0, -by_output.shape[-1] % BLOCK)]
+    quarters = xp.pad(by_output, padding).reshape(*by_output.shape[:-1], -1, PER_BYTE, BLOCK // PER_BYTE)
+    return joined(quarters).reshape(*by_output.shape[:-1], -1)
 
 
 def unpack(packed: Any, inputs: int) -> Any:
     """uint8[..., F, P / 4] -> int8[..., F, D]: by output feature, as they lie."""
-    xp = host_or_device(packed)
-    bytes_ = packed.reshape(*packed.shape[:-1], -1, 1, BLOCK // PER_BYTE)
-    shifts = 2 * xp.arange(PER_BYTE, dtype=xp.uint8)[:, None]
-    codes = ((bytes_ >> shifts) & 3).astype(xp.int8) - xp.int8(1)
+    codes = parted(packed.reshape(*packed.shape[:-1], -1, BLOCK // PER_BYTE))
     return codes.reshape(*packed.shape[:-1], -1)[..., :inputs]
 
 
@@ -77,19 +71,6 @@ def packed(latent: jax.Array) -> PackedTernary:
     """What a latent [..., D, F] of training is served as."""
     codes, inverse = ternary_codes(latent)
     return PackedTernary(pack(codes), 1 / inverse, latent.shape[-2])
-
-
-def int8_codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(codes int8[..., D], 1 / s as float32[..., 1]) of activations, a scale a token."""
-    codes, largest = _rounded(x)
-    return codes, largest * STEP
-
-
-def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The codes, and the magnitude that the largest of them stands for, [..., 1]."""
-    x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), EPS)
-    return jnp.clip(jnp.round(x * (127 / largest)), -128, 127).astype(jnp.int8), largest
 
 
 @decode.register
@@ -106,11 +87,6 @@ def _(w: PackedTernary, x: jax.Array) -> jax.Array:
 @verbs._settle.register
 def _(w: PackedTernary) -> Rounded:
     return Rounded(decode(w))
-
-
-@verbs._project_grouped.register
-def _(w: PackedTernary, x_MD: jax.Array, groups: Groups) -> jax.Array:
-    return verbs.project_grouped(x_MD, verbs.settle(w), groups)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,10 +110,11 @@ def _rows(path: str) -> Callable:
     def rows(x_ND: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         if path == "ffi" and fits(x_ND, path):
             return native.ternary_product(x_ND, codes, scale)
-        rows_ND, largest_N1 = _rounded(x_ND)
-        y_NF = integer_product(rows_ND, PackedTernary(codes, scale, x_ND.shape[-1]), path).astype(jnp.float32)
+        codes_ND, largest_N1 = int8_codes(x_ND)
+        w = PackedTernary(codes, scale, x_ND.shape[-1])
+        y_NF = integer_product(codes_ND.astype(jnp.int8), w, path)
         # in the order that XLA (jax 0.10) would make of any other
-        return (y_NF * (largest_N1 * (STEP * scale))).astype(x_ND.dtype)
+        return (y_NF.astype(jnp.float32) * (largest_N1 * (STEP * scale))).astype(x_ND.dtype)
 
     return rows
 

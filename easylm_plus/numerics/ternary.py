@@ -63,18 +63,18 @@ def ternary_weight(latent: Any) -> jax.Array:
 
 
 def int8_codes(x: jax.Array, cut: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """(whole numbers from -128 to 127 as float32[..., D], s as float32[..., 1]) of activations; the mesh axis `cut` may
-    cut D."""
+    """(whole numbers from -128 to 127 as float32[..., D], 127 / s as float32[..., 1]) of activations; the mesh axis
+    `cut` may cut D."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(-1, keepdims=True)
-    scale = 127 / jnp.maximum(jax.lax.pmax(largest, cut) if cut else largest, EPS)
-    return jnp.clip(jnp.round(x * scale), -128, 127), scale
+    largest = jnp.maximum(jax.lax.pmax(largest, cut) if cut else largest, EPS)
+    return jnp.clip(jnp.round(x * (127 / largest)), -128, 127), largest
 
 
 def int8_activation(x: jax.Array, cut: str | None = None) -> jax.Array:
     """x~ in float32, with the gradient of x~ as that of x."""
-    codes, scale = int8_codes(jax.lax.stop_gradient(x), cut)
-    return _straight_through(x.astype(jnp.float32), codes / scale)
+    codes, largest = int8_codes(jax.lax.stop_gradient(x), cut)
+    return _straight_through(x.astype(jnp.float32), codes / (127 / largest))
 
 
 @jax.custom_jvp

@@ -26,9 +26,8 @@ from easylm_plus.numerics.fp8 import new_handle
 from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.stored import to_handle
 from easylm_plus.numerics.ternary import Rounded, Ternary, int8_codes, ternary_codes
+from easylm_plus.numerics.two_bits import PER_BYTE, joined, parted
 from easylm_plus.parallel.sharding import constrain
-
-PER_BYTE = 4
 
 
 @struct.dataclass
@@ -47,21 +46,14 @@ class TernaryCodes:
 def pack_rows(codes: jax.Array) -> jax.Array:
     """{-1, 0, 1} of any dtype [..., D, F] -> uint8[..., Q, F]; missing in-features have the code 0."""
     *stack, D, F = codes.shape
-    up = (codes.astype(jnp.int8) + jnp.int8(1)).astype(jnp.uint8)
-    up = jnp.pad(up, [(0, 0)] * len(stack) + [(0, -D % PER_BYTE), (0, 0)], constant_values=1)
-    fours = up.reshape(*stack, -1, PER_BYTE, F)
-    return (fours << _shifts()).sum(-2, dtype=jnp.uint8)
+    padded = jnp.pad(codes, [(0, 0)] * len(stack) + [(0, -D % PER_BYTE), (0, 0)])
+    return joined(padded.reshape(*stack, -1, PER_BYTE, F))
 
 
 def unpack_rows(packed: jax.Array, inputs: int) -> jax.Array:
     """uint8[..., Q, F] -> int8[..., D, F]."""
     *stack, Q, F = packed.shape
-    fours = (packed[..., None, :] >> _shifts()) & 3
-    return (fours.astype(jnp.int8) - jnp.int8(1)).reshape(*stack, PER_BYTE * Q, F)[..., :inputs, :]
-
-
-def _shifts() -> jax.Array:
-    return 2 * jnp.arange(PER_BYTE, dtype=jnp.uint8)[:, None]
+    return parted(packed).reshape(*stack, PER_BYTE * Q, F)[..., :inputs, :]
 
 
 def values(w: TernaryCodes) -> jax.Array:
@@ -80,7 +72,8 @@ def _product(x: jax.Array, w: TernaryCodes) -> jax.Array:
 
 
 def _forward(x: jax.Array, w: TernaryCodes) -> Any:
-    codes, scale = int8_codes(x)
+    codes, largest = int8_codes(x)
+    scale = 127 / largest
     rounded = (codes / scale).astype(x.dtype)
     return verbs.project(rounded, values(w).astype(x.dtype)), (codes.astype(jnp.int8), scale, w)
 

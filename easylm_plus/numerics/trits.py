@@ -18,7 +18,6 @@ from flax import struct
 from easylm_plus.numerics import verbs
 from easylm_plus.numerics.coded import Coded, host_or_device
 from easylm_plus.numerics.formats import decode
-from easylm_plus.numerics.grouped import Groups
 from easylm_plus.numerics.packed_ternary import PackedTernary, pack, unpack
 
 PER_BYTE = 5
@@ -77,11 +76,6 @@ def _(w: Trits) -> Any:
 @verbs._project.register
 def _(w: Trits, x: jax.Array) -> jax.Array:
     return verbs.project(x, served(w))
-
-
-@verbs._project_grouped.register
-def _(w: Trits, x_MD: jax.Array, groups: Groups) -> jax.Array:
-    return verbs.project_grouped(x_MD, served(w), groups)
 
 
 @verbs._settle.register

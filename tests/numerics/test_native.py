@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.kernels import choice, native
-from easylm_plus.numerics.packed_ternary import PackedTernary, int8_codes, pack, packed
+from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
+from easylm_plus.numerics.ternary import int8_codes
 from easylm_plus.numerics.verbs import project
 
 SHAPES = ((256, 64), (1, 1), (300, 5), (700, 130), (1536, 67))

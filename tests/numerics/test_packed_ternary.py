@@ -10,8 +10,8 @@ import tiny
 
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.grouped import Groups
-from easylm_plus.numerics.packed_ternary import PackedTernary, int8_codes, integer_product, pack, packed, unpack
-from easylm_plus.numerics.ternary import Ternary, int8_activation, ternary_codes, ternary_weight
+from easylm_plus.numerics.packed_ternary import PackedTernary, integer_product, pack, packed, unpack
+from easylm_plus.numerics.ternary import Ternary, int8_activation, int8_codes, ternary_codes, ternary_weight
 from easylm_plus.numerics.verbs import dense, project, project_grouped
 
 GOLDEN = tiny.ROOT / "tests/golden/quant"
@@ -57,9 +57,9 @@ def test_a_stack_of_experts_has_a_scale_each():
 @pytest.mark.parametrize("case", ACTIVATIONS)
 def test_codes_of_activations(case):
     x, codes, scale = (golden("act_absmax")[f"{case}.f32.{part}"] for part in ("x", "codes", "scale"))
-    found, inverse = int8_codes(jnp.asarray(x))
+    found, largest = int8_codes(jnp.asarray(x))
     np.testing.assert_array_equal(found, codes)
-    np.testing.assert_allclose(1 / inverse, scale, rtol=1e-6)
+    np.testing.assert_allclose(127 / largest, scale, rtol=1e-6)
     np.testing.assert_allclose(int8_activation(x), golden("act_absmax")[f"{case}.f32.fakequant"], rtol=1e-6)
 
 
