@@ -31,10 +31,10 @@ def make_input(folder: Path, layers: int) -> None:
     import numpy as np
 
     from easylm_plus.interop.huggingface import export_keys, write_folder
-    from easylm_plus.interop.weights import piece_shapes
+    from easylm_plus.interop.weights import Weights, piece_shapes
     from easylm_plus.models.families import preset
 
-    class Random:
+    class Random(Weights):
         """Weights that are made as they are asked for."""
 
         config, place = preset("llama-7b", num_layers=layers), "random"

@@ -13,7 +13,6 @@ CPUs have no FP8 products: codes are rounded as on a GPU, and multiplied in bflo
 sums in float32.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 from absl import app, flags
 from own_step import with_huge_pages
+from results import append, read, spread
 from rows_of_text import Text, encode
 
 NEAREST = {"optimizer.rounding": "nearest"}
@@ -162,17 +162,6 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["variant"], row["seed"], row["learning_rate"], row["steps"]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that may not be there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
-
-
 def train_all(folder: Path) -> None:
     """Trains what the results do not have yet; one line each."""
     share, shares = map(int, SHARE.value.split("/"))
@@ -180,7 +169,7 @@ def train_all(folder: Path) -> None:
     text = Text(folder, VOCAB, LENGTH)
     for run in todo[share::shares]:
         if (*run, RATE.value, STEPS.value) not in map(key, read(folder / "results.jsonl")):
-            write(folder / "results.jsonl", train_one(*run, text))
+            append(folder / "results.jsonl", train_one(*run, text))
 
 
 def low_all(folder: Path) -> None:
@@ -188,7 +177,7 @@ def low_all(folder: Path) -> None:
     for seed in map(int, SEEDS.value):
         if not any(row["seed"] == seed for row in read(folder / "low.jsonl")):
             for row in low_one(seed, text):
-                write(folder / "low.jsonl", row)
+                append(folder / "low.jsonl", row)
 
 
 def table(folder: Path) -> None:
@@ -207,13 +196,6 @@ def table(folder: Path) -> None:
     for name in LOW:
         if changes := [row["heldout"] - row["before"] for row in rows if row["variant"] == name]:
             print(f"| {name} | {len(changes)} | {spread(changes, '+')} |")
-
-
-def spread(values: Any, sign: str) -> str:
-    """Mean and standard deviation."""
-    values = list(values)
-    deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-    return f"{statistics.mean(values):{sign}.4f} ± {deviation}"
 
 
 def main(_: list[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags
 from own_step import OwnStep, with_huge_pages
+from results import append, read, spread
 from rows_of_text import Text, encode
 
 # the paper's rows, in its order: parameters in millions, ms an iteration, test loss
@@ -107,11 +108,6 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["variant"], row["seed"], row["learning_rate"], row["steps"]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that may not be there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def train_all(folder: Path) -> None:
     """Trains what the results do not have yet; one line each."""
     results = folder / "results.jsonl"
@@ -125,10 +121,7 @@ def train_all(folder: Path) -> None:
             sys.exit(f"{results}: found results on other data ({', '.join(other)}); expected {text.hash}; remove it")
         if run in map(key, rows):
             continue
-        row = train_one(*run[:2], text)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print({name: row[name] for name in ("variant", "seed", "heldout", "seconds")}, flush=True)
+        append(results, train_one(*run[:2], text))
 
 
 def time_all(folder: Path) -> None:
@@ -183,12 +176,6 @@ def printed(variant: str) -> tuple[str, ...]:
         return "-", "-", "-"
     (_, ms, loss), (_, first_ms, first) = PAPER[variant], PAPER["none"]
     return f"{loss:.4f}", f"{loss - first:+.4f}", f"{ms / first_ms:.2f}"
-
-
-def spread(values: list[float], sign: str) -> str:
-    """Mean and standard deviation."""
-    deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-    return f"{statistics.mean(values):{sign}.4f} ± {deviation}"
 
 
 def main(_: list[str]) -> None:

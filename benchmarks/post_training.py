@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags, logging
 from own_step import with_huge_pages
+from results import append, read
 from rows_of_text import Text, encode
 
 VOCAB, LENGTH, ROWS = 2048, 256, 8
@@ -134,9 +135,7 @@ def measure(folder: Path) -> None:
             "scheme": asked, "bits": sum(b for b, _ in bits) / sum(n for _, n in bits), "before": result.before,
             "after": result.after, "seconds": round(time.perf_counter() - start, 1), "data": told,
         }  # fmt: skip
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        append(results, row)
 
 
 def of_text(folder: Path) -> tuple[Any, ...]:
@@ -174,11 +173,6 @@ def held(path: Any) -> Any:
     place = locate(path)
     config = ModelConfig(**read_meta(*place)["config"]["model"])
     return of_params(config, read_parameters(*place), str(path))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that may not be there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(folder: Path) -> None:

@@ -15,7 +15,6 @@ A seed gives the initial weights, which both kinds share as far as they have the
 is that of package_text.py in rows of 256 tokens. Learning rates are those that a sweep found best at the middle size.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from absl import app, flags
 from own_step import with_huge_pages
+from results import append, read, spread
 from rows_of_text import Text, encode
 
 VOCAB, LENGTH, ROWS = 2048, 256, 8
@@ -115,11 +115,6 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["hidden"], row["kind"], row["seed"], row["learning_rate"], row["steps"]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that may not be there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def train(folder: Path, todo: list[tuple[int, str, int, float]]) -> None:
     """Trains what the results do not have yet; one line each."""
     share, shares = map(int, SHARE.value.split("/"))
@@ -131,9 +126,7 @@ def train(folder: Path, todo: list[tuple[int, str, int, float]]) -> None:
         if (*run, STEPS.value) in map(key, rows):
             continue
         row = train_one(*run, text)
-        with (folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        append(folder / "results.jsonl", row)
 
 
 def rates() -> dict[str, float]:
@@ -171,12 +164,6 @@ def table(folder: Path) -> None:
         cells = [f"{of['float'][seeds[0]]['parameters']:,}", len(seeds), *map(spread, losses.values()), spread(gaps),
                  f"x {ratio:.3f}", spread(after), spread(lost)]  # fmt: skip
         print(f"| {hidden} |", " | ".join(map(str, cells)), "|")
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-    return f"{statistics.mean(values):.4f} ± {deviation}"
 
 
 def main(_: list[str]) -> None:

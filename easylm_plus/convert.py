@@ -48,7 +48,7 @@ from easylm_plus.interop.configs import stated_form, stated_rules
 from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
 from easylm_plus.interop.huggingface import export_keys, ternary_form, write_folder
 from easylm_plus.interop.tensor_files import read_json
-from easylm_plus.interop.weights import Cast, packed_names
+from easylm_plus.interop.weights import Cast
 from easylm_plus.numerics.rules import for_use
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_adapters
@@ -119,7 +119,7 @@ def _open(path: str, kind: str | None = None, step: int | None = None) -> Source
 
 
 def _write_difference(source: Source, folder: Path, show: "Progress") -> None:
-    if found := packed_names(source.weights):
+    if found := source.weights.packed_names:
         raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     base = _open(DIFF_BASE.value).weights
     difference.write_difference(base, source.weights, folder, source.original, _shard_bytes(), show)
@@ -147,12 +147,10 @@ def _write_quantized(source: Source, folder: Path, show: "Progress") -> None:
     tokenizer.mkdir()
     _companions(source, tokenizer)
     described = describe(source, tokenizer)
-    stated = stated_rules(source.original, source.weights.place) if source.original else ()
-    rules = stated or described["config"]["numerics"].get("rules", ())
     calibration = 128 if CALIBRATION_ROWS.value is None else CALIBRATION_ROWS.value
     examples = 200 if EXAMPLES.value is None else EXAMPLES.value
     rows = rows_of(described["config"], tokenizer, DATA.value, calibration, examples)
-    write_quantized(source.weights, scheme(QUANTIZE.value), described, folder, rows, rules, console.print)
+    write_quantized(source.weights, scheme(QUANTIZE.value), described, folder, rows, console.print)
 
 
 def _write_gguf(source: Source, output: Path, show: "Progress") -> None:

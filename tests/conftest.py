@@ -5,6 +5,7 @@ All of it is set through the environment, before anything imports JAX, so that t
 the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere.
 """
 
+import functools
 import gc
 import importlib.util
 import os
@@ -97,13 +98,18 @@ def engine_python() -> Path:
     return path
 
 
+CACHED = type(functools.cache(len))
 MAPPINGS = 20_000  # of memory; Linux allows a process 65,530, and XLA aborts in the middle of a compilation there
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_compiled_programs() -> Iterator[None]:
-    """Drops compiled programs between files, each of which takes several mappings of memory for good."""
+def few_compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drops what a file's own caches hold when its tests are done, and where that is not enough, compiled programs:
+    each takes several mappings of memory for as long as it lives."""
     yield
+    for value in vars(request.module).values():
+        if isinstance(value, CACHED) and value.__module__ == request.module.__name__:
+            value.cache_clear()
     mappings = Path("/proc/self/maps")
     if "jax" in sys.modules and mappings.is_file() and mappings.read_bytes().count(b"\n") > MAPPINGS:
         sys.modules["jax"].clear_caches()

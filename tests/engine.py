@@ -26,9 +26,10 @@ from flax import struct
 
 from easylm_plus.interop.gguf_names import TABLES
 from easylm_plus.interop.translate import their_names
-from easylm_plus.interop.weights import indices, piece_shapes, put, stored
+from easylm_plus.interop.weights import indices, piece_shapes, stored
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics import verbs
+from easylm_plus.tree import put
 
 PEER = Path(__file__).with_name("engine_peer.py")
 PATIENCE = 300

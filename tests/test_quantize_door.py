@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -28,13 +29,16 @@ from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.nf4 import NF4
 from easylm_plus.numerics.packed_ternary import PackedTernary
 from easylm_plus.numerics.precision import precision
+from easylm_plus.numerics.rules import BITNET
 from easylm_plus.numerics.sparsity import TwoFour
 from easylm_plus.objectives.lm import LanguageModel
+from easylm_plus.training import stream
 from easylm_plus.training.checkpoint import read_meta, write_parameters
 from easylm_plus.training.restore import warm_start
 from easylm_plus.training.stream import open_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
+MATRICES = ("gate", "up", "down")
 
 
 def run(**values):
@@ -48,7 +52,7 @@ def run(**values):
 def a_run(folder, rules=(), **overrides):
     """A checkpoint as a run leaves it: the tiny model on the tiny data."""
     datasets.open_source(tiny.data(), "sums", "train")  # what reads records defines flags, which flagsaver would remove
-    model, params = tiny.model(vocab=300, max_length=64, scan_layers=True, **overrides)
+    model, params = tiny.model(**{"vocab": 300, "max_length": 64, "scan_layers": True, **overrides})
     section = {"path": str(tiny.data()), "length": 64, "date": "", "template": "chat"}
     described = {
         "model": {**vars(model.config)},
@@ -183,6 +187,41 @@ def test_a_ternary_run_is_frozen_as_it_is(tmp_path):
     with pytest.raises(UserError, match="expected --quantize=ternary, which is exactly it"):
         run(input=source, output=tmp_path / "other", quantize="int4")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_stack_of_a_ternary_run_is_read_once(tmp_path, monkeypatch):
+    """Not once a layer, which for many layers is all of the time."""
+    source = a_run(tmp_path / "run", BITNET, sub_norms=True)
+    counts = Counter()
+    read = stream.read_parameters
+    counting = lambda *where, only: (counts.update([only]), read(*where, only=only))[1]
+    monkeypatch.setattr(stream, "read_parameters", counting)
+    run(input=source, output=tmp_path / "out", quantize="ternary", examples=4)
+    assert counts["layers/mlp/up_proj/kernel"] == 1 and set(counts.values()) == {1}
+
+
+def test_some_layers_of_a_run_are_ternary(tmp_path):
+    """Of those that train as they are, nothing is made; nobody takes the model for a dense one, in no dtype."""
+    source = a_run(tmp_path / "run", ["layers/1/mlp/.*_proj=ternary"], scan_layers=False, sub_norms=True)
+    run(input=source, output=tmp_path / "out", quantize="ternary:embed=keep", examples=4)
+    layers = open_model(tmp_path / "out").params["layers"]
+    is_packed = lambda i: {isinstance(layers[i]["mlp"][f"{name}_proj"]["kernel"], PackedTernary) for name in MATRICES}
+    assert [is_packed(i) for i in "01"] == [{False}, {True}]
+    losses = [heldout_loss(path) for path in (source, tmp_path / "out")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for dtype in (None, "bfloat16"):
+        with pytest.raises(UserError, match="expected --quantize=ternary, which is exactly it"):
+            run(input=source, output=tmp_path / "other", quantize="int4", dtype=dtype)
+        with pytest.raises(UserError, match=r"not ternary in every layer; Hugging Face's formats have all"):
+            run(input=source, output=tmp_path / "other", to="hf", dtype=dtype)
+
+
+def test_what_was_frozen_in_four_bits_may_go_to_others(tmp_path):
+    """Of rules, only ternary ones say what the trained weights mean."""
+    source = a_run(tmp_path / "run", ["layers/.*/mlp/.*_proj=nf4", "lm_head=plain"])
+    run(input=source, output=tmp_path / "out", quantize="int8", examples=4)
+    opened = open_model(tmp_path / "out")
+    assert isinstance(opened.params["layers"]["mlp"]["up_proj"]["kernel"], Integers)
 
 
 def test_a_sparse_checkpoint(float_run, tmp_path):

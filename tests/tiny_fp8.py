@@ -114,11 +114,11 @@ class Run:
     def gradients(self, seed=0):
         """(loss, {name: gradient as the optimizer gets it}, {name: what was seen}) of a batch."""
         with sharding.use(self.mesh, self.parts.rules):
-            grads, seen, loss, _ = self.compiled_gradients()(self.state, self.batch(seed))
+            grads, seen, loss, _ = self.gradients_program(self.state, self.batch(seed))
         return float(loss), by_name(grads), seen
 
-    @functools.cache  # noqa: B019 runs are few
-    def compiled_gradients(self):
+    @functools.cached_property
+    def gradients_program(self):
         """(state, batch) -> what training.gradients.gradients gives, the making of the view included."""
         numerics = self.parts.numerics
 

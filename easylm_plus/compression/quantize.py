@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.table import Table
 
 from data_pipelines import datasets
@@ -22,19 +21,18 @@ from data_pipelines.loader import Loader, evaluation_batches
 from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 from easylm_plus.compression.schemes import Scheme
-from easylm_plus.compression.walk import Batch, Result, nested, walk
+from easylm_plus.compression.walk import Batch, Result, walk
 from easylm_plus.errors import UserError
-from easylm_plus.interop.weights import LAYER, Stacked, Weights, packed_names, piece_shapes
+from easylm_plus.interop.weights import Weights, holds_ternary
 from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.deploy import all_filed
 from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.precision import precision
-from easylm_plus.numerics.rules import assign
-from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
 from easylm_plus.training.data import chosen_sources, judged_by, learned_of, template_date
-from easylm_plus.training.stream import open_checkpoint, write_checkpoint
+from easylm_plus.training.source import open_source
+from easylm_plus.training.stream import write_checkpoint
 
 ROWS = 8  # of a batch
 LONGEST = 2048  # tokens of a row, where the model came without a run that says
@@ -49,37 +47,33 @@ class Rows(NamedTuple):
 
 
 def write_quantized(
-    weights: Weights, scheme: Scheme, described: dict[str, Any], folder: Path, rows: Rows, rules: Sequence[str],
-    show: Callable[[Any], None],
-) -> None:  # fmt: skip
+    weights: Weights, scheme: Scheme, described: dict[str, Any], folder: Path, rows: Rows, show: Callable[[Any], None]
+) -> None:
     """Writes the checkpoint `folder`/0.
 
     Args:
       described: what stands beside the arrays, of the model before.
-      rules: those by which the model multiplies now; none are left afterwards.
       show: prints a line of progress, and at the end a table of what came out.
     """
     numerics = described["config"]["numerics"]
-    check_rules(scheme, rules)
-    if found := packed_names(weights):
+    if found := weights.packed_names:
         raise UserError(f"--quantize={scheme.text}: {weights.place}: {min(found)} is in ternary codes already")
+    if (is_ternary := holds_ternary(weights)) and scheme.name != "ternary":
+        told = "found a model that was trained ternary; expected --quantize=ternary, which is exactly it"
+        raise UserError(f"--quantize={scheme.text}: {weights.place}: {told}")
     if scheme.calibrated and not rows.calibration:
         raise UserError(f"--quantize={scheme.text}: method={scheme.values['method']} needs calibration: {rows.told}")
     start = time.monotonic()
     tell = lambda line: show(f"{line}, {time.monotonic() - start:.0f} s")
     show(rows.told)
     calibration = rows.calibration if scheme.calibrated else ()
-    trained = trained_as(weights, rules)
-    leaf_of = lambda name, w: Ternary(w) if trained.get(name) == "ternary" else w
-    smaller = lambda name, w, seen: w if rules and trained[name] != "ternary" else scheme(name, w, seen)
     after = {**numerics, "rules": [], "lora": []} | ({"fp8_level": "none"} if "fp8_level" in numerics else {})
     original = described["config.json"]
-    if original and rules:  # what it says of rounding is done
+    if original and is_ternary:  # what it says of rounding is done
         original = {key: value for key, value in original.items() if key != "quantization_config"}
     meta = {"config": {**described["config"], "numerics": after}, "config.json": original, "quantized": scheme.text}
     with by_layer(weights, described, folder) as read:
-        result = walk(read, precision(numerics["precision"]), smaller, scheme.ends, calibration, rows.heldout, leaf_of,
-                      tell)  # fmt: skip
+        result = walk(read, precision(numerics["precision"]), scheme, scheme.ends, calibration, rows.heldout, tell)
         params = all_filed(result.params)
         write_parameters(folder, params, meta)
     show(table(result, scheme, sum(x.nbytes for x in jax.tree.leaves(params))))
@@ -87,28 +81,14 @@ def write_quantized(
 
 @contextmanager
 def by_layer(weights: Weights, described: Mapping[str, Any], folder: Path) -> Iterator[Weights]:
-    """The same weights, to be read layer by layer. The arrays of a run hold all layers, and are read as a whole: they
-    are written piece by piece first, beside the result, and removed."""
-    if type(weights) is not Stacked or weights.config.num_layers == 1:
+    """The same weights, to be read layer by layer. Where the arrays hold all layers, and are read as a whole, they are
+    written piece by piece first, beside the result, and removed."""
+    if not weights.whole or weights.config.num_layers == 1:
         yield weights
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         write_checkpoint(weights, Path(place), described, lambda _: None)
-        yield open_checkpoint(place)[0]
-
-
-def check_rules(scheme: Scheme, rules: Sequence[str]) -> None:
-    """An error where rounding would leave another model than the one that was trained, or its latents."""
-    if rules and scheme.name != "ternary":
-        found = f"a model that was trained as {', '.join(rules)}"
-        raise UserError(f"--quantize={scheme.text}: found {found}; expected --quantize=ternary, which is exactly it")
-
-
-def trained_as(weights: Weights, rules: Sequence[str]) -> dict[str, str]:
-    """{name: transform} of the weights of a model with such rules."""
-    whole = {name.replace(LAYER, "layers/"): shape for name, shape in piece_shapes(weights.config).items()}
-    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in whole.items()}
-    return assign(nested(shapes), rules)
+        yield open_source(Path(place)).weights
 
 
 def check_source(path: Path, step: int | None, text: str) -> None:

@@ -25,22 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easylm_plus.interop.weights import LAYER, Weights, put, stack_sizes
+from easylm_plus.interop.weights import LAYER, Weights, holds_ternary, stack_sizes
 from easylm_plus.models.attention import Layout
 from easylm_plus.models.norms import norm
 from easylm_plus.models.rope import rotations
-from easylm_plus.models.transformer import Block, Transformer
+from easylm_plus.models.transformer import Block, Transformer, stack_layers
 from easylm_plus.numerics.deploy import HEAD, TABLE
 from easylm_plus.numerics.precision import Precision
 from easylm_plus.numerics.rules import MATRIX
+from easylm_plus.numerics.ternary import Ternary
 from easylm_plus.numerics.watched import Seen, Watched, new_tap
 from easylm_plus.objectives.cross_entropy import blocked_cross_entropy
+from easylm_plus.tree import at, put, replaced
 
 Batch = Mapping[str, Any]
 Tree = dict[str, Any]
 # (name with a star for the layer, weight [D, F] or [E, D, F], what was seen of its inputs or None) -> leaf
 Compress = Callable[[str, Any, Seen | None], Any]
-Original = Callable[[str, Any], Any]  # (name, weight) -> as what the model multiplies by it now
 
 # the order in which a block multiplies by its matrices; those of a line see the same inputs, or so they may
 STAGES = (
@@ -73,21 +74,19 @@ def walk(
     ends: Callable[[str, Any], Any],
     calibration: Sequence[Batch] = (),
     heldout: Sequence[Batch] = (),
-    original: Original = lambda _, w: w,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Makes all matrices of the blocks smaller.
+    """Makes all matrices of the blocks smaller; of a model that has ternary ones, those.
 
     Args:
       compress: what becomes of a matrix; it is handed an observation if there are calibration rows.
       ends: the same for embeddings and head.
       calibration, heldout: batches of arrays [B, T] as the training step takes them; of calibration rows only inputs,
         positions and segment_ids are read.
-      original: for models whose matrices are not multiplied by as they are (ternary training).
       tell: told a line a block.
     """
     model = Transformer(weights.config, precision).roomy()
-    run, scan = Runner(model), weights.config.scan_layers
+    run, scan, some_ternary = Runner(model), weights.config.scan_layers, holds_ternary(weights)
     before = {name: weights.read((name,), ())[0] for name in _single(weights)}
     after = {name: ends(name, w) if name in (TABLE, HEAD) else w for name, w in before.items()}
     old, new = nested(before), nested(after)
@@ -102,26 +101,27 @@ def walk(
     done: list[Tree] = []
     for i in range(weights.config.num_layers):
         block = {name: _layer(weights, name, i) for name in _layered(weights)}
-        on_device = lambda name, w: jax.tree.map(jnp.asarray, original(_flat(name), w))
-        plain = nested({name.removeprefix(LAYER): on_device(name, w) for name, w in block.items()})
+        ternary = {name for name in block if weights.is_ternary(name, (i, 0))}
+        leaves = {name: Ternary(jnp.asarray(w)) if name in ternary else jnp.asarray(w) for name, w in block.items()}
+        plain = nested({name.removeprefix(LAYER): leaf for name, leaf in leaves.items()})
         old_x = [run.block(plain, x, layout) for x, layout in zip(old_x, layouts["heldout"], strict=True)]
-        smaller = _block(run, block, plain, compress, seen_x, layouts["calibration"])
+        names = [name for name in block if re.search(MATRIX, _flat(name)) and (name in ternary or not some_ternary)]
+        smaller = _block(run, block, names, plain, compress, seen_x, layouts["calibration"])
         for name, w in block.items():
-            count(w, _at(smaller, name.removeprefix(LAYER)), bool(re.search(MATRIX, _flat(name))))
+            count(w, at(smaller, name.removeprefix(LAYER)), bool(re.search(MATRIX, _flat(name))))
         seen_x = [run.block(smaller, x, layout) for x, layout in zip(seen_x, layouts["calibration"], strict=True)]
         new_x = [run.block(smaller, x, layout) for x, layout in zip(new_x, layouts["heldout"], strict=True)]
         done.append(jax.tree.map(np.asarray, smaller))
         tell(f"layer {i + 1} of {weights.config.num_layers}")
     losses = run.loss(old, old_x, heldout), run.loss(new, new_x, heldout)
-    params = {**jax.tree.map(np.asarray, new), "layers": _stacked(done) if scan else dict(_numbered(done))}
+    params = {**jax.tree.map(np.asarray, new), "layers": {str(i): block for i, block in enumerate(done)}}
+    params = stack_layers(params) if scan else params
     return Result(params, *losses, count.weights, count.matrices, count.matrix_bytes, count.total_bytes)
 
 
-def _block(
-    run: "Runner", block: Tree, plain: Tree, compress: Compress, seen_x: Sequence[Any], layouts: Sequence[Layout]
-) -> Tree:
-    """The leaves of a block, its matrices done stage by stage."""
-    names = [name for name in block if re.search(MATRIX, _flat(name))]
+def _block(run: "Runner", block: Tree, names: list[str], plain: Tree, compress: Compress, seen_x: Sequence[Any],
+           layouts: Sequence[Layout]) -> Tree:  # fmt: skip
+    """The leaves of a block, its matrices of these names done stage by stage."""
     tree = plain
     for stage in STAGES:
         own = [name for name in names if re.search(stage, name)]
@@ -129,7 +129,7 @@ def _block(
         seen = run.seen(tree, watched, seen_x, layouts) if watched else {}
         for name in own:
             inner = name.removeprefix(LAYER)
-            tree = _with(tree, inner, compress(_flat(name), block[name], seen.get(inner)))
+            tree = replaced(tree, inner, compress(_flat(name), block[name], seen.get(inner)))
             names.remove(name)
     assert not names, f"no stage has {names}"
     return tree
@@ -184,10 +184,10 @@ class Runner:
         def run(taps: dict[str, Seen]) -> jax.Array:
             tree = block
             for name, tap in taps.items():
-                tree = _with(tree, name, Watched(_at(block, name), tap, counts))
+                tree = replaced(tree, name, Watched(at(block, name), tap, counts))
             return self._apply(tree, x_BTD, layout)
 
-        out, pull = jax.vjp(run, {name: new_tap(_at(block, name).shape) for name in names})
+        out, pull = jax.vjp(run, {name: new_tap(at(block, name).shape) for name in names})
         return pull(jnp.zeros_like(out))[0]
 
     def loss(self, ends: Tree, xs: Sequence[Any], batches: Sequence[Batch]) -> float:
@@ -260,21 +260,3 @@ def _layer(weights: Weights, name: str, i: int) -> Any:
 def _flat(name: str) -> str:
     """As rules write it."""
     return "layers/" + name.removeprefix(LAYER)
-
-
-def _at(tree: Any, name: str) -> Any:
-    return functools.reduce(lambda node, key: node[key], name.split("/"), tree)
-
-
-def _with(tree: Tree, name: str, leaf: Any) -> Tree:
-    """The tree with another leaf."""
-    key, _, rest = name.partition("/")
-    return {**tree, key: _with(tree[key], rest, leaf) if rest else leaf}
-
-
-def _stacked(blocks: list[Tree]) -> Tree:
-    return jax.tree.map(lambda *xs: np.stack(xs), *blocks)
-
-
-def _numbered(blocks: list[Tree]) -> Any:
-    return ((str(i), block) for i, block in enumerate(blocks))

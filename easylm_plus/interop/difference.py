@@ -112,7 +112,7 @@ def _config(model: Mapping[str, Any], place: str) -> ModelConfig:
     return ModelConfig(**model)
 
 
-class Recovered:
+class Recovered(Weights):
     """base + difference, bit for bit what the difference was made of; every weight is compared with its checksum."""
 
     def __init__(
@@ -154,7 +154,7 @@ class Recovered:
         return bits.view(dtype)
 
 
-class Sum:
+class Sum(Weights):
     """base + difference in floating point (float32, rounded to the base's dtype), for EasyLM's differences."""
 
     def __init__(self, base: Weights, difference: Weights):

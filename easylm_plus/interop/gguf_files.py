@@ -39,10 +39,8 @@ from easylm_plus.interop.weights import (
     Weights,
     batches,
     holds_ternary,
-    is_ternary,
     piece_shapes,
     stored,
-    ternary_piece,
 )
 from easylm_plus.models.config import ModelConfig
 
@@ -152,7 +150,7 @@ def plan(weights: Weights, kind: str, ends: str) -> list[Planned]:
         rule = rule_of[(ours,)]
         name, shape = their_names(rule, index)[0], their_shapes(rule, shapes, config)[0]
         place = f"{weights.place}: {stored(ours, index, scan=False)[0]}"
-        coded = is_ternary(weights, ours, index)
+        coded = weights.is_ternary(ours, index)
         ternary = place if coded else ternary
         form = kind if coded else _form(ours, len(shape), kind, ends or ENDS[kind])
         _check_inputs(ours, shape[-1], form, config)
@@ -188,7 +186,7 @@ def _form(ours: str, axes: int, kind: str, ends: str) -> str:
 
 def _ternary(weights: Weights, rule: Rule, index: Index, kind: str) -> list[np.ndarray]:
     """The bytes of a matrix's codes, and of its gamma."""
-    piece = ternary_piece(weights, rule.ours[0], index)
+    piece = weights.ternary(rule.ours[0], index)
     assert piece is not None, f"{rule.ours[0]} was planned as ternary"
     codes, gamma = piece
     return [encoded(rule.write((codes,), weights.config)[0], kind), np.asarray([gamma], np.float32).view(np.uint8)]

@@ -50,15 +50,13 @@ from easylm_plus.interop.weights import (
     Latents,
     Names,
     Weights,
+    holds_ternary,
     indices,
     of_params,
-    packed_names,
     piece_shapes,
-    put,
     stored,
     stored_shapes,
     ternary_names,
-    ternary_piece,
     workers,
 )
 from easylm_plus.interop.write_configs import TOKEN_IDS, export_config
@@ -69,6 +67,7 @@ from easylm_plus.numerics.packed_ternary import PackedTernary, pack
 from easylm_plus.numerics.precision import POLICIES
 from easylm_plus.numerics.rules import BITNET, attach
 from easylm_plus.numerics.ternary import Ternary
+from easylm_plus.tree import put
 
 Place = Callable[[str, Any], Any]  # puts a host array, or a PackedTernary of some, where the parameter lives
 
@@ -157,15 +156,16 @@ def ternary_form(weights: Weights, wanted: str) -> str:
 
     Raises UserError where only some of the blocks' matrices are, or where there are no latents for "online".
     """
-    if not (found := ternary_names(weights)):
+    if not holds_ternary(weights):
         return ""
+    found = ternary_names(weights)
     expected = {name for name in piece_shapes(weights.config) if is_ternary_name(name)}
     if differ := sorted(expected ^ found):
-        told = f"found {differ[0]} {'ternary' if differ[0] in found else 'not ternary'}"
+        told = f"found {differ[0]} {'ternary' if differ[0] in found else 'not ternary in every layer'}"
         raise UserError(
             f"{weights.place}: {told}; Hugging Face's formats have all layers of the blocks ternary, or none"
         )
-    if wanted == "online" and packed_names(weights):
+    if wanted == "online" and weights.packed_names:
         raise UserError(f"{weights.place}: found packed ternary weights, expected latents for the form 'online'")
     return wanted
 
@@ -293,7 +293,7 @@ def assemble(weights: Weights, place: Place) -> dict[str, Any]:
     with workers() as each:
         for names in weights.groups:
             keys = {stored(n, index, config.scan_layers)[0]: n for n in names for index in indices(n, config)}
-            if names[0] in packed_names(weights):
+            if names[0] in weights.packed_names:
                 for key, leaf in _packed(weights, names[0]).items():
                     put(tree, key, place(key, leaf))
                 continue
@@ -308,7 +308,7 @@ def _packed(weights: Weights, name: str) -> dict[str, PackedTernary]:
     """Name in the tree -> a weight of `packed_names`, stacked or not, on the host."""
     found: dict[str, list[PackedTernary]] = {}
     for index in indices(name, weights.config):
-        piece = ternary_piece(weights, name, index)
+        piece = weights.ternary(name, index)
         assert piece is not None, name
         leaf = PackedTernary(pack(piece[0]), np.asarray(piece[1], np.float32), len(piece[0]))  # type: ignore[arg-type]
         found.setdefault(stored(name, index, weights.config.scan_layers)[0], []).append(leaf)

@@ -26,21 +26,19 @@ from easylm_plus.interop.tables import ARCHITECTURES, Rule
 from easylm_plus.interop.tensor_files import Layout, Safetensors, ShardWriter, read_json
 from easylm_plus.interop.translate import rules_for, their_names
 from easylm_plus.interop.weights import (
+    Derived,
     Index,
     Names,
-    Ternary,
     Weights,
     indices,
-    packed_names,
     piece_shapes,
     stored,
-    ternary_names,
-    ternary_piece,
 )
 from easylm_plus.interop.write_configs import architecture_of
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.lora import LowRank
+from easylm_plus.tree import at, replaced
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -216,18 +214,14 @@ def _of_pattern(raw: Mapping[str, Any], key: str, module: str, default: Any) -> 
     return default
 
 
-class Adapted:
+class Adapted(Derived):
     """Weights with adapters merged into them, piece by piece, in the dtype that each has."""
 
     def __init__(self, weights: Weights, adapters: Adapters):
-        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
-        self.dtype, self._weights, self._adapters = weights.dtype, weights, adapters
-        self.ternary_names, self.packed_names = ternary_names(weights), packed_names(weights)
-        if ternary := sorted(self.ternary_names & {name for name, _ in adapters}):
+        super().__init__(weights)
+        self._adapters = adapters
+        if ternary := sorted(name for name, index in adapters if self.is_ternary(name, index)):
             raise UserError(f"{self.place}: found {ternary[0]} ternary; an adapter cannot be merged with it")
-
-    def ternary(self, name: str, index: Index) -> Ternary | None:
-        return ternary_piece(self._weights, name, index)
 
     def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
         pieces = zip(names, self._weights.read(names, index), strict=True)
@@ -248,13 +242,8 @@ def beside(params: Any, adapters: Adapters, config: ModelConfig) -> Any:
     for (name, index), leaf in adapters.items():
         key, inner = stored(name, index, config.scan_layers)
         trees.setdefault(key, {})[inner] = leaf
-    out = _copied(params)
     for key, leaves in trees.items():
-        *parents, last = key.split("/")
-        node = out
-        for parent in parents:
-            node = node[parent]
-        base = node[last]
+        base = at(params, key)
         scale, rank = next(iter(leaves.values())).scale, max(leaf.a.shape[-1] for leaf in leaves.values())
         *stack, D, F = base.shape
         a, b = np.zeros((*stack, D, rank), np.float32), np.zeros((*stack, rank, F), np.float32)
@@ -262,9 +251,5 @@ def beside(params: Any, adapters: Adapters, config: ModelConfig) -> Any:
             own = leaf.a.shape[-1]
             a[inner][..., :own] = leaf.a
             b[inner][..., :own, :] = np.asarray(leaf.b) * np.float32(leaf.scale / scale)
-        node[last] = LowRank(base, a, b, scale)  # type: ignore[arg-type]
-    return out
-
-
-def _copied(tree: Any) -> Any:
-    return {key: _copied(child) for key, child in tree.items()} if isinstance(tree, dict) else tree
+        params = replaced(params, key, LowRank(base, a, b, scale))  # type: ignore[arg-type]
+    return params

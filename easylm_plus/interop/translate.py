@@ -20,7 +20,6 @@ from easylm_plus.interop.weights import (
     piece_shapes,
     stored,
     ternary_names,
-    ternary_piece,
     workers,
 )
 from easylm_plus.models.config import ModelConfig
@@ -47,7 +46,7 @@ def their_shapes(rule: Rule, shapes: Mapping[str, tuple[int, ...]], config: Mode
     return [array.shape for array in rule.write(empty, config)]
 
 
-class Translated:
+class Translated(Weights):
     """Other people's tensors as our weights.
 
     Args:
@@ -64,7 +63,7 @@ class Translated:
         self.groups: list[Names] = [rule.ours for rule in rules]
         self._rule_of = {name: rule for rule in rules for name in rule.ours}
         is_packed = getattr(tensors, "is_ternary", lambda _: False)
-        self.packed_names = self.ternary_names = {
+        self.packed_names = {
             name for name, rule in self._rule_of.items() if any(map(is_packed, their_names(rule, (0, 0))))
         }
         unread = set(tensors.names()).difference(*(self._check(rule) for rule in rules))
@@ -93,7 +92,7 @@ class Translated:
         return self._tensors.dtype(their_names(self._rule_of[name], (0, 0))[0])
 
     def ternary(self, name: str, index: Index) -> Ternary | None:
-        if name not in self.ternary_names:
+        if name not in self.packed_names:
             return None
         rule = self._rule_of[name]
         (theirs,) = their_names(rule, index)  # several would have a gamma each
@@ -136,7 +135,7 @@ def write_tensors(weights: Weights, table: Table, writer: Callable[[Sequence[Seq
         rule = rule_of[names]
         if names[0] not in ternary:
             return rule.write(tuple(weights.read(names, index)), config)
-        piece = ternary_piece(weights, names[0], index)
+        piece = weights.ternary(names[0], index)
         assert piece is not None, names[0]
         return packed_tensors(rule.write((piece[0],), config)[0], piece[1], packed)
 

@@ -4,19 +4,19 @@ A piece is one of our weights of one layer (and one expert): the name "layers/{i
 (3,), or (3, 1) for expert 1 of layer 3, or () for what is there once. Whoever has weights hands them out piece by
 piece, whoever wants some asks piece by piece, so that a conversion never holds a model.
 
-Weights that are ternary, some or all of them, can be had as codes and gamma as well, from a method that only they have:
-`ternary(name, index)`, asked through `ternary_piece`. Those of `packed_names` are nothing but that: as floats they are
-codes times gamma, of which the codes' own gamma cannot be computed again.
+Pieces that are ternary can be had as codes and gamma as well. Those of `packed_names` are nothing but that: as floats
+they are codes times gamma, of which the codes' own gamma cannot be computed again.
 """
 
 import functools
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -39,49 +39,47 @@ WORKERS = 2  # threads that move pieces: one reads while the other writes
 LAYER = "layers/{i}/"
 
 
-class Weights(Protocol):
+Ternary = tuple[np.ndarray, float]  # codes int8[in, out], gamma
+
+
+class Weights(ABC):
     """Our weights, to be read piece by piece from several threads."""
 
     config: ModelConfig
     place: str  # for messages
-    groups: list[Names]  # every weight once; those that are cheapest read together are together
+    groups: Sequence[Names]  # every weight once; those that are cheapest read together are together
+    packed_names: Set[str] = frozenset()  # those that are kept as codes and gamma
+    whole: bool = False  # whether one piece is read at the price of all pieces of its weight
 
+    @abstractmethod
     def dtype(self, name: str) -> np.dtype: ...
 
+    @abstractmethod
     def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
         """The pieces of these weights at this index, perhaps views that must not be written to."""
-        ...
 
+    def is_ternary(self, name: str, index: Index) -> bool:
+        """Whether `ternary` is something, without reading it."""
+        return name in self.packed_names
 
-Ternary = tuple[np.ndarray, float]  # codes int8[in, out], gamma
-
-
-def is_ternary(weights: Weights, name: str, index: Index) -> bool:
-    """Whether `ternary_piece` is something, without reading it."""
-    method = getattr(weights, "is_ternary", None)
-    return method(name, index) if method else name in ternary_names(weights)
-
-
-def ternary_piece(weights: Weights, name: str, index: Index) -> Ternary | None:
-    """A piece as ternary codes and their scale; None for one that is not ternary."""
-    method = getattr(weights, "ternary", None)
-    return method(name, index) if method else None
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        """A piece as ternary codes and their scale; None for one that is not ternary."""
+        return None
 
 
 def holds_ternary(weights: Weights) -> bool:
     """Whether any piece is ternary."""
-    names = (name for group in weights.groups for name in group)
-    return any(is_ternary(weights, name, index) for name in names for index in indices(name, weights.config))
+    return any(weights.is_ternary(name, index) for name, index in _pieces(weights))
 
 
 def ternary_names(weights: Weights) -> Set[str]:
-    """The weights of which `ternary_piece` is something at every index."""
-    return getattr(weights, "ternary_names", frozenset())
+    """The weights that are ternary at every index."""
+    names = {name for group in weights.groups for name in group}
+    return names - {name for name, index in _pieces(weights) if not weights.is_ternary(name, index)}
 
 
-def packed_names(weights: Weights) -> Set[str]:
-    """Those that are kept as codes and gamma."""
-    return getattr(weights, "packed_names", frozenset())
+def _pieces(weights: Weights) -> Iterator[tuple[str, Index]]:
+    return ((name, i) for group in weights.groups for name in group for i in indices(name, weights.config))
 
 
 @functools.cache
@@ -136,15 +134,7 @@ def stored_shapes(config: ModelConfig, scan: bool) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def put(tree: dict[str, Any], name: str, leaf: Any) -> None:
-    """Puts a leaf into a nested dict, under a name like "layers/mlp/up_proj/kernel"."""
-    *parents, last = name.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf
-
-
-class Stacked:
+class Stacked(Weights):
     """The weights of a parameter tree, stacked or not.
 
     Args:
@@ -156,6 +146,8 @@ class Stacked:
 
     Raises UserError where the arrays are not those of the config.
     """
+
+    whole = True
 
     def __init__(
         self,
@@ -171,7 +163,7 @@ class Stacked:
         self._lock = threading.Lock()
         self.groups: list[Names] = [(name,) for name in piece_shapes(config)]
         is_packed = lambda name: stored(name, (0, 0), self._scan)[0] in packed
-        self.packed_names = self.ternary_names = {names[0] for names in self.groups if is_packed(names[0])}
+        self.packed_names = {names[0] for names in self.groups if is_packed(names[0])}
         expected = stored_shapes(config, self._scan)
         for key in sorted({*expected, *arrays}):
             found = tuple(arrays[key].shape) if key in arrays else None
@@ -216,16 +208,32 @@ def of_params(config: ModelConfig, params: Any, place: str) -> Stacked:
     return Stacked(config, arrays, lambda name: jax.tree.map(np.asarray, leaves[name]), place, packed)
 
 
-class Cast:
+class Derived(Weights):
+    """Weights made of others, which they are like in all that a class does not say."""
+
+    def __init__(self, weights: Weights):
+        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
+        self.packed_names, self.whole, self._weights = weights.packed_names, weights.whole, weights
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._weights.dtype(name)
+
+    def read(self, names: Names, index: Index) -> Sequence[np.ndarray]:
+        return self._weights.read(names, index)
+
+    def is_ternary(self, name: str, index: Index) -> bool:
+        return self._weights.is_ternary(name, index)
+
+    def ternary(self, name: str, index: Index) -> Ternary | None:
+        return self._weights.ternary(name, index)
+
+
+class Cast(Derived):
     """The same weights in another floating-point dtype; an error names one that is too large for it."""
 
     def __init__(self, weights: Weights, dtype: np.dtype):
-        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
-        self._weights, self._dtype = weights, np.dtype(dtype)
-        self.ternary_names, self.packed_names = ternary_names(weights), packed_names(weights)
-
-    def ternary(self, name: str, index: Index) -> Ternary | None:
-        return ternary_piece(self._weights, name, index)
+        super().__init__(weights)
+        self._dtype = np.dtype(dtype)
 
     def dtype(self, name: str) -> np.dtype:
         return self._dtype
@@ -246,25 +254,21 @@ class Cast:
         return out
 
 
-class Latents:
+class Latents(Derived):
     """Weights of which some multiply as their ternary rounding (numerics/ternary.py), by the rules of a run."""
 
     def __init__(self, weights: Weights, rules: Sequence[str]):
-        self.config, self.place, self.groups = weights.config, weights.place, weights.groups
-        self.dtype, self.read, self._weights = weights.dtype, weights.read, weights
+        super().__init__(weights)
         self._scan = weights.config.scan_layers
         shapes = stored_shapes(weights.config, self._scan)
         self._assigned = assign({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}, rules)
-        self.packed_names = packed_names(weights)
-        every = lambda name: all(self.is_ternary(name, index) for index in indices(name, weights.config))
-        self.ternary_names = {name for names in self.groups for name in names if every(name)}
 
     def is_ternary(self, name: str, index: Index) -> bool:
         return name in self.packed_names or self._assigned[stored(name, index, self._scan)[0]] == "ternary"
 
     def ternary(self, name: str, index: Index) -> Ternary | None:
         if name in self.packed_names or not self.is_ternary(name, index):
-            return ternary_piece(self._weights, name, index)
+            return super().ternary(name, index)
         codes, inverse = ternary_codes(jax.numpy.asarray(self.read((name,), index)[0]))
         return np.asarray(codes, np.int8), float(1 / inverse)
 

@@ -11,7 +11,7 @@ from easylm_plus.interop.easylm import EASYLM, EasyLMStream
 from easylm_plus.interop.huggingface import open_weights
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.translate import Translated
-from easylm_plus.interop.weights import Latents, Weights, of_params, stored, ternary_names
+from easylm_plus.interop.weights import Latents, Weights, indices, of_params, stored
 from easylm_plus.models.families import preset
 from easylm_plus.training.checkpoint import steps
 from easylm_plus.training.stream import open_checkpoint
@@ -59,10 +59,8 @@ def open_source(
         rules = stated_rules(original, f"{path}: config.json") if original else ()
         rules = rules or run.get("numerics", {}).get("rules", ())
         ternary = with_ternary(weights, rules)
-        leaves, scan = meta.get("leaves", {}), weights.config.scan_layers
-        adapted = lambda name: leaves.get(f"params/{stored(name, (0, 0), scan)[0]}", {}).get("type") == "LowRank"
-        if found := sorted(filter(adapted, ternary_names(ternary))):
-            raise UserError(f"{path}: found an adapter of {found[0]}, which is ternary; the two cannot be merged")
+        if found := _adapted(ternary, meta.get("leaves", {})):
+            raise UserError(f"{path}: found an adapter of {found}, which is ternary; the two cannot be merged")
         return Source(ternary, original, directory / "tokenizer", run)
     if kind == "llama2c":
         small, params = load_llama2c(path)
@@ -71,6 +69,16 @@ def open_source(
         raise UserError(f"--model is not set; expected the preset that {path} holds, which the file does not say")
     stream = EasyLMStream(path)
     return Source(Translated(stream, EASYLM, preset(model), lambda _: False), None, None)
+
+
+def _adapted(weights: Weights, leaves: Mapping[str, Any]) -> str:
+    """A ternary weight of a run's checkpoint that has an adapter, by how its leaves are described, or ""."""
+    for name in (name for names in weights.groups for name in names):
+        for index in indices(name, weights.config):
+            key = stored(name, index, weights.config.scan_layers)[0]
+            if leaves.get(f"params/{key}", {}).get("type") == "LowRank" and weights.is_ternary(name, index):
+                return name
+    return ""
 
 
 def with_ternary(weights: Weights, rules: Sequence[str]) -> Weights:

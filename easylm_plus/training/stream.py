@@ -30,12 +30,9 @@ from easylm_plus.interop.weights import (
     Weights,
     batches,
     indices,
-    packed_names,
     piece_shapes,
-    put,
     stored,
     stored_shapes,
-    ternary_piece,
     workers,
 )
 from easylm_plus.models.config import ModelConfig
@@ -45,7 +42,7 @@ from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
 from easylm_plus.numerics.trits import Trits
 from easylm_plus.training.checkpoint import SCHEMA, locate, parameters_part, read_meta, read_parameters
 from easylm_plus.training.contents import declared, put_together
-from easylm_plus.tree import path_name
+from easylm_plus.tree import at, path_name, put
 
 
 class Declared:
@@ -84,7 +81,7 @@ def write_checkpoint(weights: Weights, directory: Path, meta: Mapping[str, Any],
     arrays: dict[str, dict[str, Any]] = {}
     tree: dict[str, Any] = {}
     leaves: dict[str, dict[str, Any]] = {}
-    ternary = packed_names(weights)
+    ternary = weights.packed_names
     for name in (name for names in weights.groups for name in names):
         for key, inner in (stored(name, index, scan) for index in indices(name, config)):
             if name in ternary:
@@ -129,8 +126,8 @@ def _write_piece(state: Path, weights: Weights, progress: Progress, piece: tuple
     it would be copied twice more, each time into memory that is new to the process: twice the time.
     """
     names, index = piece
-    if names[0] in packed_names(weights):
-        found = ternary_piece(weights, names[0], index)
+    if names[0] in weights.packed_names:
+        found = weights.ternary(names[0], index)
         assert found is not None, names[0]
         key, inner = stored(names[0], index, weights.config.scan_layers)
         _write_chunk(_chunk(state, f"{key}/codes", inner, (0, 0)), pack(found[0]))
@@ -165,6 +162,8 @@ def _chunk(state: Path, key: str, inner: Index, shape: tuple[int, ...]) -> Path:
 class Chunked(Stacked):
     """The weights of a checkpoint that `write_checkpoint` has written: each piece is a file, which is mapped."""
 
+    whole = False
+
     def __init__(self, *stacked: Any, state: Path):
         super().__init__(*stacked)
         self._state = state
@@ -191,12 +190,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_kept)
     arrays = {path_name(path): jax.eval_shape(decode, leaf) for path, leaf in leaves}
 
-    def fetch(name: str) -> Any:
-        tree = read_parameters(directory, step, only=name)
-        for key in name.split("/"):
-            tree = tree[key]
-        return tree
-
+    fetch = lambda name: at(read_parameters(directory, step, only=name), name)
     config, place = ModelConfig(**meta["config"]["model"]), f"{directory}/{step}"
     if meta.get("pieces"):
         return Chunked(config, arrays, fetch, place, state=directory / str(step) / "state"), meta, directory

@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from easylm_plus.compression import gptq as gptq_module
 from easylm_plus.compression.awq import ALPHAS, SHARES, awq, clipped, scales
 from easylm_plus.compression.gptq import gptq
 from easylm_plus.compression.pruning import kept_of, magnitude, sparsegpt, wanda
 from easylm_plus.compression.surgeon import DAMPING, change, factor
 from easylm_plus.numerics.formats import decode
-from easylm_plus.numerics.integer import integers, unpack
+from easylm_plus.numerics.integer import Grid, integers, unpack
 
 D, F = 48, 20
 
@@ -54,6 +56,23 @@ def test_gptq_is_the_textbook(bits):
     np.testing.assert_array_equal(unpack(found), grid(expected))
     nearest = integers(jnp.asarray(w), bits)
     assert (np.asarray(unpack(nearest)) != grid(expected)).mean() > 0.1, "rounding to nearest is told apart"
+
+
+def test_gptq_as_qwix_does_it(monkeypatch):
+    """Code for code, on its grids: those of a group's weights before anything made up for errors, a bit wider than
+    ours (numerics/test_integer.py)."""
+    with np.load(tiny.ROOT / "tests/golden/quant/qwix.npz") as arrays:
+        w, gram, codes, scale = (arrays[name] for name in ("w", "gram", "gptq.codes", "gptq.scale"))
+    wider = lambda w, bits, asymmetric, axis=-2: Grid(jnp.abs(w).max(axis) / (2 ** (bits - 1) - 0.5), None)
+    monkeypatch.setattr(gptq_module, "grid", wider)
+    u, _ = factor(gram, DAMPING)
+    found = [
+        gptq_module._rounded(jnp.asarray(w), jnp.asarray(u), jnp.arange(64), 4, 32, False, static)
+        for static in (True, False)
+    ]
+    np.testing.assert_array_equal(unpack(found[0]), codes.T)
+    np.testing.assert_array_equal(found[0].scales, scale.T)
+    assert (np.asarray(unpack(found[1])) != codes.T).mean() > 0.02, "grids of weights that were changed"
 
 
 @pytest.mark.parametrize("share", (0.5, 0.9))

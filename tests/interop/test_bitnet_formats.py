@@ -30,7 +30,7 @@ from easylm_plus.interop.bitnet import (
 from easylm_plus.interop.configs import read_raw
 from easylm_plus.interop.huggingface import load_hf, open_weights, save_hf
 from easylm_plus.interop.tensor_files import safetensors_of
-from easylm_plus.interop.weights import packed_names, piece_shapes, ternary_names, ternary_piece
+from easylm_plus.interop.weights import piece_shapes, ternary_names
 from easylm_plus.numerics import deploy
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
@@ -165,11 +165,11 @@ def test_absent_keys_mean_bitlinear(tmp_path):
 def test_pieces_are_codes_and_gamma(folder):
     weights = open_weights(folder)
     name = "layers/{i}/self_attn/q_proj/kernel"
-    assert ternary_names(weights) == packed_names(weights) == set(filter(is_ternary_name, piece_shapes(weights.config)))
-    codes, gamma = ternary_piece(weights, name, (1,))
+    assert ternary_names(weights) == weights.packed_names == set(filter(is_ternary_name, piece_shapes(weights.config)))
+    codes, gamma = weights.ternary(name, (1,))
     assert codes.dtype == np.int8 and set(np.unique(codes)) == {-1, 0, 1}
     np.testing.assert_array_equal(weights.read((name,), (1,))[0], codes * np.float32(gamma))
-    assert ternary_piece(weights, "embed_tokens/embedding", ()) is None
+    assert weights.ternary("embed_tokens/embedding", ()) is None
 
 
 def converted(**values):
@@ -246,7 +246,7 @@ def test_a_ternary_run_goes_out_ternary(run, tmp_path):
 def test_a_ternary_run_stays_trainable_as_ours(run, tmp_path):
     converted(input=run, output=tmp_path / "ours")
     weights = open_checkpoint(tmp_path / "ours")[0]
-    assert not packed_names(weights) and weights.dtype("layers/{i}/mlp/up_proj/kernel") == np.float32
+    assert not weights.packed_names and weights.dtype("layers/{i}/mlp/up_proj/kernel") == np.float32
     opened = open_model(tmp_path / "ours")
     assert deploy.is_packed(opened.params) and opened.config["numerics"]["rules"], (
         "rounded only as it is opened to be used"
@@ -273,7 +273,9 @@ def test_what_cannot_be_expressed(folder, tmp_path):
     refuse("in packed ternary codes; a difference has none", input=folder, output=tmp_path / "x", diff_base=folder)
     model, params = load_hf(folder)
     params["layers"]["mlp"]["up_proj"]["kernel"] = decode(params["layers"]["mlp"]["up_proj"]["kernel"])
-    with pytest.raises(UserError, match="up_proj/kernel not ternary; Hugging Face's formats have all layers"):
+    with pytest.raises(
+        UserError, match="up_proj/kernel not ternary in every layer; Hugging Face's formats have all layers"
+    ):
         save_hf(model, params, tmp_path / "x")
 
 

@@ -17,7 +17,7 @@ from easylm_plus.errors import UserError  # noqa: E402
 from easylm_plus.interop import gguf_files  # noqa: E402
 from easylm_plus.interop.gguf_files import encoded  # noqa: E402
 from easylm_plus.interop.gguf_names import TABLES, architecture_for, rope_factors  # noqa: E402
-from easylm_plus.interop.weights import Latents, is_ternary, of_params, ternary_piece  # noqa: E402
+from easylm_plus.interop.weights import Latents, of_params  # noqa: E402
 from easylm_plus.models.config import ModelConfig  # noqa: E402
 from easylm_plus.models.families import preset  # noqa: E402
 from easylm_plus.models.rope import frequencies  # noqa: E402
@@ -138,13 +138,13 @@ def test_pieces_know_which_are_ternary(scan):
     weights = of_params(model.config, params, "params")
     latents = Latents(weights, ("mlp/up_proj=ternary",) if scan else ("layers/1/mlp/up_proj=ternary",))
     name = "layers/{i}/mlp/up_proj/kernel"
-    assert [is_ternary(latents, name, (i,)) for i in (0, 1)] == ([True, True] if scan else [False, True])
-    assert not is_ternary(latents, name.replace("up", "down"), (1,)) and not is_ternary(latents, "norm/weight", ())
-    codes, gamma = ternary_piece(latents, name, (1,))
+    assert [latents.is_ternary(name, (i,)) for i in (0, 1)] == ([True, True] if scan else [False, True])
+    assert not latents.is_ternary(name.replace("up", "down"), (1,)) and not latents.is_ternary("norm/weight", ())
+    codes, gamma = latents.ternary(name, (1,))
     expected, inverse = ternary_codes(weights.read((name,), (1,))[0])
     np.testing.assert_array_equal(codes, expected)
     assert codes.dtype == np.int8 and gamma == np.float32(1 / inverse)
-    assert (ternary_piece(latents, name, (0,)) is None) == (not scan)
+    assert (latents.ternary(name, (0,)) is None) == (not scan)
     with pytest.raises(UserError, match="matches no weight"):
         Latents(weights, ("mlp/nothing=ternary",))
 

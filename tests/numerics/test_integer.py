@@ -49,6 +49,28 @@ def test_four_bits_of_the_reference(kind, compiled):
     np.testing.assert_allclose(decode(leaf), golden()[f"{kind}.dequant"], rtol=1e-6, atol=1e-7)
 
 
+@functools.cache
+def qwix():
+    with np.load(tiny.ROOT / "tests/golden/quant/qwix.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+def test_qwix_rounds_alike(bits):
+    """On its grid, whose largest magnitude is half a step beyond the largest code of the symmetric kind: there, it is
+    the largest code."""
+    w, half = jnp.asarray(qwix()["w"]), 2 ** (bits - 1)
+    ours, theirs = integers(w, bits, 32, asymmetric=True), lambda part: qwix()[f"int{bits}.asymmetric.{part}"]
+    np.testing.assert_array_equal(unpack(ours) - half, theirs("codes"))
+    np.testing.assert_array_equal(ours.zeros.astype(np.int16) - half, theirs("zero"))
+    np.testing.assert_allclose(ours.scales, theirs("scale"), rtol=2e-7)
+    ours, theirs = integers(w, bits, 32), lambda part: qwix()[f"int{bits}.symmetric.{part}"]
+    on_theirs = rounded(w.reshape(2, 32, 8), Grid(jnp.asarray(theirs("scale"))[:, None], None), bits)
+    np.testing.assert_array_equal(on_theirs.reshape(w.shape), theirs("codes"))
+    np.testing.assert_allclose(ours.scales, theirs("scale") * (half - 0.5) / (half - 1), rtol=3e-7)
+    assert (unpack(ours) != theirs("codes")).mean() > 0.1, "another grid"
+
+
 @KINDS
 def test_another_rounding_is_told_apart(kind):
     x = jnp.asarray(golden()["x"])

@@ -189,7 +189,7 @@ def payload(text, dtype="u8"):
 
 @pytest.mark.parametrize("mesh", ("fsdp", "three", "replica", "replica, zero", "sequence parallel"))
 def test_no_wide_float_of_a_matrix_travels(mesh):
-    text = started("O3", mesh).compiled_gradients().as_text()
+    text = started("O3", mesh).gradients_program.as_text()
     assert wide(text) == []
     assert payload(text)["all-to-all"] > 0
 
@@ -198,14 +198,14 @@ def test_wide_floats_of_matrices_are_seen():
     """Negative controls: without a level, and at O1 and O2, whose weights travel as they are kept."""
     for level, dtype, kinds in (("none", "f32", {"all-gather", "all-reduce"}), ("O1", "f32", {"all-gather"}),
                                 ("O2", "f16", {"all-gather"})):  # fmt: skip
-        found = wide(started(level, "fsdp").compiled_gradients().as_text())
+        found = wide(started(level, "fsdp").gradients_program.as_text())
         assert {(c.kind, c.dtype) for c in found} == {(kind, dtype) for kind in kinds}
 
 
 @pytest.mark.parametrize(("level", "dtype", "size"), (("O1", "f32", 4), ("O2", "f16", 2), ("O3", "u8", 1)))
 def test_bytes_over_fsdp(level, dtype, size):
     """Weights forwards and again backwards, in the level's dtype; gradients once, a byte an element."""
-    text = started(level, "fsdp").compiled_gradients().as_text()
+    text = started(level, "fsdp").gradients_program.as_text()
     vocabulary = 2 * 4 * VOCAB * 32 if dtype == "f32" else 0  # embedding and head
     assert payload(text, dtype)["all-gather"] == 2 * size * ELEMENTS + vocabulary
     assert payload(text)["all-to-all"] == ELEMENTS
@@ -213,7 +213,7 @@ def test_bytes_over_fsdp(level, dtype, size):
 
 def test_bytes_of_the_ring():
     """A piece of a quarter goes round three times."""
-    text = started("O3", "ring").compiled_gradients().as_text()
+    text = started("O3", "ring").gradients_program.as_text()
     assert wide(text) == []
     assert payload(text) == {"all-gather": 2 * ELEMENTS, "collective-permute": 3 * ELEMENTS // 4}
     trips = {c.trips for c in wire.collectives(text) if c.kind == "collective-permute"}
@@ -224,7 +224,7 @@ def test_bytes_of_the_ring():
 def test_replicas_exchange_once_a_step(parts):
     """Weights are brought together and gradients exchanged once, a byte an element each, however many micro-batches."""
     run = started("O3", "replica, zero") if parts == 1 else run_on("O3", "replica, zero", accumulate=parts)
-    text = run.compiled_gradients().as_text()
+    text = run.gradients_program.as_text()
     assert wide(text) == []
     assert payload(text) == {"all-gather": ELEMENTS, "all-to-all": ELEMENTS}
     assert {c.trips for c in wire.collectives(text) if c.dtype == "u8"} == {1}
@@ -253,7 +253,7 @@ def test_a_gather_that_is_not_pinned_is_wide(monkeypatch):
         "_gathered",
         lambda self, x, axes: unpinned(x, axes) if x.dtype.itemsize == 1 else gathered(self, x, axes),
     )
-    assert wide(run_on("O3", "replica, zero").compiled_gradients().as_text()) != []
+    assert wide(run_on("O3", "replica, zero").gradients_program.as_text()) != []
 
 
 def test_sequence_parallel_activations_are_codes():
@@ -261,7 +261,7 @@ def test_sequence_parallel_activations_are_codes():
     gradients of what they wrote, backwards. Gradients of what they read are sums, in the compute dtype."""
 
     def gathered(level):
-        text = started(level, "sequence parallel").compiled_gradients().as_text()
+        text = started(level, "sequence parallel").gradients_program.as_text()
         per_layer = [c for c in wire.collectives(text) if c.kind == "all-gather" and c.trips == LAYERS]
         return [c for c in per_layer if c.dims == (8, 16, 32)]  # a device's rows of the batch, half of their length
 

@@ -65,22 +65,22 @@ def gathered(text):
 def test_codes_travel_instead_of_weights():
     """A quarter of a byte a weight, forwards and again backwards, an eighth of what bfloat16 has. Floats are float32
     here: XLA:CPU has no narrower ones on the wire."""
-    bytes_ = gathered(run_on("fsdp").compiled_gradients().as_text())
+    bytes_ = gathered(run_on("fsdp").gradients_program.as_text())
     assert bytes_.pop("u8") == 2 * ELEMENTS / 4
     assert bytes_ == {"f32": 4 * ENDS}
-    plain = gathered(run_on("fsdp", rules=()).compiled_gradients().as_text())
+    plain = gathered(run_on("fsdp", rules=()).gradients_program.as_text())
     assert plain == {"f32": 4 * (2 * ELEMENTS + ENDS)}
 
 
 def test_unpinned_codes_are_not_what_travels(monkeypatch):
     """Negative control: left to the partitioner, what the codes are made of is brought together."""
     monkeypatch.setattr(ternary_codes, "constrain", lambda x, *axes: x)
-    bytes_ = gathered(run_on("fsdp").compiled_gradients().as_text())
+    bytes_ = gathered(run_on("fsdp").gradients_program.as_text())
     assert bytes_.get("u8", 0) != 2 * ELEMENTS / 4
 
 
 def test_replicas_bring_codes_together_once_a_step():
-    text = run_on("one", replica=4, zero="sharded", accumulate=4).compiled_gradients().as_text()
+    text = run_on("one", replica=4, zero="sharded", accumulate=4).gradients_program.as_text()
     assert gathered(text)["u8"] == ELEMENTS / 4
     assert {c.trips for c in wire.collectives(text) if c.dtype == "u8"} == {1}
 
