@@ -1,6 +1,6 @@
 """Perplexity against bits and against zeros: post-training quantisation and pruning of a model that is trained here.
 
-    python benchmarks/post_training.py --do=train      # 4.2M weights on package_text.py, some 15 minutes on two cores
+    python benchmarks/post_training.py --do=train      # 3.9M weights on package_text.py, some 15 minutes on two cores
     python benchmarks/post_training.py --do=measure    # all schemes; continues where it stopped
     python benchmarks/post_training.py --do=table      # what came out, as Markdown
 
@@ -118,6 +118,8 @@ def measure(folder: Path) -> None:
     use_compilation_cache()
     results = folder / "results.jsonl"
     weights, calibration, heldout, told = of_a_run(RUN.value) if RUN.value else of_text(folder)
+    if other := {row["data"] for row in read(results)} - {told}:
+        sys.exit(f"{results}: found results of {', '.join(other)}; expected {told}, or another --folder")
     for asked in SCHEMES:
         if asked in {row["scheme"] for row in read(results)} or not re.search(ONLY.value, asked):
             continue

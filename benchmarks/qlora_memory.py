@@ -10,12 +10,12 @@ about; the compiler's plan does not depend on it.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from results import append, read
 
 DO = flags.DEFINE_enum("do", "table", ["compile", "table"], "what to do")
 MACHINE = flags.DEFINE_string("machine", "h100:1x1x1", "a name of planning/topology.py")
@@ -39,9 +39,8 @@ def experiment(size: str, base: str, rows: int) -> Any:
     return config
 
 
-def results() -> list[dict[str, Any]]:
-    path = Path(FOLDER.value) / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def results() -> Path:
+    return Path(FOLDER.value) / "results.jsonl"
 
 
 def compile_one(**key: Any) -> None:
@@ -53,7 +52,7 @@ def compile_one(**key: Any) -> None:
     from easylm_plus.planning.memory import estimate
     from easylm_plus.planning.topology import machine
 
-    if any(known["key"] == key for known in results()):
+    if any(known["key"] == key for known in read(results())):
         return
     here, config = machine(MACHINE.value), experiment(key["size"], key["base"], key["rows"])
     step = compile_step(config, here.devices, here.options)
@@ -65,9 +64,7 @@ def compile_one(**key: Any) -> None:
     found = {"key": key, "memory": dataclasses.asdict(step.memory()), "estimate": guess.total}
     jax.clear_caches()
     Path(FOLDER.value).mkdir(parents=True, exist_ok=True)
-    with (Path(FOLDER.value) / "results.jsonl").open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(key, "peak", gib(found["memory"]["peak"]), flush=True)
+    append(results(), found)
 
 
 def gib(count: float) -> str:
@@ -78,7 +75,7 @@ def table() -> None:
     """GiB by part; the card's 24 GB are 22.35 GiB."""
     columns = ["machine", "LLaMA", "base", "rows", *PARTS, "estimate", "24 GB"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for found in results():
+    for found in read(results()):
         key, memory = found["key"], found["memory"]
         fits = "fits" if memory["peak"] < CARD else "does not"
         names = [str(key[name]) for name in ("machine", "size", "base", "rows")]

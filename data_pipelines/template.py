@@ -36,6 +36,15 @@ CHAT = """\
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}
 {%- else %}{{ m.content }}<|end|>{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+# what KoalaTemplate lays out, as one text; SPACE: what a tokenizer puts before an answer that it sees on its own
+KOALA = """\
+{{ bos_token }}BEGINNING OF CONVERSATION:{% for m in messages %}
+{%- if m.role == 'assistant' %} GPT:{% generation %}SPACE{{ m.content }}{{ eos_token }}{% endgeneration %}
+{%- elif m.role in ('user', 'system') %}
+{%- if loop.first or loop.previtem.role != 'assistant' %} {% endif %}
+{%- if m.role == 'user' %}USER: {% endif %}{{ m.content }}
+{%- else %}{{ raise_exception('template "koala" has no role ' ~ m.role) }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %} GPT:{% endif %}"""
 _CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -324,20 +333,24 @@ def load_template(
     plain: dict[str, Callable[..., Template]] = {"koala": KoalaTemplate, "yuan": YuanTemplate, "text": TextTemplate}
     if name in plain:
         return plain[name](tokenizer, max_length, ignore_helpful, name)
-    if name == "chat":
-        if missing := [piece for piece in _CHAT_TOKENS if piece not in tokenizer.special_tokens]:
-            raise InputError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
-        source = CHAT
-    elif name == "tokenizer":
-        if tokenizer.chat_template is None:
-            raise InputError(f"{tokenizer.path}: found no chat template (tokenizer_config.json, chat_template.jinja)")
-        source = tokenizer.chat_template
-    elif name.endswith(".jinja"):
-        source = Path(name).read_text("utf-8")
-    elif "{{" in name or "{%" in name:
-        source = name
-    else:
+    if name == "chat" and (missing := [piece for piece in _CHAT_TOKENS if piece not in tokenizer.special_tokens]):
+        raise InputError(f'{tokenizer.path}: template "chat" needs special tokens that it lacks: {missing}')
+    if name == "tokenizer" and tokenizer.chat_template is None:
+        raise InputError(f"{tokenizer.path}: found no chat template (tokenizer_config.json, chat_template.jinja)")
+    if (source := jinja_source(name, tokenizer)) is None:
         raise InputError(
             f"template: found {name!r}; expected koala, yuan, chat, text, tokenizer, a .jinja file or jinja text"
         )
     return JinjaTemplate(tokenizer, source, max_length, ignore_helpful, now)
+
+
+def jinja_source(name: str, tokenizer: Tokenizer) -> str | None:
+    """The jinja text of the template called so, for programs that know no others; None where it has none."""
+    if name == "koala":
+        alone = tokenizer.encode("answer")
+        return KOALA.replace("SPACE", " " if tokenizer.encode("an answer")[-len(alone) :] == alone else "")
+    if name.endswith(".jinja"):
+        return Path(name).read_text("utf-8")
+    if "{{" in name or "{%" in name:
+        return name
+    return {"chat": CHAT, "tokenizer": tokenizer.chat_template}.get(name)

@@ -92,7 +92,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "b2": 0.95,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
-                "stage_weight_decay": 0.0,  # two stages: from stage_at on
+                "stage_weight_decay": -1.0,  # two stages: from stage_at on; -1: as before it
                 "decay": r"(kernel|embedding)$",  # which weights decay
                 "clip_norm": 1.0,
                 # formats of the transformed matrices: float32 | bf16 | fp16 | e4m3 | e5m2; "": what the level says

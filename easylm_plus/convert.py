@@ -36,22 +36,21 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from data_pipelines.template import CHAT
+from data_pipelines.template import jinja_source
 from easylm_plus.compression.quantize import check_source, rows_of, write_quantized
 from easylm_plus.compression.schemes import scheme
 from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.interop import difference, gguf_files, peft
-from easylm_plus.interop.bitnet import FORMS
+from easylm_plus.interop.bitnet import FORMS, PACKED
 from easylm_plus.interop.companions import copy_companions
 from easylm_plus.interop.configs import stated_form, stated_rules
 from easylm_plus.interop.gguf_tokenizer import open_tokenizer, tokenizer_keys
 from easylm_plus.interop.huggingface import export_keys, ternary_form, write_folder
 from easylm_plus.interop.tensor_files import read_json
-from easylm_plus.interop.weights import Cast
+from easylm_plus.interop.weights import Cast, ternary_names
 from easylm_plus.numerics.rules import for_use
 from easylm_plus.planning.memory import human
-from easylm_plus.training.checkpoint import locate, read_adapters
 from easylm_plus.training.output import checked, replaced, replaced_file
 from easylm_plus.training.source import KINDS, Source, kind_of, open_source, with_ternary
 from easylm_plus.training.stream import total_bytes, write_checkpoint
@@ -85,7 +84,7 @@ FORCE = flags.DEFINE_boolean("force", False, "replace what a conversion has writ
 
 def main() -> int:
     """Opens the input, writes the output beside its place, and moves it there when it is whole."""
-    inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER) if flag.value]
+    inputs = [Path(flag.value) for flag in (INPUT, DIFF_BASE, TOKENIZER, ADAPTER) if flag.value]
     output, target = checked(Path(OUTPUT.value), inputs, FORCE.value, file=TO.value == "gguf"), _target()
     _all_flags_count()
     if target == "quantized":
@@ -96,11 +95,13 @@ def main() -> int:
         source = source._replace(weights=peft.Adapted(source.weights, adapters))
     if DTYPE.value:
         source = source._replace(weights=Cast(source.weights, np.dtype(DTYPES[DTYPE.value])))
-    show = Progress(total_bytes(source.weights))
+    show = Progress(_size(source, target))
     if target == "gguf":
         _write_gguf(source, output, show)
         return 0
-    with replaced(output, FORCE.value, show.total) as folder:
+    # a run's arrays hold all layers; --quantize takes them apart beside the result
+    apart = total_bytes(source.weights) if target == "quantized" and source.weights.whole else 0
+    with replaced(output, FORCE.value, show.total + apart) as folder:
         WRITERS[target](source, folder, show)
     if target != "quantized":  # which shows its layers
         show.done()
@@ -114,26 +115,41 @@ def _target() -> str:
     return "quantized" if QUANTIZE.value else TO.value or "easylm_plus"
 
 
+def _size(source: Source, target: str) -> int:
+    """Bytes that are written, for progress and to see whether there is room; of fewer bits a weight, at most."""
+    if source.adapters is not None:
+        return sum(leaf.a.nbytes + leaf.b.nbytes for leaf in source.adapters.values())
+    packed = target == "hf" and _form(source) in PACKED
+    return total_bytes(source.weights, ternary_names(source.weights) if packed else source.weights.packed_names)
+
+
 def _open(path: str, kind: str | None = None, step: int | None = None) -> Source:
-    return open_source(Path(path), kind, step, model=MODEL.value, pickled=ALLOW_PICKLE.value)
+    apart = TO.value == "peft"
+    return open_source(Path(path), kind, step, model=MODEL.value, pickled=ALLOW_PICKLE.value, apart=apart)
 
 
 def _write_difference(source: Source, folder: Path, show: "Progress") -> None:
     if found := source.weights.packed_names:
         raise UserError(f"{source.weights.place}: found {min(found)} in packed ternary codes; a difference has none")
     base = _open(DIFF_BASE.value).weights
-    difference.write_difference(base, source.weights, folder, source.original, _shard_bytes(), show)
+    rules = for_use((source.run or {}).get("numerics", {}).get("rules", ()))
+    difference.write_difference(base, source.weights, folder, source.original, _shard_bytes(), show, rules)
     _companions(source, folder)
 
 
 def _write_hf(source: Source, folder: Path, show: "Progress") -> None:
     _companions(source, folder)
+    keys = export_keys(source.weights, source.original, folder, _form(source))
+    write_folder(source.weights, keys, folder, _shard_bytes(), show)
+
+
+def _form(source: Source) -> str:
+    """What --to=hf writes ternary weights as; "" where there are none."""
     stated = stated_form(source.original, source.weights.place) if source.original else ""
     form = ternary_form(source.weights, HF_TERNARY.value or stated or "autobitlinear")
     if HF_TERNARY.value and not form:
         raise UserError(f"--hf_ternary={HF_TERNARY.value}: found no ternary weights in {INPUT.value}")
-    keys = export_keys(source.weights, source.original, folder, form)
-    write_folder(source.weights, keys, folder, _shard_bytes(), show)
+    return form
 
 
 def _write_own(source: Source, folder: Path, show: "Progress") -> None:
@@ -158,8 +174,9 @@ def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
     chosen = Path(TOKENIZER.value) if TOKENIZER.value else source.companions
     if chosen is None:
         raise UserError(f"{INPUT.value}: found no tokenizer; expected --tokenizer=FILE, which a GGUF file has to have")
-    chat = CHAT if (source.run or {}).get("data", {}).get("template") == "chat" else None
-    keys = tokenizer_keys(open_tokenizer(chosen), source.weights.config.vocab_size, chat)
+    words, ours = open_tokenizer(chosen), "data" in (source.run or {})
+    template = jinja_source(source.run["data"]["template"] if ours else "tokenizer", words)  # type: ignore[index]
+    keys = tokenizer_keys(words, source.weights.config.vocab_size, template, ours)
     kind, ends = GGUF_TYPE.value or "f16", GGUF_ENDS.value or ""
     needed = gguf_files.needed_bytes(gguf_files.plan(source.weights, kind, ends))
     with replaced_file(output, FORCE.value, needed) as path:
@@ -172,12 +189,11 @@ def _write_gguf(source: Source, output: Path, show: "Progress") -> None:
 
 
 def _write_peft(source: Source, folder: Path, show: "Progress") -> None:
-    leaves = read_adapters(*locate(INPUT.value, STEP.value))
-    show.total = sum(leaf.a.nbytes + leaf.b.nbytes for leaf in leaves.values())
+    assert source.adapters is not None
     _companions(source, folder)
     base = (source.run or {}).get("init_from", {}).get("path", "")
     config, place = source.weights.config, source.weights.place
-    peft.write_adapters(peft.by_piece(leaves, config), config, source.original, base, folder, place)
+    peft.write_adapters(peft.by_piece(source.adapters, config), config, source.original, base, folder, place)
     show(show.total)
 
 
@@ -232,9 +248,10 @@ def _recovered() -> Source:
         raise UserError("--recover needs --diff_base: expected the model that the difference was made with")
     path, base = Path(INPUT.value), _open(DIFF_BASE.value)
     if FROM.value is None and (path / difference.FILE).is_file():
-        weights, original = difference.open_difference(path, base.weights)
-        rules = stated_rules(original, f"{path}: config.json") if original else ()
-        return Source(with_ternary(weights, rules), original, path)
+        weights, told = difference.open_difference(path, base.weights)
+        stated = stated_rules(told.original, f"{path}: config.json") if told.original else ()
+        run = {"numerics": {"rules": told.rules}} if told.rules else None
+        return Source(with_ternary(weights, stated or told.rules), told.original, path, run)
     if FROM.value != "easylm":
         raise UserError(f"{path}: found no {difference.FILE}; expected one and no --from, or --from=easylm")
     print("a difference of EasyLM's carries no checksum: a wrong base is not noticed", file=sys.stderr)
@@ -258,7 +275,7 @@ def describe(source: Source, tokenizer: Path) -> dict[str, Any]:
     numerics = {key: value for key, value in run.get("numerics", {}).items() if key != "lora"}  # merged
     if "rules" in numerics:  # and no longer in codes
         numerics["rules"] = for_use(numerics["rules"])
-    if DTYPE.value or not numerics:
+    if DTYPE.value or "precision" not in numerics:
         exact = source.weights.dtype("embed_tokens/embedding") == np.float32
         numerics["precision"] = "float32" if exact else "bf16_pure"
     described = {"model": dataclasses.asdict(config), "numerics": numerics, "data": dict(data)}

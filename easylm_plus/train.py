@@ -121,7 +121,8 @@ def main() -> int:
             if config.init_from.path:
                 empty = jax.tree.map(lambda x, s: x.update(sharding=s), run.shapes, run.param_shardings)
                 path, rename = config.init_from.path, config.init_from.rename
-                params, taken = restore.warm_start(empty, path, run.model, rename, fresh, run.numerics.codings)
+                codings, ternary = run.numerics.codings, run.numerics.ternary
+                params, taken = restore.warm_start(empty, path, run.model, rename, fresh, codings, ternary)
                 origin = f"weights of {path}"
                 console.print(restore.table(taken))
             else:

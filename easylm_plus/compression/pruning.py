@@ -48,8 +48,13 @@ def kept_of(D: int, F: int, share: float, method: str) -> int:
     if not share:
         return D * F // 2
     if method == "sparsegpt":
-        return sum(rows * F - int(share * rows * F) for rows in _block_rows(D))
-    return (D - int(share * D)) * F if method == "wanda" else D * F - int(share * D * F)
+        return sum(rows * F - _cut(share, rows * F) for rows in _block_rows(D))
+    return (D - _cut(share, D)) * F if method == "wanda" else D * F - _cut(share, D * F)
+
+
+def _cut(share: float, count: int) -> int:
+    """How many of so many weights go."""
+    return int(share * count)
 
 
 def largest_of_fours(score_DF: jax.Array) -> jax.Array:
@@ -63,7 +68,7 @@ def largest_of_fours(score_DF: jax.Array) -> jax.Array:
 
 def _largest(score: jax.Array, share: float) -> jax.Array:
     """True for all but the smallest `share` along the last axis."""
-    return _ranks(score, axis=-1) >= int(share * score.shape[-1])
+    return _ranks(score, axis=-1) >= _cut(share, score.shape[-1])
 
 
 def _ranks(score: jax.Array, axis: int) -> jax.Array:
@@ -81,7 +86,7 @@ def _block_rows(D: int) -> list[int]:
 def _swept(w_DF: jax.Array, u_DD: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
     D, F = w_DF.shape
     rows = _block_rows(D)
-    block, counts = rows[0], np.asarray([int(share * r * F) for r in rows])
+    block, counts = rows[0], np.asarray([_cut(share, r * F) for r in rows])
     if not share and D % 4:
         raise ValueError(f"fours do not divide {D} in-features")
 

@@ -136,7 +136,8 @@ def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibratio
     heldout = [batch.arrays for batch in batches]
     size = min(ROWS, calibration)
     loader = Loader(opened("train"), mixed, encode, batch_size=size, length=length, seed=0) if calibration else None
-    seen = [next(loader).arrays for _ in range(math.ceil(calibration / size))] if loader else []
+    counts = [min(size, calibration - first) for first in range(0, calibration, size)] if loader else []
+    seen = [{key: x[:count] for key, x in next(loader).arrays.items()} for count in counts]
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in seen)
     learned = sum(int(batch["loss_weights"].sum()) for batch in heldout)
     told = f"{folder}: {tokens:,} tokens to calibrate with where a method does, {learned:,} held-out ones to measure"

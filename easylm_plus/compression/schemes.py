@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from easylm_plus.compression.awq import awq
 from easylm_plus.compression.gptq import gptq
@@ -43,9 +44,18 @@ CALIBRATED = ("gptq", "awq", "wanda", "sparsegpt")  # methods that look at a mat
 CHOICES = {"embed": EMBEDS}
 
 
+def _of_expert(seen: Seen | None, e: int) -> Seen | None:
+    """What an expert saw; for one that no row met, inputs that are all alike, with which methods make the same leaf."""
+    if seen is None:
+        return None
+    own: Seen = jax.tree.map(lambda x: x[e], seen)
+    D = len(own.magnitude)
+    return own if own.magnitude.any() else Seen(np.eye(D), np.ones(D))
+
+
 def _integers(bits: int, w: Any, seen: Seen | None, values: Values) -> Any:
     group, asymmetric = values["group"], values["asym"]
-    if values["method"] == "rtn" or seen is None or not seen.magnitude.any():
+    if values["method"] == "rtn" or seen is None:
         return integers(jnp.asarray(w), bits, group, asymmetric)
     if values["method"] == "awq":
         return awq(w, seen.gram, seen.magnitude, bits, group, asymmetric)
@@ -54,7 +64,7 @@ def _integers(bits: int, w: Any, seen: Seen | None, values: Values) -> Any:
 
 def _pruned(w: Any, seen: Seen | None, values: Values) -> Any:
     share, method, w = values.get("share", 0.0), values["method"], jnp.asarray(w)
-    if seen is None or not seen.magnitude.any():
+    if seen is None or method == "magnitude":
         kept, method = magnitude(w, share), "magnitude"
     elif method == "wanda":
         kept = wanda(w, seen.gram, share)
@@ -102,7 +112,7 @@ class Scheme:
         try:
             if w.ndim == 2:
                 return make(w, seen, self.values)
-            parts = [make(w[e], seen and jax.tree.map(lambda x, e=e: x[e], seen), self.values) for e in range(len(w))]
+            parts = [make(w[e], _of_expert(seen, e), self.values) for e in range(len(w))]
         except ValueError as error:
             sides = " x ".join(map(str, w.shape[-2:]))
             raise UserError(f"--quantize={self.text}: {name} ({sides}): {error}; expected another") from None

@@ -10,7 +10,7 @@ observation.
 Held-out rows go through the model twice, side by side: through the weights as they were and as they have become. So
 the loss before and after comes out of the same walk.
 
-Experts are calibrated on the rows that the router sends them; one that gets none is rounded to nearest.
+Experts are calibrated on the rows that the router sends them; one that gets none, as if its inputs were all alike.
 
 Legend: B rows, T length, D embed.
 """

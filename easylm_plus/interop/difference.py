@@ -14,9 +14,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -50,8 +50,12 @@ def write_difference(
     original: Mapping[str, Any] | None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda _: None,
+    rules: Sequence[str] = (),
 ) -> None:
-    """Writes target - base into a folder that is there. `original`: the target's config.json, if it has one."""
+    """Writes target - base into a folder that is there.
+
+    `original`: the target's config.json, if it has one. `rules`: what its weights mean (numerics/rules.py).
+    """
     config = target.config
     _same_shapes(base, target)
     shapes, digests = piece_shapes(config), {}
@@ -80,12 +84,20 @@ def write_difference(
         "dtypes": {name: target.dtype(name).name for name in shapes},
         "sha256": dict(sorted(digests.items())),
         "config.json": original,
+        "rules": list(rules),
     }
     (folder / FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def open_difference(folder: Path, base: Weights) -> tuple["Recovered", dict[str, Any] | None]:
-    """(the weights that a difference makes of its base, the config.json of the model it was made of)."""
+class Told(NamedTuple):
+    """What a difference says of the model it was made of."""
+
+    original: dict[str, Any] | None  # its config.json
+    rules: list[str]
+
+
+def open_difference(folder: Path, base: Weights) -> tuple["Recovered", Told]:
+    """(the weights that a difference makes of its base, what else it says of them)."""
     told, place = read_json(folder / FILE), str(folder / FILE)
     if not isinstance(told, dict) or told.get("schema") != SCHEMA:
         found = f"schema {told.get('schema')!r}" if isinstance(told, dict) else type(told).__name__
@@ -98,7 +110,11 @@ def open_difference(folder: Path, base: Weights) -> tuple["Recovered", dict[str,
     tensors = safetensors_of(folder)
     if tensors is None:
         raise UserError(f"{folder}: found no *.safetensors beside {FILE}")
-    return Recovered(base, tensors, config, dtypes, digests), optional(told, "config.json", dict, place, None)
+    rules = optional(told, "rules", list, place, [])
+    if not all(isinstance(rule, str) for rule in rules):
+        raise UserError(f"{place}: found rules {rules}, expected texts")
+    original = optional(told, "config.json", dict, place, None)
+    return Recovered(base, tensors, config, dtypes, digests), Told(original, rules)
 
 
 def _config(model: Mapping[str, Any], place: str) -> ModelConfig:

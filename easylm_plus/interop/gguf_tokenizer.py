@@ -72,11 +72,14 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return other
 
 
-def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None = None) -> list[KeyValue]:
+def tokenizer_keys(
+    tokenizer: Tokenizer, vocab_size: int, chat_template: str | None = None, ours: bool = False
+) -> list[KeyValue]:
     """The keys of a tokenizer for a model with so many rows of embeddings.
 
     Args:
-      chat_template: jinja; None: the tokenizer's own, if it has one.
+      chat_template: jinja.
+      ours: whether the model learned from our templates, which begin with bos where a tokenizer does not say.
 
     Raises UserError for a tokenizer with which llama.cpp would make other tokens.
     """
@@ -97,13 +100,13 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, chat_template: str | N
         ("tokenizer.ggml.tokens", "array", pieces),
         ("tokenizer.ggml.scores", "array", scores),
         ("tokenizer.ggml.token_type", "array", list(map(int, types))),
-        ("tokenizer.ggml.add_bos_token", "bool", _adds_bos(tokenizer)),
+        ("tokenizer.ggml.add_bos_token", "bool", _adds_bos(tokenizer, ours)),
         ("tokenizer.ggml.add_eos_token", "bool", False),
     ]
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     keys += [(f"tokenizer.ggml.{kind}_token_id", "uint32", i) for kind, i in ids.items() if i is not None]
-    if template := chat_template or tokenizer.chat_template:
-        keys.append(("tokenizer.chat_template", "string", GENERATION.sub("", template)))
+    if chat_template:
+        keys.append(("tokenizer.chat_template", "string", GENERATION.sub("", chat_template)))
     return keys
 
 
@@ -122,11 +125,19 @@ def _pad(pieces: list[str], types: list[PieceType], scores: list[float], size: i
         scores.append(-1e4)
 
 
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether a text begins with bos: as tokenizer_config.json says, else as our templates have it."""
+def _adds_bos(tokenizer: Tokenizer, ours: bool) -> bool:
+    """Whether a text begins with bos: as tokenizer_config.json says; else our templates have it, sentencepiece models
+    of others too, and tokenizer.json where its post-processor puts it there."""
     settings = tokenizer.path.parent / "tokenizer_config.json"
     told = read_json(settings).get("add_bos_token") if settings.is_file() else None
-    return tokenizer.bos_id is not None and (told is None or bool(told))
+    if tokenizer.bos_id is None or told is not None:
+        return bool(told) and tokenizer.bos_id is not None
+    if ours or isinstance(tokenizer, SentencePieceTokenizer):
+        return True
+    last = read_json(tokenizer.path).get("post_processor") or {}
+    steps = [step for step in last.get("processors", [last]) if step.get("type") == "TemplateProcessing"]
+    tokens = {part["SpecialToken"]["id"] for step in steps for part in step["single"] if "SpecialToken" in part}
+    return any(tokenizer.special_tokens.get(token) == tokenizer.bos_id for token in tokens)
 
 
 # --- sentencepiece ---

@@ -10,6 +10,7 @@ it has no place, and that is an error.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,8 @@ BEYOND: dict[str, Any] = {
     "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
     "alora_invocation_tokens": None,
 }  # fmt: skip
+# Ways to start adapters that leave the base as it is; others (PiSSA, OLoRA, LoftQ ...) also take something from it.
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def modules_of(config: ModelConfig, original: Mapping[str, Any] | None, place: str) -> dict[str, Piece]:
@@ -170,6 +173,9 @@ def read_adapters(folder: str | Path, config: ModelConfig, original: Mapping[str
     for key, value in BEYOND.items():
         if (raw.get(key) or value) != value:
             raise UserError(f"{place}: found {key} = {raw[key]!r}, which is not supported; expected {value!r}")
+    if (start := raw.get("init_lora_weights", True)) not in STARTS:
+        told = f"found init_lora_weights = {start!r}, adapters to a base that was changed as they began"
+        raise UserError(f"{place}: {told}; expected one of {', '.join(map(repr, STARTS))}")
     tensors, modules = Safetensors([folder / TENSORS], str(folder)), modules_of(config, original, str(folder))
     found: Adapters = {}
     unread = set(tensors.names())
@@ -182,7 +188,8 @@ def read_adapters(folder: str | Path, config: ModelConfig, original: Mapping[str
         if A.shape[1:] != (D,) or B.shape != (F, len(A)):
             shapes = f"{list(A.shape)} and {list(B.shape)}"
             raise UserError(f"{folder}: {module}: found {shapes}, expected [r, {D}] and [{F}, r]")
-        found[name, index] = LowRank(None, A.T, B.T, _scale(raw, module, len(A), place))  # type: ignore[arg-type]
+        a, b = (x.T.astype(np.float32) for x in (A, B))
+        found[name, index] = LowRank(None, a, b, _scale(raw, module, len(A), place))  # type: ignore[arg-type]
         unread -= set(pair)
     if unread:
         raise UserError(f"{folder}: found {min(unread)} ({len(unread)} such), for which this model has no place")
@@ -199,18 +206,23 @@ def _tensor(tensors: Safetensors, name: str) -> np.ndarray:
 
 def _scale(raw: Mapping[str, Any], module: str, rank: int, place: str) -> float:
     """What PEFT multiplies a module's product by."""
-    expected = _of_pattern(raw, "rank_pattern", module, required(raw, "r", int, place))
+    expected = _of_pattern(raw, "rank_pattern", module, required(raw, "r", int, place), place)
     if expected != rank:
         raise UserError(f"{place}: found rank {expected} for {module}, whose tensors have {rank}")
-    alpha = float(_of_pattern(raw, "alpha_pattern", module, required(raw, "lora_alpha", float, place)))
+    alpha = _of_pattern(raw, "alpha_pattern", module, required(raw, "lora_alpha", float, place), place)
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise UserError(f"{place}: found alpha {alpha!r} for {module}, expected a positive number")
     return alpha / (rank**0.5 if optional(raw, "use_rslora", bool, place, False) else rank)
 
 
-def _of_pattern(raw: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+def _of_pattern(raw: Mapping[str, Any], key: str, module: str, default: Any, place: str) -> Any:
     """A module's entry: the first whose key, a regular expression, is the module or its last parts."""
-    for pattern, value in (raw.get(key) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
+    for pattern, value in (optional(raw, key, dict, place, None) or {}).items():
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        except re.error as error:
+            raise UserError(f"{place}: {key}: found {pattern!r}, not a regular expression ({error})") from None
     return default
 
 

@@ -6,12 +6,14 @@ Ternary matrices get the codes and scales that training rounded to, bit by bit; 
 8 bits a row (int8_rows.py), since after packing they are most of a small model; all else stays as it is.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from easylm_plus.errors import UserError
 from easylm_plus.numerics import trits
@@ -19,6 +21,7 @@ from easylm_plus.numerics.coded import Coded
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.int8_rows import int8_rows
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.packed_ternary import PackedTernary, packed
 from easylm_plus.numerics.rules import assign
 from easylm_plus.numerics.ternary import Ternary
@@ -59,12 +62,26 @@ def deployed(params: Any, rules: Sequence[str], embed: str = "int8") -> Any:
 
 def frozen(view: Any) -> Any:
     """A model that multiplies as it trained (rules.attach), its ternary matrices rounded once instead of every time."""
-    is_ternary = lambda leaf: isinstance(leaf, Ternary)
-    once = lambda leaf: packed(jnp.asarray(decode(leaf.latent))) if is_ternary(leaf) else leaf
-    return jax.tree.map(once, view, is_leaf=lambda leaf: is_ternary(leaf) or is_kept(leaf))
+
+    def once(leaf: Any) -> Any:
+        if isinstance(leaf, LowRank):
+            return dataclasses.replace(leaf, base=once(leaf.base))
+        return packed(jnp.asarray(decode(leaf.latent))) if isinstance(leaf, Ternary) else leaf
+
+    return jax.tree.map(once, view, is_leaf=lambda leaf: isinstance(leaf, Ternary) or is_kept(leaf))
+
+
+def thawed(leaf: PackedTernary | Trits) -> Any:
+    """Latents of training [..., in, out] that round to these codes and scales, on the host: codes times gamma would
+    round to smaller scales, since zeros count in mean |W|."""
+    values = np.asarray(decode(leaf))
+    share = (values != 0).mean((-2, -1), keepdims=True, dtype=np.float32)
+    return values / np.where(share, share, 1)
 
 
 def _ternary(name: str, kept: Any) -> Any:
+    if isinstance(kept, LowRank):
+        raise UserError(f"{name}: found an adapter of a ternary weight; the two cannot be merged")
     if isinstance(kept, PackedTernary | Trits):
         return kept
     if isinstance(kept, Coded):
@@ -100,4 +117,5 @@ def all_served(params: Any) -> Any:
 
 def is_packed(params: Any) -> bool:
     """Whether there are weights that kernels multiply by."""
-    return any(isinstance(leaf, PackedTernary) for leaf in jax.tree.leaves(params, is_leaf=is_kept))
+    base = lambda leaf: leaf.base if isinstance(leaf, LowRank) else leaf
+    return any(isinstance(base(leaf), PackedTernary) for leaf in jax.tree.leaves(params, is_leaf=is_kept))

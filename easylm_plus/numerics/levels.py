@@ -54,7 +54,7 @@ from easylm_plus.numerics.rules import CODED, adapter_ranks, assign, not_fp8
 from easylm_plus.numerics.settings import check, check_transforms, deals, formats_of, rings, summed_over, warmup_of
 from easylm_plus.numerics.stored import Copy
 from easylm_plus.numerics.ternary import Ternary, ternary_codes
-from easylm_plus.numerics.ternary_codes import TernaryCodes, pack_rows, turned
+from easylm_plus.numerics.ternary_codes import TernaryCodes, pack, side_of, turned
 from easylm_plus.numerics.windows import new_window, observed, scale_now
 from easylm_plus.parallel.collectives import as_bytes, from_bytes
 from easylm_plus.parallel.sharding import constrain, mesh_axis_size, stored_spec
@@ -159,6 +159,11 @@ class Numerics:
         """name -> what a weight's codes are made by, of those that are kept in codes."""
         return {name: CODED[transform] for name, transform in self.assigned.items() if transform in CODED}
 
+    @property
+    def ternary(self) -> set[str]:
+        """The weights that multiply as their ternary rounding."""
+        return {name for name, transform in self.assigned.items() if transform == "ternary"}
+
     def store(self, params: Any) -> Any:
         """Fresh or loaded parameters as the run keeps them; those that are in codes already stay so."""
         master = FORMATS[self.formats.master]
@@ -210,6 +215,8 @@ class Numerics:
         """A weight that does not learn, as narrow as it is multiplied."""
         if name in self.codings:
             return p if isinstance(p, Coded) else self.codings[name](p)
+        if name in self.ternary:
+            return p  # whose codes change where it is rounded first
         if self.assigned[name] == "fp8":
             return encode(p, E4M3 if self.level == "O3" else FP16)
         return p.astype(self.precision.compute) if name.endswith(("kernel", "embedding")) else p
@@ -311,10 +318,11 @@ class Numerics:
     def _ternary(self, kept: Any, cut: Axes, axes: tuple[str | None, ...]) -> TernaryCodes:
         """Codes that are made of the masters where these lie. `cut`: as of `_gathered`."""
         codes, inverse = ternary_codes(decode(kept))
-        packed = self._gathered(pack_rows(codes), cut)
-        own = tuple(axis for axis in axes if axis != "layers")
-        narrow, D = self.level != "none", codes.shape[-2]
-        return TernaryCodes(packed, inverse, None, D, own, jnp.dtype(self.precision.param), narrow)
+        own, side, narrow = tuple(axis for axis in axes if axis != "layers"), side_of(axes), self.level != "none"
+        packed = self._gathered(pack(codes, side), cut)
+        return TernaryCodes(
+            packed, inverse, None, side, codes.shape[side], own, jnp.dtype(self.precision.param), narrow
+        )
 
     def _towards_ternary(self, kept: Any, cut: Axes, state: dict[str, Any]) -> Ternary:
         """A latent on its way, which needs it whole: it travels as it is multiplied."""
@@ -354,7 +362,7 @@ class Numerics:
         return self._report_fp8(seen, state) | self._report_ternary(view, after)
 
     def _report_ternary(self, view: Any, after: Any) -> dict[str, Any]:
-        if self.deal or "ternary" not in self.assigned.values():  # dealt out, no device has the matrices by name
+        if self.deal or not self.ternary:  # dealt out, no device has the matrices by name
             return {}
         learning = lambda leaf: isinstance(leaf, TernaryCodes | Ternary)
         before = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(view, is_leaf=handles.is_typed)}

@@ -6,10 +6,10 @@ matrix), and travel four a byte: a quarter of a byte a weight where bfloat16 has
 FAQ" names the opportunity. They are made before the micro-batches, and the product keeps int8 activations and these
 codes for its backward pass. Numbers are those of `Ternary`, bit for bit; gradients go to a handle in its place.
 
-Bytes hold four adjacent in-features, the first in the lowest bits, as code + 1, so that any cut of in-features in fours
-is a cut of the bytes. (Weights that are served lie otherwise: packed_ternary.py.)
+Bytes hold four neighbours along the side that `fsdp` does not cut, so that it cuts the codes wherever it cuts the
+latent. (Weights that are served lie otherwise: packed_ternary.py.)
 
-Legend: `...` stack axes, D in-features, F out-features, Q = D / 4 rounded up.
+Legend: `...` stack axes, D in-features, F out-features, N the packed one of them, Q = N / 4 rounded up.
 """
 
 import dataclasses
@@ -34,26 +34,34 @@ from easylm_plus.parallel.sharding import constrain
 class TernaryCodes:
     """A matrix [..., D, F] of {-1, 0, 1} over `inverse`; its latent learns through the handle."""
 
-    codes: jax.Array  # uint8[..., Q, F]
+    codes: jax.Array  # uint8[..., D, Q], or if `side` is -2, [..., Q, F]
     inverse: jax.Array  # float32[...]: 1 / gamma
     handle: Any = None  # an array like the latent, or an Fp8Handle; its values are never read
-    inputs: int = struct.field(pytree_node=False, default=0)  # D
+    side: int = struct.field(pytree_node=False, default=-1)  # which is packed
+    size: int = struct.field(pytree_node=False, default=0)  # N
     axes: tuple[str | None, ...] = struct.field(pytree_node=False, default=())  # logical axes of one layer's array
     dtype: DTypeLike = struct.field(pytree_node=False, default=jnp.float32)  # of the gradient
     narrow: bool = struct.field(pytree_node=False, default=False)  # gradients in E4M3
 
 
-def pack_rows(codes: jax.Array) -> jax.Array:
-    """{-1, 0, 1} of any dtype [..., D, F] -> uint8[..., Q, F]; missing in-features have the code 0."""
-    *stack, D, F = codes.shape
-    padded = jnp.pad(codes, [(0, 0)] * len(stack) + [(0, -D % PER_BYTE), (0, 0)])
-    return joined(padded.reshape(*stack, -1, PER_BYTE, F))
+def side_of(axes: tuple[str | None, ...]) -> int:
+    """Which side of a matrix with these logical axes is packed."""
+    return -1 if axes[-2] == "embed" else -2
 
 
-def unpack_rows(packed: jax.Array, inputs: int) -> jax.Array:
-    """uint8[..., Q, F] -> int8[..., D, F]."""
-    *stack, Q, F = packed.shape
-    return parted(packed).reshape(*stack, PER_BYTE * Q, F)[..., :inputs, :]
+def pack(codes: jax.Array, side: int) -> jax.Array:
+    """{-1, 0, 1} of any dtype [..., D, F] -> uint8, with Q in the place of a side; what is missing has the code 0."""
+    shape, padding = list(codes.shape), [(0, 0)] * codes.ndim
+    padding[side] = (0, -shape[side] % PER_BYTE)
+    shape[side:] = [-(-shape[side] // PER_BYTE), PER_BYTE, *shape[side:][1:]]
+    return joined(jnp.pad(codes, padding).reshape(shape), side)
+
+
+def unpack(packed: jax.Array, side: int, size: int) -> jax.Array:
+    """The inverse: int8[..., D, F]."""
+    shape = list(packed.shape)
+    shape[side] *= PER_BYTE
+    return jax.lax.slice_in_dim(parted(packed, side).reshape(shape), 0, size, axis=packed.ndim + side)
 
 
 def values(w: TernaryCodes) -> jax.Array:
@@ -63,7 +71,7 @@ def values(w: TernaryCodes) -> jax.Array:
     """
     pieces = constrain(w.codes, *w.axes)
     whole = constrain(pieces, *(None if axis == "embed" else axis for axis in w.axes))
-    return unpack_rows(whole, w.inputs).astype(jnp.float32) / per_matrix(w.inverse)
+    return unpack(whole, w.side, w.size).astype(jnp.float32) / per_matrix(w.inverse)
 
 
 @jax.custom_vjp
@@ -122,9 +130,9 @@ def _(w: TernaryCodes, x_MD: jax.Array, groups: Groups) -> jax.Array:
 
 @handles.handle_of.register
 def _(leaf: TernaryCodes) -> Any:
-    *stack, _, F = leaf.codes.shape
-    shape = (*stack, leaf.inputs, F)
-    return new_handle(shape) if leaf.narrow else jnp.zeros(shape, leaf.dtype)
+    shape = list(leaf.codes.shape)
+    shape[leaf.side] = leaf.size
+    return new_handle(tuple(shape)) if leaf.narrow else jnp.zeros(shape, leaf.dtype)
 
 
 @handles.hold.register
@@ -144,5 +152,5 @@ def turned(before: TernaryCodes | Ternary, latent: jax.Array) -> jax.Array:
     if isinstance(before, Ternary):
         flipped = ternary_codes(verbs.dense(before.latent))[0] != now
     else:
-        flipped = unpack_rows(before.codes, before.inputs) != now
+        flipped = unpack(before.codes, before.side, before.size) != now
     return jnp.stack([share.mean((-2, -1), dtype=jnp.float32) for share in (flipped, now == 0)], -1)

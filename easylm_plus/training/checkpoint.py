@@ -29,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 from easylm_plus.errors import UserError
 from easylm_plus.numerics.lora import LowRank
 from easylm_plus.training.contents import compare_arrays, compare_leaves, declared, describe, leaf_types, put_together
+from easylm_plus.tree import at
 
 SCHEMA = 1
 SPARE = 1 << 20  # bytes that a save takes beside the arrays, for names and indices
@@ -177,15 +178,10 @@ def read_adapters(directory: Path, step: int) -> dict[str, LowRank]:
         raise UserError(f"{place}: found no adapters, expected a run with numerics.lora")
     if parameters_part(meta["arrays"]) == "ema":
         raise UserError(f"{place}: found an average of the weights (train.ema), of which there are no adapters")
-    arrays = {name: info for name, info in meta["arrays"].items() if name.rpartition("/")[0] in found}
+    factors = {f"{name}/{factor}" for name in found for factor in "ab"}  # beside them lies the base
+    arrays = {name: info for name, info in meta["arrays"].items() if name in factors}
     tree = _read(directory, step, declared(arrays, "params"), None)
-
-    def adapter(name: str) -> LowRank:
-        node = tree
-        for key in name.split("/"):
-            node = node[key]
-        return LowRank(None, node["a"], node["b"], found[name]["scale"])
-
+    adapter = lambda name: LowRank(None, at(tree, f"{name}/a"), at(tree, f"{name}/b"), found[name]["scale"])
     return {name.removeprefix("params/"): adapter(name) for name in sorted(found) if name.startswith("params/")}
 
 

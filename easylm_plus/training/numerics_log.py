@@ -25,7 +25,7 @@ def ternary_mean(report: Mapping[str, Any]) -> dict[str, float]:
     """Shares of all ternary weights; a matrix counts as often as it has weights."""
     if not (shares := report.get("ternary")):
         return {}
-    sizes = [math.prod(np.shape(share)[:-1]) * size for share, size in shares.values()]
+    sizes = [math.prod(np.shape(share)[:-1]) * int(size) for share, size in shares.values()]  # beyond int32
     means = [np.reshape(share, (-1, len(TERNARY))).mean(0) for share, _ in shares.values()]
     return {f"ternary/{what}": float(x) for what, x in zip(TERNARY, np.average(means, axis=0, weights=sizes))}
 

@@ -16,6 +16,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.interop.beside import SUFFIX, beside, prefix
 from easylm_plus.interop.companions import COMPANIONS
 from easylm_plus.interop.difference import FILE
+from easylm_plus.interop.peft import CONFIG
 from easylm_plus.interop.tensor_files import INDEX, read_json
 from easylm_plus.training.checkpoint import read_meta
 
@@ -71,11 +72,14 @@ def _foreign(output: Path) -> str | None:
         if not others and not {"pieces", "quantized"} & read_meta(output, 0).keys():
             return "a checkpoint of a training run"
     else:
-        known = {path for pattern in ("*.safetensors", INDEX, "config.json", FILE, *COMPANIONS)
+        described = ("config.json", FILE, CONFIG)
+        known = {path for pattern in ("*.safetensors", INDEX, *described, *COMPANIONS)
                  for path in output.glob(pattern) if path.is_file()}  # fmt: skip
         others = [path.name for path in output.iterdir() if path not in known]
-        keys = {key for name in ("config.json", FILE) if output / name in known for key in read_json(output / name)}
-        if not keys & {"architectures", "sha256"} or not any(path.suffix == ".safetensors" for path in known):
+        keys = {key for name in described if output / name in known for key in read_json(output / name)}
+        if not keys & {"architectures", "sha256", "peft_type"} or not any(
+            path.suffix == ".safetensors" for path in known
+        ):
             return "no model"
     return min(others) if others else None
 

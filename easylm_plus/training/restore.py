@@ -17,8 +17,11 @@ from easylm_plus.interop.huggingface import load_parameters, read_config
 from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.models.transformer import Transformer, stack_layers, unstack_layers
 from easylm_plus.numerics.coded import Coded
+from easylm_plus.numerics.deploy import thawed
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.packed_ternary import PackedTernary
+from easylm_plus.numerics.trits import Trits
 from easylm_plus.training.checkpoint import locate, read_parameters
 from easylm_plus.tree import path_name
 
@@ -39,6 +42,7 @@ def warm_start(
     rename: Sequence[str],
     fresh: Callable[[], Any] | None = None,
     codings: Mapping[str, Callable[[Any], Coded]] = MappingProxyType({}),
+    ternary: Collection[str] = (),
 ) -> tuple[Any, list[Taken]]:
     """Replaces the weights of `params` that `path` has under the same name and shape.
 
@@ -52,6 +56,8 @@ def warm_start(
       fresh: makes the tree, of which weights are taken that are not found.
       codings: of weights that are kept in codes (numerics/rules.py's CODED), by name: they are rounded matrix by
         matrix, and only their codes are put in place. Those that are in the same codes already stay as they are.
+      ternary: names of weights that multiply as their ternary rounding; found packed, they get latents that round to
+        what was found.
 
     Returns:
       (parameters, sharded and typed like `params`; what became of each weight on either side).
@@ -67,7 +73,11 @@ def warm_start(
         elif found.shape != own[name].shape:
             outcomes[name] = Taken(name, own[name].shape, f"has shape {list(found.shape)}: starts random")
         else:
-            new[name] = _put_codes(found, own[name], codings[name]) if name in codings else _put(found, own[name])
+            if name in codings:
+                new[name] = _put_codes(found, own[name], codings[name])
+            else:
+                packed = isinstance(found, PackedTernary | Trits)
+                new[name] = _put(found, own[name], thawed if packed and name in ternary else decode)
             outcomes[name] = Taken(name, found.shape, "taken")
 
     read_weights(path, model, place)
@@ -102,18 +112,18 @@ def read_weights(path: str | Path, model: Transformer, place: Callable[[str, Any
         place(path_name(name), leaf)
 
 
-def _put(found: Any, like: jax.Array) -> jax.Array:
-    """A weight of the host on the devices, typed and sharded as another; decoded matrix by matrix."""
+def _put(found: Any, like: jax.Array, values: Callable[[Any], Any]) -> jax.Array:
+    """A weight of the host on the devices, typed and sharded as another; `values` of a leaf, matrix by matrix."""
 
     def part(index: Any) -> np.ndarray:
         if not is_kept(found):
             return np.asarray(found[index], like.dtype)
         stack, sides = index[:-2], index[-2:]
         own = found[stack]
-        values = np.empty(like.sharding.shard_shape(like.shape), like.dtype)
+        out = np.empty(like.sharding.shard_shape(like.shape), like.dtype)
         for matrix in np.ndindex(own.shape[:-2]):
-            values[matrix] = decode(own[matrix])[sides]
-        return values
+            out[matrix] = values(own[matrix])[sides]
+        return out
 
     return jax.make_array_from_callback(like.shape, like.sharding, part)
 

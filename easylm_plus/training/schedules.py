@@ -54,8 +54,9 @@ def schedule(config: Mapping[str, Any], total_steps: int) -> Schedule:
 def weight_decay(config: Mapping[str, Any], total_steps: int) -> float | Schedule:
     """The weight decay of a config's `optimizer` section: a number, or with two stages a function of the step, which is
     `weight_decay` (for two_stage_cosine the start of a half cosine to 0) and from `stage_at` of the run on
-    `stage_weight_decay`."""
+    `stage_weight_decay`, or where that is negative, `weight_decay`."""
     first, second, kind = config["weight_decay"], config["stage_weight_decay"], config["schedule"]
+    second = first if second < 0 else second
     if not kind.startswith("two_stage") or (first == second and kind == "two_stage"):
         return first
 

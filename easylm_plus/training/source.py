@@ -13,7 +13,8 @@ from easylm_plus.interop.llama2c import load_llama2c
 from easylm_plus.interop.translate import Translated
 from easylm_plus.interop.weights import Latents, Weights, indices, of_params, stored
 from easylm_plus.models.families import preset
-from easylm_plus.training.checkpoint import steps
+from easylm_plus.numerics.lora import LowRank
+from easylm_plus.training.checkpoint import locate, read_adapters, steps
 from easylm_plus.training.stream import open_checkpoint
 
 KINDS = ("hf", "easylm_plus", "easylm", "llama2c")
@@ -26,11 +27,18 @@ class Source(NamedTuple):
     weights: Weights
     original: Mapping[str, Any] | None  # its config.json, if it has or once had one
     companions: Path | None  # the folder of its tokenizer
-    run: Mapping[str, Any] | None = None  # the config of the run that made it
+    run: Mapping[str, Any] | None = None  # the config of the run that made it, or of it what is known
+    adapters: Mapping[str, LowRank] | None = None  # of the run, by the names of its weights, if they were asked for
 
 
 def open_source(
-    path: Path, kind: str | None = None, step: int | None = None, *, model: str = "", pickled: bool = False
+    path: Path,
+    kind: str | None = None,
+    step: int | None = None,
+    *,
+    model: str = "",
+    pickled: bool = False,
+    apart: bool = False,
 ) -> Source:
     """Opens weights of any format.
 
@@ -39,6 +47,7 @@ def open_source(
       step: of a run of ours; None: the last.
       model: the preset that a file of EasyLM's holds.
       pickled: also PyTorch's own format, where there is no other.
+      apart: hand out a run's adapters beside its weights, not as part of them, which they cannot be of ternary ones.
     """
     if not path.exists():
         raise UserError(f"{path}: not found; expected weights")
@@ -59,9 +68,10 @@ def open_source(
         rules = stated_rules(original, f"{path}: config.json") if original else ()
         rules = rules or run.get("numerics", {}).get("rules", ())
         ternary = with_ternary(weights, rules)
-        if found := _adapted(ternary, meta.get("leaves", {})):
+        if not apart and (found := _adapted(ternary, meta.get("leaves", {}))):
             raise UserError(f"{path}: found an adapter of {found}, which is ternary; the two cannot be merged")
-        return Source(ternary, original, directory / "tokenizer", run)
+        adapters = read_adapters(*locate(path, step)) if apart else None
+        return Source(ternary, original, directory / "tokenizer", run, adapters)
     if kind == "llama2c":
         small, params = load_llama2c(path)
         return Source(of_params(small.config, params, str(path)), None, None)

@@ -7,7 +7,7 @@ layer and expert, so a piece is one file that is written once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,10 @@ def _write_piece(state: Path, weights: Weights, progress: Progress, piece: tuple
         found = weights.ternary(names[0], index)
         assert found is not None, names[0]
         key, inner = stored(names[0], index, weights.config.scan_layers)
-        _write_chunk(_chunk(state, f"{key}/codes", inner, (0, 0)), pack(found[0]))
+        codes = pack(found[0])
+        _write_chunk(_chunk(state, f"{key}/codes", inner, (0, 0)), codes)
         _write_chunk(_chunk(state, f"{key}/scale", inner, ()), np.full(1, found[1], np.float32))
-        progress(found[0].size * weights.dtype(names[0]).itemsize)
+        progress(codes.nbytes)
         return
     for name, array in zip(names, weights.read(names, index), strict=True):
         key, inner = stored(name, index, weights.config.scan_layers)
@@ -198,8 +199,14 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> tuple[Stacked,
     return Stacked(config, arrays, fetch, place, ternary), meta, directory
 
 
-def total_bytes(weights: Weights) -> int:
-    """What all weights take."""
+def total_bytes(weights: Weights, coded: Set[str] = frozenset()) -> int:
+    """What all weights take, those of these names in codes of two bits."""
     shapes = stored_shapes(weights.config, True)
-    names = (name for group in weights.groups for name in group)
-    return sum(math.prod(shapes[stored(name, (0, 0), True)[0]]) * weights.dtype(name).itemsize for name in names)
+
+    def size(name: str) -> int:
+        shape = shapes[stored(name, (0, 0), True)[0]]
+        if name in coded:
+            return math.prod(_packed_shapes(shape).codes.shape)
+        return math.prod(shape) * weights.dtype(name).itemsize
+
+    return sum(size(name) for group in weights.groups for name in group)

@@ -12,6 +12,7 @@ from easylm_plus.compression.pruning import kept_of, magnitude, sparsegpt, wanda
 from easylm_plus.compression.surgeon import DAMPING, change, factor
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.integer import Grid, integers, unpack
+from easylm_plus.numerics.sparsity import sparse
 
 D, F = 48, 20
 
@@ -56,6 +57,15 @@ def test_gptq_is_the_textbook(bits):
     np.testing.assert_array_equal(unpack(found), grid(expected))
     nearest = integers(jnp.asarray(w), bits)
     assert (np.asarray(unpack(nearest)) != grid(expected)).mean() > 0.1, "rounding to nearest is told apart"
+
+
+@pytest.mark.parametrize("share", (0.57, 0.7, 0.3))
+def test_as_many_stay_as_there_is_room_for(share):
+    """Where share * D * F and share * (D * F) are not the same whole number, too: 171 and 170 of 12 x 25."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(12, 25)), jnp.float32)
+    kept = magnitude(w, share)
+    assert int(kept.sum()) == kept_of(12, 25, share, "magnitude")
+    np.testing.assert_array_equal(decode(sparse(w, kept, kept_of(12, 25, share, "magnitude"))), jnp.where(kept, w, 0))
 
 
 def test_gptq_as_qwix_does_it(monkeypatch):

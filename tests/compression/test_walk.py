@@ -205,6 +205,20 @@ def test_an_expert_that_nobody_meets_is_rounded_to_nearest():
     assert np.abs(decode(found[0]) - decode(nearest[0])).max() > 0.01
 
 
+@pytest.mark.parametrize("text", ("int4:method=awq", "sparse:share=0.7", "sparse:share=0.7,method=sparsegpt"))
+def test_an_expert_that_nobody_meets_is_of_the_same_kind(text):
+    """As many values and factors as its siblings have, so that they are one leaf; and its own largest weights."""
+    w = np.random.default_rng(0).normal(size=(2, 8, 25)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(30, 8))
+    seen = Seen(np.stack([x.T @ x, np.zeros((8, 8))]), np.stack([np.abs(x).sum(0), np.zeros(8)]))
+    found = np.asarray(decode(scheme(text)("experts", w, seen)[1]))
+    assert found.shape == (8, 25) and np.abs(found - w[1]).max() < np.abs(w[1]).max() / 2 if "int" in text else True
+    if "sparse" in text:
+        alone = np.asarray(decode(scheme(text)("expert", w[1], Seen(np.eye(8), np.ones(8)))))
+        np.testing.assert_array_equal(found, alone)
+        assert 0.3 <= (found != 0).mean() <= 0.4
+
+
 SLOW = ("nf4:double", "fp8", "2:4:method=sparsegpt", "int3:method=awq,asym,group=8")
 
 

@@ -1,5 +1,6 @@
 """Templates: Koala's format to the token, Hugging Face's ids, weights where they belong, and nothing to inject."""
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.jinja_chat import ChatTemplateError
-from data_pipelines.template import load_template
+from data_pipelines.template import jinja_source, load_template
 from data_pipelines.tokenization import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "koala_format.jsonl"
@@ -91,6 +92,24 @@ def test_koala_on_the_real_records(tokenizer):
         prompt = load_template("koala", words).render_prompt(chat("Hello!", "Hi! How can I help you?", "next?"))
         said = "<s>BEGINNING OF CONVERSATION: USER: Hello! GPT: Hi! How can I help you?</s>USER: next? GPT:"
         assert words.decode(prompt, skip_special=False) == said
+
+
+@pytest.mark.parametrize("kind", ("bytes", "sentencepiece"))
+def test_koala_as_one_text(kind):
+    """For programs that know jinja alone: the same text, of which the same is learned. (Its ids are those of llama.cpp,
+    which like ours puts sentencepiece's space before a text that follows eos; Hugging Face's templates do not.)"""
+    words = tiny(kind)
+    one, own = load_template(jinja_source("koala", words), words), load_template("koala", words)
+    for roles in (["user", "assistant"] * 2, ["system", "user", "assistant", "user", "assistant"]):
+        said = chat(*["Be brief.", "What is it?", "It is the Loire.", "again?", "no"][-len(roles) :], roles=roles)
+        ours, theirs = own.encode(said), one.encode(said)
+        text = lambda ids: words.decode(list(ids), skip_special=False)
+        assert text(ours.ids) == text(theirs.ids)
+        learned = lambda example: text(i for i, weight in zip(example.ids, example.weights) if weight)
+        assert learned(ours) == learned(theirs) and "Loire" in learned(ours) and "USER" not in learned(ours)
+        asked = dataclasses.replace(said, turns=said.turns[:-1])
+        assert text(own.render_prompt(asked)) == text(one.render_prompt(asked))
+    assert jinja_source("text", words) is None and jinja_source("yuan", words) is None
 
 
 def test_koala_system_turns_and_roles():

@@ -34,9 +34,10 @@ from easylm_plus.interop.weights import piece_shapes, ternary_names
 from easylm_plus.numerics import deploy
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.packed_ternary import PackedTernary, pack, packed
-from easylm_plus.numerics.rules import BITNET, attach
+from easylm_plus.numerics.rules import BITNET, assign, attach
 from easylm_plus.numerics.verbs import project
 from easylm_plus.training.checkpoint import locate, read_parameters
+from easylm_plus.training.restore import warm_start
 from easylm_plus.training.stream import open_checkpoint
 
 GOLDEN = tiny.ROOT / "tests/golden/quant"
@@ -251,6 +252,37 @@ def test_a_ternary_run_stays_trainable_as_ours(run, tmp_path):
     assert deploy.is_packed(opened.params) and opened.config["numerics"]["rules"], (
         "rounded only as it is opened to be used"
     )
+
+
+def test_a_difference_of_a_ternary_run_is_ternary(run, tmp_path):
+    """Its latents come back as latents: what they mean is told with them."""
+    model, params = tiny.model(vocab=300, sub_norms=True, scan_layers=True)
+    save_hf(model, params, tmp_path / "base", tokenizer_from=tiny.data() / "tokenizer")
+    converted(input=run, diff_base=tmp_path / "base", output=tmp_path / "difference")
+    again = {"input": tmp_path / "difference", "diff_base": tmp_path / "base", "recover": True}
+    converted(output=tmp_path / "ours", **again)
+    opened, expected = open_model(tmp_path / "ours", template="text"), open_model(run)
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    np.testing.assert_array_equal(*(logits(m.model, m.params, ids) for m in (opened, expected)))
+    converted(output=tmp_path / "hf", to="hf", **again)
+    assert read_raw(tmp_path / "hf")["quantization_config"] == quantization_config("autobitlinear")
+    refuse("expected --quantize=ternary, which is exactly it", output=tmp_path / "x", quantize="int4", **again)
+
+
+def test_training_goes_on_from_packed_weights(run, tmp_path):
+    """With the codes and scales that were packed, not with smaller ones: the first loss is that of the model found."""
+    converted(input=run, output=tmp_path / "hf", to="hf")
+    found = load_hf(tmp_path / "hf")
+    model, packed_params = found
+    shapes = jax.eval_shape(lambda: tiny.model(vocab=300, sub_norms=True, scan_layers=True)[1])
+    put = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), shapes)
+    names = {name for name, transform in assign(shapes, BITNET).items() if transform == "ternary"}
+    starts = [warm_start(shapes, tmp_path / "hf", model, (), ternary=chosen)[0] for chosen in (names, ())]
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    expected, right, wrong = (logits(model, p, ids) for p in (packed_params, *(attach(p, BITNET) for p in starts)))
+    np.testing.assert_allclose(right, expected, atol=1e-4)
+    assert np.abs(wrong - expected).max() > 0.01
 
 
 # --- refusals ---

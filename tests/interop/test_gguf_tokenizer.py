@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import tiny
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
@@ -20,8 +20,8 @@ import tiny_tokenizers
 LLAMA3, QWEN2 = (next(key[0][1] for key, name in PRE.items() if name == wanted) for wanted in ("llama-bpe", "qwen2"))
 
 
-def keys_of(tokenizer, extra=0):
-    return {key: value for key, _, value in tokenizer_keys(tokenizer, tokenizer.vocab_size + extra)}
+def keys_of(tokenizer, extra=0, **more):
+    return {key: value for key, _, value in tokenizer_keys(tokenizer, tokenizer.vocab_size + extra, **more)}
 
 
 def byte_level(folder, pieces, *, normalizer=None, special=("<|begin_of_text|>", "<|end_of_text|>"), **model):
@@ -171,9 +171,17 @@ def test_of_two_files_the_one_with_scores(tmp_path):
 
 def test_bos_and_templates(tmp_path):
     tokenizer = byte_level(tmp_path, [split(QWEN2), BYTES])
-    assert keys_of(tokenizer)["tokenizer.ggml.add_bos_token"] and "tokenizer.chat_template" not in keys_of(tokenizer)
+    adds = lambda tokenizer, **more: keys_of(tokenizer, **more)["tokenizer.ggml.add_bos_token"]
+    assert adds(tokenizer, ours=True) and not adds(tokenizer) and "tokenizer.chat_template" not in keys_of(tokenizer)
+    raw = Tokenizer.from_file(str(tokenizer.path))
+    special = [("<|begin_of_text|>", tokenizer.bos_id)]
+    first = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=special)
+    for processor in (first, processors.Sequence([processors.ByteLevel(), first])):
+        raw.post_processor = processor
+        raw.save(str(tokenizer.path))
+        assert adds(load_tokenizer(tmp_path)), "as transformers, which runs it"
     template = "{% for m in messages %}{%- generation -%}{{ m.content }}{% endgeneration %}{% endfor %}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "chat_template": template}))
-    keys = keys_of(load_tokenizer(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    keys = keys_of(load_tokenizer(tmp_path), ours=True, chat_template=template)
     assert not keys["tokenizer.ggml.add_bos_token"]
     assert keys["tokenizer.chat_template"] == "{% for m in messages %}{{ m.content }}{% endfor %}"

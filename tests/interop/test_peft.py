@@ -17,14 +17,17 @@ from easylm_plus import convert
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
 from easylm_plus.interop.huggingface import load_hf, save_hf
-from easylm_plus.interop.peft import CONFIG, TENSORS, beside, modules_of, read_adapters, write_adapters
+from easylm_plus.interop.peft import CONFIG, TENSORS, Adapted, beside, modules_of, read_adapters, write_adapters
+from easylm_plus.interop.weights import of_params
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.nf4 import NF4
-from easylm_plus.numerics.rules import attach
+from easylm_plus.numerics.rules import BITNET, attach
+from easylm_plus.training import checkpoint
 from easylm_plus.training.checkpoint import locate, read_parameters
+from easylm_plus.tree import path_name
 
 LORA = ("self_attn/(q|v)_proj=4", "mlp=2")
 IDS = np.arange(24, dtype=np.int32).reshape(2, 12)
@@ -148,11 +151,61 @@ def test_merged_and_beside_the_base(run, adapter, base, tmp_path):
                                atol=2e-5)  # fmt: skip
 
 
-def test_doors_take_an_adapter(base, adapter):
-    options = (f"--checkpoint={base}", f"--adapter={adapter}", "--template=chat", "--prompt=Add: 3 + 4",
-               "--max_new_tokens=4")  # fmt: skip
-    status, output = tiny.run(*options, door="easylm_plus.chat")
+def test_doors_take_an_adapter(base, run, adapter):
+    """The answer is the run's, and not the base's."""
+
+    def answer(*options):
+        told = (*options, "--template=chat", "--prompt=Add: 3 + 4", "--max_new_tokens=8", "--temperature=0")
+        status, output = tiny.run(*told, door="easylm_plus.chat")
+        assert status == 0, output[-2000:]
+        return output.strip().splitlines()[-1]
+
+    assert answer(f"--checkpoint={base}", f"--adapter={adapter}") == answer(f"--checkpoint={run}")
+    assert answer(f"--checkpoint={base}") != answer(f"--checkpoint={run}")
+
+
+def test_adapters_in_half_precision_are_computed_with_in_float32(base, adapter, tmp_path):
+    tensors = {name: x.astype(np.float16) for name, x in load_file(adapter / TENSORS).items()}
+    config = open_model(base, template="chat").model.config
+    found = read_adapters(changed(adapter, tmp_path / "half", tensors), config)
+    assert {x.dtype for leaf in found.values() for x in (leaf.a, leaf.b)} == {np.dtype(np.float32)}
+
+
+def test_the_base_is_not_read_with_the_adapters(run, monkeypatch):
+    """Of 13B it is 26 GB, which would be thrown away."""
+    read, seen = checkpoint._read, []
+    monkeypatch.setattr(checkpoint, "_read", lambda d, s, tree, how: (seen.append(tree), read(d, s, tree, how))[1])
+    checkpoint.read_adapters(*locate(run))
+    names = {path_name(path).rpartition("/")[2] for path, _ in jax.tree_util.tree_leaves_with_path(seen[0])}
+    assert names == {"a", "b"}
+
+
+def test_adapters_are_written_again_with_force(run, adapter, tmp_path):
+    converted(input=run, output=tmp_path / "a", to="peft")
+    converted(input=run, output=tmp_path / "a", to="peft", force=True)
+    assert (tmp_path / "a" / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
+    (tmp_path / "a" / "mine.txt").write_text("kept")
+    refuse("found mine.txt there", input=run, output=tmp_path / "a", to="peft", force=True)
+
+
+def test_adapters_of_ternary_weights_leave_and_are_not_merged(tmp_path):
+    values = {"numerics__rules": BITNET, "numerics__lora": ("mlp=2",), "model__sub_norms": True, "train__steps": 2,
+              "model__scan_layers": True, "mesh__replica": 2, "mesh__fsdp": 2, "mesh__tensor": 2}  # fmt: skip
+    source = tmp_path / "run"
+    source.mkdir()
+    status, output = tiny.inside(f"--config={tiny.write_config(source, **values)}")
     assert status == 0, output[-2000:]
+    refuse("which is ternary; the two cannot be merged", input=source, output=tmp_path / "x")
+    converted(input=source, output=tmp_path / "adapter", to="peft")
+    opened = open_model(source)
+    params = jax.tree.map(lambda leaf: leaf.base if isinstance(leaf, LowRank) else leaf, opened.params, is_leaf=is_kept)
+    found = read_adapters(tmp_path / "adapter", opened.model.config)
+    again = opened._replace(params=beside(params, found, opened.model.config))
+    np.testing.assert_allclose(logits(again), logits(opened), atol=1e-6)
+    assert np.abs(logits(opened._replace(params=params)) - logits(opened)).max() > 1e-4
+    packed_base = of_params(opened.model.config, params, "the base")
+    with pytest.raises(UserError, match="ternary; an adapter cannot be merged with it"):
+        Adapted(packed_base, found)
 
 
 def test_unstacked_layers_take_the_same_adapters(base, adapter):
@@ -192,6 +245,12 @@ def changed(adapter, folder, tensors=(), **keys):
         ({}, {"peft_type": "IA3"}, "found peft_type .IA3., expected LORA"),
         ({}, {"use_dora": True}, "found use_dora = True, which is not supported"),
         ({}, {"bias": "all"}, "found bias = 'all'"),
+        ({}, {"init_lora_weights": "pissa"}, "found init_lora_weights = 'pissa', adapters to a base that was changed"),
+        ({}, {"init_lora_weights": "olora"}, "found init_lora_weights = 'olora'"),
+        ({}, {"rank_pattern": [2]}, r"found rank_pattern = \[2\], expected an object"),
+        ({}, {"rank_pattern": {"q_proj(": 2}}, r"rank_pattern: found 'q_proj\(', not a regular expression"),
+        ({}, {"alpha_pattern": {"q_proj": "x"}}, "found alpha 'x' for .*q_proj, expected a positive number"),
+        ({}, {"lora_alpha": 0}, "found alpha 0.0 for .*, expected a positive number"),
         ({}, {"r": 3}, r"found rank 3 for model\.layers\.0\.mlp\.\w+_proj, whose tensors have 2"),
         ({f"{Q}.lora_B.weight": None}, {}, "found no tensor .*q_proj.lora_B"),
         ({f"{Q}.lora_B.weight": np.zeros((16, 5), np.float32)}, {}, r"expected \[r, 16\] and \[16, r\]"),

@@ -11,11 +11,12 @@ from easylm_plus.inference.generate import Generator
 from easylm_plus.inference.load import open_model, told, unrolled
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.transformer import Transformer, init_parameters
-from easylm_plus.numerics.deploy import all_filed, all_served, deployed, is_packed
+from easylm_plus.numerics.deploy import all_filed, all_served, deployed, filed, frozen, is_packed, thawed
 from easylm_plus.numerics.formats import FP16, decode, encode
 from easylm_plus.numerics.int8_rows import Int8Rows
 from easylm_plus.numerics.kernels import choice
 from easylm_plus.numerics.leaves import is_kept
+from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.packed_ternary import PackedTernary, packed
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import BITNET, attach
@@ -88,6 +89,35 @@ def test_codes_of_another_kind():
     mlp = {**params["layers"]["mlp"], "up_proj": {"kernel": table}}
     with pytest.raises(UserError, match="up_proj/kernel: found Int8Rows, expected trained weights"):
         deployed({**params, "layers": {**params["layers"], "mlp": mlp}}, BITNET)
+
+
+def test_an_adapter_is_not_packed_with_its_base():
+    _, params = bitnet(scan_layers=True)
+    params = jax.tree.map(lambda x: x, params)
+    base = params["layers"]["mlp"]["up_proj"]["kernel"]
+    a, b = jnp.ones((*base.shape[:-1], 2)), jnp.ones((2, 2, base.shape[-1]))
+    params["layers"]["mlp"]["up_proj"]["kernel"] = LowRank(base, a, b, 1.0)
+    with pytest.raises(UserError, match="up_proj/kernel: found an adapter of a ternary weight"):
+        deployed(params, BITNET)
+    used = frozen(attach(params, BITNET))["layers"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(used, LowRank) and isinstance(used.base, PackedTernary) and is_packed({"only": used})
+    np.testing.assert_array_equal(used.base.codes, packed(base).codes)
+
+
+# --- and back ---
+
+
+@pytest.mark.parametrize("kind", (lambda leaf: leaf, filed), ids=("packed", "trits"))
+def test_latents_that_round_to_what_is_packed(kind):
+    """Codes exactly, scales to float32; values as they are would come back smaller by the share of zeros."""
+    w = np.random.default_rng(0).normal(size=(3, 40, 24)).astype(np.float32)
+    w[1] = 0
+    leaf = packed(jnp.asarray(w))
+    again = packed(jnp.asarray(thawed(jax.tree.map(np.asarray, kind(leaf)))))
+    np.testing.assert_array_equal(again.codes, leaf.codes)
+    np.testing.assert_allclose(again.scale[::2], leaf.scale[::2], rtol=1e-6)
+    smaller = packed(jnp.asarray(decode(leaf)))
+    assert (np.asarray(smaller.scale / leaf.scale)[::2] < 0.75).all()
 
 
 # --- what it answers ---

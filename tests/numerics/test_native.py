@@ -170,6 +170,8 @@ def test_a_machine_without_a_compiler(afresh, monkeypatch, capsys):
     monkeypatch.setenv(choice.VARIABLE, "ffi")
     with pytest.raises(UserError, match=r"EASYLM_PLUS_TERNARY = 'ffi': the kernels cannot be compiled.*No such file"):
         project(tokens(1, 300), weight(300, 5))
+    monkeypatch.setenv("CXX", "'open")
+    assert "quotation" in native.found.__wrapped__().reason
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     assert "no C++ compiler: expected one of c++, g++, clang++" in native.found.__wrapped__().reason

@@ -15,6 +15,7 @@ from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import LowRank
 from easylm_plus.numerics.nf4 import NF4, nf4
+from easylm_plus.numerics.packed_ternary import packed
 from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.numerics.ternary_codes import TernaryCodes
 from easylm_plus.parallel import sharding
@@ -186,6 +187,19 @@ def test_adapters_beside_ternary_weights_are_used_as_they_learned():
     logits = lambda params: np.asarray(run.parts.model.apply({"params": params}, tokens))
     np.testing.assert_allclose(logits(used), logits(learned), atol=1e-5)
     assert np.abs(logits(together) - logits(used)).max() > 1e-3
+
+
+def test_a_ternary_base_is_not_rounded_twice():
+    """First to the compute dtype, say, in which some codes are others."""
+    run = run_of("none", lora=LORA, rules=("layers=ternary",), scan_layers=True, precision="bf16").start()
+    latents, kept = run.parameters(), run.state.params
+    for part, name in (("mlp", "up_proj"), ("self_attn", "q_proj")):
+        leaf, latent = (tree["layers"][part][name]["kernel"] for tree in (kept, latents))
+        expected = packed(jnp.asarray(latent))
+        base = leaf.base if isinstance(leaf, LowRank) else leaf
+        np.testing.assert_array_equal(packed(base).codes, expected.codes)
+        narrow = packed(jnp.asarray(latent, jnp.bfloat16))
+        assert (narrow.codes != expected.codes).any() or (narrow.scale != expected.scale).any()
 
 
 def test_experts_in_codes():

@@ -14,7 +14,7 @@ from easylm_plus.numerics.levels import Numerics
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import BITNET
 from easylm_plus.numerics.ternary import Ternary, int8_activation, ternary_codes, ternary_weight
-from easylm_plus.numerics.ternary_codes import TernaryCodes, pack_rows, turned, unpack_rows
+from easylm_plus.numerics.ternary_codes import TernaryCodes, pack, side_of, turned, unpack
 from easylm_plus.numerics.verbs import dense, project
 
 AXES = ("embed", "mlp")
@@ -26,16 +26,21 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 def coded(latent, **fields):
     codes, inverse = ternary_codes(latent)
-    return TernaryCodes(pack_rows(codes), inverse, None, latent.shape[-2], AXES, **fields)
+    side = side_of(AXES)
+    return TernaryCodes(pack(codes, side), inverse, None, side, latent.shape[side], AXES, **fields)
 
 
 @pytest.mark.parametrize("shape", ((8, 3), (1, 1), (13, 4), (2, 3, 10, 5)), ids=str)
-def test_packing_loses_nothing(shape):
+@pytest.mark.parametrize("side", (-1, -2))
+def test_packing_loses_nothing(shape, side):
     codes = np.random.default_rng(0).integers(-1, 2, shape)
-    packed = pack_rows(jnp.asarray(codes))
-    assert packed.shape == (*shape[:-2], -(-shape[-2] // 4), shape[-1]) and packed.dtype == jnp.uint8
-    np.testing.assert_array_equal(unpack_rows(packed, shape[-2]), codes)
-    assert not np.asarray(unpack_rows(packed, 4 * packed.shape[-2]))[..., shape[-2] :, :].any()
+    packed = pack(jnp.asarray(codes), side)
+    expected = list(shape)
+    expected[side] = -(-shape[side] // 4)
+    assert packed.shape == tuple(expected) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(unpack(packed, side, shape[side]), codes)
+    rest = np.moveaxis(np.asarray(unpack(packed, side, 4 * packed.shape[side])), side, 0)[shape[side] :]
+    assert not rest.any()
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16), ids=str)
@@ -62,7 +67,7 @@ def test_what_is_kept_for_the_backward_pass():
     x, leaf = normal(0, 16, 64), coded(normal(1, 64, 32))
     _, pull = jax.vjp(lambda x: project(x, leaf), x)
     sizes = {(a.dtype.name, a.shape) for a in jax.tree.leaves(pull) if hasattr(a, "dtype") and a.size > 16}
-    assert sizes == {("int8", (16, 64)), ("uint8", (16, 32))}
+    assert sizes == {("int8", (16, 64)), ("uint8", (64, 8))}
 
 
 # --- a run ---

@@ -72,6 +72,14 @@ def test_codes_travel_instead_of_weights():
     assert plain == {"f32": 4 * (2 * ELEMENTS + ENDS)}
 
 
+def test_codes_are_cut_wherever_latents_are():
+    """Also where a quarter of the side that `fsdp` cuts is not divided by it: 3200 in-features over 64 devices, say."""
+    matrices = ((12, 32), (12, 16), (12, 16), (32, 12), (12, 64), (12, 64), (64, 12))
+    bytes_ = gathered(run_on("fsdp", hidden_size=12).gradients_program.as_text())
+    assert bytes_.pop("u8") == 2 * LAYERS * sum(D * F for D, F in matrices) / 4
+    assert bytes_ == {"f32": 4 * 2 * VOCAB * 12}
+
+
 def test_unpinned_codes_are_not_what_travels(monkeypatch):
     """Negative control: left to the partitioner, what the codes are made of is brought together."""
     monkeypatch.setattr(ternary_codes, "constrain", lambda x, *axes: x)

@@ -117,6 +117,13 @@ def test_ternary_shares_by_matrix_and_in_the_mean():
     assert numerics_log.ternary_mean({}) == numerics_log.ternary_mean(report()) == {}
 
 
+def test_matrices_of_more_weights_than_int32_counts():
+    """LLaMA 13B's feed-forward stacks; sizes come from the device as int32."""
+    size = np.asarray(5120 * 13824, np.int32)
+    shares = {UP: (np.full((40, 2), 0.5), size), DOWN: (np.full((40, 2), 0.1), np.asarray(5120 * 5120, np.int32))}
+    assert numerics_log.ternary_mean({"ternary": shares})["ternary/flips"] == pytest.approx((27 * 0.5 + 10 * 0.1) / 37)
+
+
 @pytest.mark.parametrize("options", ({}, {"warmup": 10}, {"scan_layers": False}), ids=str)
 def test_a_step_reports_what_it_turned(options):
     """Those of the codes before and after it, as they come out of the parameters."""

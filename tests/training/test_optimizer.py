@@ -12,6 +12,7 @@ from easylm_plus.models.transformer import Transformer, abstract_parameters
 from easylm_plus.numerics.formats import E4M3, FP16, decode, encode
 from easylm_plus.training.optimizer import adamw, decay_mask, from_optax, global_norm, is_scaled
 from easylm_plus.training.scaled_adam import scaled_adamw
+from easylm_plus.training.schedules import weight_decay
 from easylm_plus.tree import path_name
 
 RATE, B1, B2, EPS, DECAY, CLIP, STEPS = 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0, 12
@@ -188,5 +189,7 @@ def test_decay_changes_at_the_second_stage(kind, rest):
         params, state, _ = step(nothing, state, params, jnp.float32(0), True)
     shrunk = lambda *stages: 2.0 * np.prod([(1 - RATE * decay) ** steps for decay, steps in stages])
     np.testing.assert_allclose(params["kernel"], shrunk((DECAY, 3), (rest, 9)), rtol=1e-6)
+    config.stage_weight_decay = base().optimizer.stage_weight_decay
+    assert weight_decay(config, STEPS) == DECAY, "where no config says otherwise, as before there were two"
     for wrong in (shrunk((DECAY, 12)), shrunk((rest, 12)), shrunk((DECAY, 4), (rest, 8))):
         assert abs(float(params["kernel"][0, 0]) - wrong) > 1e-4

@@ -56,7 +56,7 @@ def found() -> Native | Missing:
     try:
         path = _compiled()
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:  # no home, no such CXX
         return Missing(_told(error))
     library.BestLevel.restype = ctypes.c_int64
     prefix = f"easylm_plus_{path.stem}_"  # a compiled program that was kept means this very source

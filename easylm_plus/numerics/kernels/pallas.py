@@ -31,7 +31,7 @@ LEAST_ROWS = 16  # of tokens and of out-features, in a GPU's matrix units
 TPU_ROWS = 32  # of int8 in a TPU's tile
 TPU_BYTES = 1 << 18  # of codes at a time, so that all that is made of them fits next to the matrix units
 BFLOAT16_TPUS = ("v2", "v3", "v4")
-BFLOAT16_INPUTS = 2**17  # in-features: sums stay below 2^24
+BFLOAT16_INPUTS = 2**16  # in-features: sums of code + 1, up to 2, times 128 stay within 2^24
 
 assert MOST_INPUTS < 2**31 // 256, "sums of codes up to 2 stay below 2^31"
 
