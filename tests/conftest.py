@@ -99,7 +99,7 @@ def engine_python() -> Path:
 
 
 CACHED = type(functools.cache(len))
-MAPPINGS = 20_000  # of memory; Linux allows a process 65,530, and XLA aborts in the middle of a compilation there
+MAPPINGS = 35_000  # of memory; Linux allows a process 65,530, and XLA aborts in the middle of a compilation there
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -246,6 +246,7 @@ def test_where_masters_lie_may_change(run):
         compare_runs(meta, other, defaults, meta["data_hash"], "place")
 
 
+@pytest.mark.slow
 def test_a_run_whose_tensors_are_dealt_out_whole(tmp_path):
     """Its checkpoints are by name, like all; it continues from one exactly, and so does a run that cuts them."""
     values = {**VALUES, "optimizer__zero": "whole_tensor", "mesh__replica": 8, "mesh__fsdp": 1, "mesh__tensor": 1,

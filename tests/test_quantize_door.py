@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 from data_pipelines import datasets
 from data_pipelines.loader import evaluation_batches
 from easylm_plus import convert
+from easylm_plus.compression.quantize import rows_of
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate
 from easylm_plus.inference.generate import Generator
@@ -103,6 +104,13 @@ def test_perplexity_is_what_evaluation_measures(float_run, four_bits):
     assert abs(losses[0] - losses[1]) > 1e-4
     assert float(rows["held-out perplexity"]) == pytest.approx(math.exp(losses[1]), rel=1e-4)
     assert rows["their bits a weight"] == "8.00", "4 and a scale of 32 for 8 weights"
+
+
+def test_as_many_rows_are_looked_at_as_were_asked_for(float_run):
+    """Also where batches do not divide them."""
+    described = read_meta(float_run, 0)["config"]
+    rows = [len(batch["inputs"]) for batch in rows_of(described, float_run / "tokenizer", "", 11, 4).calibration]
+    assert rows == [8, 3]
 
 
 def test_what_the_checkpoint_says(four_bits):

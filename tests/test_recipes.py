@@ -16,7 +16,7 @@ from data_pipelines.tokenization import load_tokenizer
 from easylm_plus import config as configs
 from easylm_plus.errors import UserError
 from easylm_plus.models.transformer import Transformer, abstract_parameters
-from easylm_plus.numerics.levels import PLAIN, Numerics
+from easylm_plus.numerics.levels import Numerics
 from easylm_plus.numerics.precision import precision
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import AXES, axis_sizes
@@ -161,10 +161,10 @@ def estimated(name, devices):
     shapes, axes = weights(name)
     optimizer, model = adamw(config.optimizer, 10**9), configs.model_config(config)
     policy = precision(config.numerics.precision)
-    numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes) if config.numerics.lora else PLAIN
-    abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0, numerics), shapes)
     token = sharding._rules.set(sharding.rules_for(mesh, model.num_heads, model.num_kv_heads))
     try:
+        numerics = Numerics(config.numerics, config.optimizer, policy, shapes, axes)
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, config.train.ema > 0, numerics), shapes)
         shardings = state_shardings(abstract, sharding.shardings(axes, shapes, mesh), mesh)
     finally:
         sharding._rules.reset(token)

@@ -117,6 +117,7 @@ def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
     assert rows(tmp_path) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_fp8_continues_exactly(tmp_path):
     """O3 with windows, weights cut over replicas: codes, factors and windows come back from the disk, bit for bit."""
     values = {

@@ -134,10 +134,12 @@ def rows_of(described: Mapping[str, Any], tokenizer: Path, data: str, calibratio
     }
     batches = evaluation_batches(opened("heldout"), encode, batch_size=ROWS, length=length, limit_per_source=examples)
     heldout = [batch.arrays for batch in batches]
-    size = min(ROWS, calibration)
-    loader = Loader(opened("train"), mixed, encode, batch_size=size, length=length, seed=0) if calibration else None
-    counts = [min(size, calibration - first) for first in range(0, calibration, size)] if loader else []
-    seen = [{key: x[:count] for key, x in next(loader).arrays.items()} for count in counts]
+    seen: list[Batch] = []
+    if calibration:
+        size = min(ROWS, calibration)
+        loader = Loader(opened("train"), mixed, encode, batch_size=size, length=length, seed=0)
+        counts = [min(size, calibration - first) for first in range(0, calibration, size)]
+        seen = [{key: x[:count] for key, x in next(loader).arrays.items()} for count in counts]
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in seen)
     learned = sum(int(batch["loss_weights"].sum()) for batch in heldout)
     told = f"{folder}: {tokens:,} tokens to calibrate with where a method does, {learned:,} held-out ones to measure"

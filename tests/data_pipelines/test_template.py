@@ -100,12 +100,12 @@ def test_koala_as_one_text(kind):
     which like ours puts sentencepiece's space before a text that follows eos; Hugging Face's templates do not.)"""
     words = tiny(kind)
     one, own = load_template(jinja_source("koala", words), words), load_template("koala", words)
+    text = lambda ids: words.decode(list(ids), skip_special=False)
+    learned = lambda example: text(i for i, weight in zip(example.ids, example.weights) if weight)
     for roles in (["user", "assistant"] * 2, ["system", "user", "assistant", "user", "assistant"]):
         said = chat(*["Be brief.", "What is it?", "It is the Loire.", "again?", "no"][-len(roles) :], roles=roles)
         ours, theirs = own.encode(said), one.encode(said)
-        text = lambda ids: words.decode(list(ids), skip_special=False)
         assert text(ours.ids) == text(theirs.ids)
-        learned = lambda example: text(i for i, weight in zip(example.ids, example.weights) if weight)
         assert learned(ours) == learned(theirs) and "Loire" in learned(ours) and "USER" not in learned(ours)
         asked = dataclasses.replace(said, turns=said.turns[:-1])
         assert text(own.render_prompt(asked)) == text(one.render_prompt(asked))

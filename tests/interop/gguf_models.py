@@ -42,5 +42,5 @@ def random_model(**overrides):
 
 def written(path, model, params, kind, rules=(), **rest):
     """Writes the file of a model; what `rules` make ternary is latents."""
-    keys = tokenizer_keys(words(), model.config.vocab_size)
+    keys = tokenizer_keys(words(), model.config.vocab_size, ours=True)
     return write_gguf(Latents(of_params(model.config, params, "params"), rules), path, kind, keys, **rest)

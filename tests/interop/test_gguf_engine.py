@@ -206,7 +206,7 @@ def file_with(tokenizer, path):
     model, params = random_model(hidden_size=16, num_heads=2, num_kv_heads=2, head_dim=8, intermediate_size=16,
                                  vocab_size=tokenizer.vocab_size + 5)  # fmt: skip
     chat = CHAT if "<|user|>" in tokenizer.special_tokens else None
-    keys = tokenizer_keys(tokenizer, model.config.vocab_size, chat)
+    keys = tokenizer_keys(tokenizer, model.config.vocab_size, chat, ours=True)
     write_gguf(of_params(model.config, params, "params"), path, "f32", keys)
     return path
 

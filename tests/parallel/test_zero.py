@@ -197,13 +197,19 @@ def by_name(run):
     return {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(trees)}
 
 
-@pytest.mark.parametrize("level", ("O2", "O3"))
+LEARNING = {
+    "nearest": {"rounding": "nearest"},
+    "accumulated": {"accumulate": 2, "ema": 0.9},
+    "other transforms": {"rules": ("gate_proj=plain", "k_proj=narrow"), "decay": "mlp/.*kernel"},
+    "experts": {"num_experts": 4, "experts_per_token": 2},
+}
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "options",
-    ({"rounding": "nearest"}, {"accumulate": 2, "ema": 0.9},
-     {"rules": ("gate_proj=plain", "k_proj=narrow"), "decay": "mlp/.*kernel"}, {"num_experts": 4,
-     "experts_per_token": 2}),
-    ids=("nearest", "accumulated", "other transforms", "experts"),
+    ("level", "options"),
+    [pytest.param(level, options, id=f"{name}-{level}", marks=SLOW if level == "O2" and name != "nearest" else ())
+     for name, options in LEARNING.items() for level in ("O2", "O3")],
 )  # fmt: skip
 def test_whole_matrices_learn_what_parts_of_them_learn(level, options):
     """Bit for bit, random numbers included: nothing but the places differ. Without clipping, whose norm is a sum in
@@ -216,7 +222,7 @@ def test_whole_matrices_learn_what_parts_of_them_learn(level, options):
         assert x.dtype == theirs[name].dtype and x.tobytes() == theirs[name].tobytes(), name
 
 
-@pytest.mark.parametrize("level", ("O2", "O3"))
+@pytest.mark.parametrize("level", (pytest.param("O2", marks=SLOW), "O3"))
 def test_ternary_matrices_too(level):
     """Where masters are cut, mean |W| is a sum in another order: the first loss is the same to float32, and later ones
     as near as a code leaves them that was turned."""
@@ -239,7 +245,7 @@ def test_layers_of_their_own():
     assert len(masters) == 14 and (apart > 0).mean() < 1e-3 and apart.max() < 2.0**-9
 
 
-@pytest.mark.parametrize("what", ("weight", "matrix"))
+@pytest.mark.parametrize("what", ("weight", pytest.param("matrix", marks=SLOW)))
 def test_other_random_numbers_are_seen(what, monkeypatch):
     """If they came from another number of the weight, or of the matrix: a good part of the masters would differ."""
     of_stack = scaled_adam.of_stack
