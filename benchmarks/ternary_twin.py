@@ -12,7 +12,8 @@ Kinds (arXiv:2402.17764 and its training tips, section 3):
     rounded   `float` after training, its seven matrices rounded to ternary, its activations to 8 bits; not trained
 
 A seed gives the initial weights, which both kinds share as far as they have them, and the order of the rows. The text
-is that of package_text.py in rows of 256 tokens. Learning rates are those that a sweep found best at the middle size.
+is that of package_text.py in rows of 256 tokens. Learning rates are those that a sweep found best at the middle size,
+and at others in inverse proportion to the width (as Yang et al. 2022, arXiv:2203.03466, find for Adam).
 """
 
 import os
@@ -42,7 +43,7 @@ FOLDER = flags.DEFINE_string("folder", "runs/ternary_twin", "of the tokenizer an
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "to train with, or of the table")
 HIDDEN = flags.DEFINE_list("hidden", list(map(str, SIZES)), "sizes to train")
 STEPS = flags.DEFINE_integer("steps", 1000, f"of {ROWS} x {LENGTH} tokens")
-RATES = flags.DEFINE_list("rates", ["float=4e-3", "ternary=8e-3"], "peak learning rates of --do=train and table")
+RATES = flags.DEFINE_list("rates", ["float=4e-3", "ternary=8e-3"], "peak learning rates at the middle size")
 SWEEP = flags.DEFINE_list("sweep", ["2e-3", "4e-3", "8e-3", "16e-3"], "peak learning rates of --do=sweep")
 PRECISION = flags.DEFINE_string("precision", "bf16", "numerics.precision of both kinds")
 SHARE = flags.DEFINE_string("share", "0/1", "i/n: only the runs i, i + n, ... of the list")
@@ -129,14 +130,15 @@ def train(folder: Path, todo: list[tuple[int, str, int, float]]) -> None:
         append(folder / "results.jsonl", row)
 
 
-def rates() -> dict[str, float]:
-    """--rates by kind."""
-    return {kind: float(rate) for kind, _, rate in (pair.partition("=") for pair in RATES.value)}
+def rate(kind: str, hidden: int) -> float:
+    """The peak of a size: --rates, in inverse proportion to the width."""
+    given = {kind: float(rate) for kind, _, rate in (pair.partition("=") for pair in RATES.value)}
+    return given[kind] * SIZES[1] / hidden
 
 
 def train_all(folder: Path) -> None:
     sizes = list(map(int, HIDDEN.value))
-    train(folder, [(h, kind, int(seed), rates()[kind]) for seed in SEEDS.value for h in sizes for kind in KINDS])
+    train(folder, [(h, kind, int(seed), rate(kind, h)) for seed in SEEDS.value for h in sizes for kind in KINDS])
 
 
 def sweep(folder: Path) -> None:
@@ -148,10 +150,10 @@ def table(folder: Path) -> None:
     rows = [row for row in read(folder / "results.jsonl") if row["steps"] == STEPS.value]
     print(f"| peak rate, hidden {SIZES[1]}, seed 0 | float | ternary |\n|---|---|---|")
     middle = {(r["learning_rate"], r["kind"]): r["heldout"] for r in rows if r["hidden"] == SIZES[1] and not r["seed"]}
-    for rate in sorted({rate for rate, _ in middle}):
-        print(f"| {rate:g} |", " | ".join(f"{middle.get((rate, kind), float('nan')):.4f}" for kind in KINDS), "|")
+    for peak in sorted({peak for peak, _ in middle}):
+        print(f"| {peak:g} |", " | ".join(f"{middle.get((peak, kind), float('nan')):.4f}" for kind in KINDS), "|")
     print("\n| hidden | parameters | seeds | float | ternary | gap | perplexity | rounded | gap |\n" + "|---" * 9 + "|")
-    chosen = [r for r in rows if r["learning_rate"] == rates()[r["kind"]] and str(r["seed"]) in SEEDS.value]
+    chosen = [r for r in rows if r["learning_rate"] == peak(r["kind"], r["hidden"]) and str(r["seed"]) in SEEDS.value]
     for hidden in SIZES:
         of = {kind: {r["seed"]: r for r in chosen if (r["hidden"], r["kind"]) == (hidden, kind)} for kind in KINDS}
         seeds = sorted(of["float"].keys() & of["ternary"].keys())
