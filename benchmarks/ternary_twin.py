@@ -153,7 +153,7 @@ def table(folder: Path) -> None:
     for peak in sorted({peak for peak, _ in middle}):
         print(f"| {peak:g} |", " | ".join(f"{middle.get((peak, kind), float('nan')):.4f}" for kind in KINDS), "|")
     print("\n| hidden | parameters | seeds | float | ternary | gap | perplexity | rounded | gap |\n" + "|---" * 9 + "|")
-    chosen = [r for r in rows if r["learning_rate"] == peak(r["kind"], r["hidden"]) and str(r["seed"]) in SEEDS.value]
+    chosen = [r for r in rows if r["learning_rate"] == rate(r["kind"], r["hidden"]) and str(r["seed"]) in SEEDS.value]
     for hidden in SIZES:
         of = {kind: {r["seed"]: r for r in chosen if (r["hidden"], r["kind"]) == (hidden, kind)} for kind in KINDS}
         seeds = sorted(of["float"].keys() & of["ternary"].keys())
