@@ -30,11 +30,10 @@ from rows_of_text import Text, encode
 
 VOCAB, LENGTH, ROWS = 2048, 256, 8
 SIZES = (64, 128, 256)  # hidden
-TERNARY_RULES = (r"layers/\*/(self_attn|mlp)/.*_proj=ternary",)
 KINDS: dict[str, dict[str, Any]] = {
     "float": {"optimizer.schedule": "linear", "optimizer.weight_decay": 0.1},
-    "ternary": {"model.sub_norms": True, "numerics.rules": TERNARY_RULES, "optimizer.schedule": "two_stage",
-                "optimizer.weight_decay": 0.1, "optimizer.stage_weight_decay": 0.0},
+    "ternary": {"model.sub_norms": True, "optimizer.schedule": "two_stage", "optimizer.weight_decay": 0.1,
+                "optimizer.stage_weight_decay": 0.0},
 }  # fmt: skip
 SECOND = 2 / 3  # the second stage's line starts at this share of the first's, as in the paper: 1e-3 of 1.5e-3
 
@@ -52,6 +51,7 @@ SHARE = flags.DEFINE_string("share", "0/1", "i/n: only the runs i, i + n, ... of
 def configured(hidden: int, kind: str, seed: int, rate: float) -> Any:
     """The config of a run."""
     from easylm_plus.config import base
+    from easylm_plus.numerics.rules import BITNET
 
     heads = hidden // 32
     config = base(
@@ -61,6 +61,7 @@ def configured(hidden: int, kind: str, seed: int, rate: float) -> Any:
     )  # fmt: skip
     config.update_from_flattened_dict({"train.seed": seed, "objective.chunk": 2048, **KINDS[kind]})
     config.numerics.precision = PRECISION.value
+    config.numerics.rules = BITNET if kind == "ternary" else ()
     config.optimizer.update(
         learning_rate=rate, stage_learning_rate=SECOND * rate, warmup_steps=50, b1=0.9, b2=0.95, clip_norm=1.0
     )
@@ -73,7 +74,7 @@ def train_one(hidden: int, kind: str, seed: int, rate: float, text: Text) -> dic
 
     from data_pipelines.loader import Loader
     from easylm_plus.models.transformer import init_parameters
-    from easylm_plus.numerics.rules import attach
+    from easylm_plus.numerics.rules import BITNET, attach
     from easylm_plus.parallel import sharding
     from easylm_plus.parallel.cluster import use_compilation_cache
     from easylm_plus.parallel.mesh import make_mesh
@@ -98,7 +99,7 @@ def train_one(hidden: int, kind: str, seed: int, rate: float, text: Text) -> dic
             "heldout": heldout(parts, attach(state.params, config.numerics.rules), text), "data": text.hash,
         }  # fmt: skip
         if kind == "float":
-            row["rounded"] = heldout(parts, attach(state.params, TERNARY_RULES), text)
+            row["rounded"] = heldout(parts, attach(state.params, BITNET), text)
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
