@@ -8,6 +8,7 @@ the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests else
 import functools
 import gc
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -99,18 +100,26 @@ def engine_python() -> Path:
 
 
 CACHED = type(functools.cache(len))
-MAPPINGS = 35_000  # of memory; Linux allows a process 65,530, and XLA aborts in the middle of a compilation there
+MAPPINGS = 35_000  # of memory; Linux allows a process 65,530, and XLA ends it in the middle of a compilation there
+_finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Drops compiled programs where there are many: each takes several mappings of memory for as long as it lives."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if next(_finished) % 20 or "jax" not in sys.modules or not mappings.is_file():
+        return
+    if mappings.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Drops what a file's own caches hold when its tests are done, and where that is not enough, compiled programs:
-    each takes several mappings of memory for as long as it lives."""
+def no_caches_of_other_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drops what a file's own caches hold, programs among it, when its tests are done."""
     yield
     for value in vars(request.module).values():
         if isinstance(value, CACHED) and value.__module__ == request.module.__name__:
             value.cache_clear()
-    mappings = Path("/proc/self/maps")
-    if "jax" in sys.modules and mappings.is_file() and mappings.read_bytes().count(b"\n") > MAPPINGS:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
