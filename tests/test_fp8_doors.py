@@ -9,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import converted
 from safetensors.numpy import load_file
 
 from data_pipelines.conversation import Conversation, Turn
-from easylm_plus import convert
 from easylm_plus.config import base
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
@@ -138,13 +136,6 @@ def test_ternary_weights_with_latents_in_codes_are_read_as_ternary(tmp_path):
 
 
 # --- conversion and other runs ---
-
-
-def converted(**values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(value) for name, value in values.items()}):
-        assert convert.main() == 0
 
 
 def test_conversion_writes_values_matrix_by_matrix(run, values, decoded, tmp_path):

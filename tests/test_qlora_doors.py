@@ -9,11 +9,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import converted
 
 from data_pipelines.conversation import Conversation, Turn
-from easylm_plus import convert
 from easylm_plus.config import model_config
 from easylm_plus.inference.load import open_model
 from easylm_plus.models.config import ModelConfig
@@ -74,13 +72,6 @@ def kept(folder, step=None):
 
 def rows(folder):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
-
-
-def converted(**values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(value) for name, value in values.items()}):
-        assert convert.main() == 0
 
 
 def test_it_starts_from_the_base_in_codes(base, run):

@@ -9,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import run
 
 from data_pipelines import datasets
 from data_pipelines.loader import evaluation_batches
-from easylm_plus import convert
 from easylm_plus.compression.quantize import rows_of
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate
@@ -40,14 +38,6 @@ from easylm_plus.training.stream import open_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 MATRICES = ("gate", "up", "down")
-
-
-def run(**values):
-    """The conversion door with these flags, in this process."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
-        return convert.main()
 
 
 def a_run(folder, rules=(), **overrides):

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import converted, refuse
 from safetensors.numpy import load_file, save_file
 
-from easylm_plus import convert
 from easylm_plus.errors import UserError
 from easylm_plus.inference.generate import Generator
 from easylm_plus.inference.load import open_model
@@ -173,13 +171,6 @@ def test_pieces_are_codes_and_gamma(folder):
     assert weights.ternary("embed_tokens/embedding", ()) is None
 
 
-def converted(**values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(value) for name, value in values.items()}):
-        assert convert.main() == 0
-
-
 def same_bytes(one, other):
     first, second = (load_file(place / "model.safetensors") for place in (one, other))
     assert first.keys() == second.keys()
@@ -286,14 +277,6 @@ def test_training_goes_on_from_packed_weights(run, tmp_path):
 
 
 # --- refusals ---
-
-
-def refuse(message, **values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    chosen = {name: str(value) for name, value in values.items()}
-    with flagsaver.flagsaver(**chosen), pytest.raises(UserError, match=message):
-        convert.main()
 
 
 def test_what_cannot_be_expressed(folder, tmp_path):

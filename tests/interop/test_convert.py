@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import run
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from test_llama2c import write
 
-from easylm_plus import convert
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
 from easylm_plus.interop.configs import read_config
@@ -29,14 +27,6 @@ from easylm_plus.training.restore import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("llama_tiny", "qwen2_tiny", "yuan2_tiny", "yuan2_m32_moe_tiny", "mixtral_tiny", "bitnet_tiny")
-
-
-def run(**values):
-    """The door with these flags, in this process."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
-        return convert.main()
 
 
 def truncate(path):

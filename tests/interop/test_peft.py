@@ -9,11 +9,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
+from converting import converted, refuse
 from safetensors.numpy import load_file, save_file
 
-from easylm_plus import convert
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
 from easylm_plus.interop.huggingface import load_hf, save_hf
@@ -32,13 +30,6 @@ from easylm_plus.tree import path_name
 LORA = ("self_attn/(q|v)_proj=4", "mlp=2")
 IDS = np.arange(24, dtype=np.int32).reshape(2, 12)
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
-
-
-def converted(**values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**{name: str(value) for name, value in values.items()}):
-        assert convert.main() == 0
 
 
 @pytest.fixture(scope="module")
@@ -267,14 +258,6 @@ def test_roots_of_ranks(adapter, tmp_path):
     config = tiny.model(vocab=300, scan_layers=True)[0].config
     found = read_adapters(changed(adapter, tmp_path / "rs", use_rslora=True), config)
     assert found["layers/{i}/self_attn/q_proj/kernel", (0,)].scale == 8 / 4**0.5
-
-
-def refuse(message, **values):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    chosen = {name: str(value) for name, value in values.items()}
-    with flagsaver.flagsaver(**chosen), pytest.raises(UserError, match=message):
-        convert.main()
 
 
 def test_conversions_that_make_no_sense(base, run, adapter, tmp_path):
