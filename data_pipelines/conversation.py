@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import InputError
 
@@ -23,6 +24,10 @@ class Turn:
     weight: float
     helpful: bool = True
 
+    def to_list(self) -> list[str | float | bool]:
+        """As JSON has it; `Turn(*…)` is the way back."""
+        return [self.role, self.text, self.weight, self.helpful]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
@@ -34,12 +39,18 @@ class Conversation:
 
     def to_json(self) -> str:
         """One line of JSON; keys in a fixed order, so equal conversations are equal bytes."""
-        turns = [[turn.role, turn.text, turn.weight, turn.helpful] for turn in self.turns]
-        return json.dumps({"source": self.source, "id": self.id, "turns": turns}, ensure_ascii=False)
+        return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> "Conversation":
-        record = json.loads(line)
+        return cls.from_dict(json.loads(line))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"source": self.source, "id": self.id, "turns": [turn.to_list() for turn in self.turns]}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Conversation":
         return cls(record["source"], record["id"], tuple(Turn(*turn) for turn in record["turns"]))
 
 

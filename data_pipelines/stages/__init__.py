@@ -1,0 +1,1 @@
+"""The stages between reading and writing, one module each. See `base` for what a stage is."""
