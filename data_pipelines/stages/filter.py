@@ -19,8 +19,8 @@ reason, and is what `dropped` counts by:
     broken_lists     False   True: no second "1." before a "2.": broken_list
     repeated_digits  False   True: no digit nine times in a row: repeated_digits
     languages        ()      codes that stay (see `language`): language
-    chinese          None    options of `chinese`, for turns of the role "text": not_chinese, mojibake, short_lines,
-                             boilerplate, no_sentences, chinese_script
+    chinese          None    options of `chinese`, for turns of the role "text": not_chinese, mojibake, spelled_out,
+                             boilerplate, short_lines, no_sentences, chinese_script
     repetition       False   True: Gopher's rules (see `repetition`), for turns of the role "text": repetition
 
 "flag" keeps the conversation and counts it in the table "refusals". The language is decided on all turns together,

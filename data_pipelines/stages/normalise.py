@@ -49,7 +49,7 @@ from data_pipelines.stages.base import Dropped, Stage
 
 ROUNDS = 6
 
-_ENTITY = re.compile(r"&(?:amp;){0,64}+(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+_ENTITY = re.compile(r"&(?:amp;){0,64}+((?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});)?")
 
 
 class Normalise(Stage):
@@ -182,7 +182,7 @@ def _noted(what: str, change: Callable[[str], str], text: str, changed: set[str]
 
 def _without_entities(text: str) -> str:
     """Entities of any depth ("&amp;amp;lt;") at once, so that depth costs no rounds."""
-    return _ENTITY.sub(lambda entity: html_markdown.unescaped(f"&{entity[1]};"), text)
+    return _ENTITY.sub(lambda entity: html_markdown.unescaped(f"&{entity[1] or ''}"), text)
 
 
 def _stripped(text: str) -> str:
