@@ -1,4 +1,5 @@
-"""Tokenizers behind one interface: sentencepiece (.model), Hugging Face tokenizers (.json), llama2.c (.bin).
+"""Tokenizers behind one interface: sentencepiece (.model), Hugging Face tokenizers (.json), llama2.c (.bin), and Llama
+3's file of tiktoken, which is called .model, too, and told by its content.
 
 Text never becomes a special token, whatever it contains: special tokens are placed by id (data_pipelines/template.py)
 or found in a chat template's own text by `split_special`. Each call encodes one segment on its own, so sentencepiece
@@ -57,7 +58,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer file or a directory with one")
     kinds: dict[str, Callable[[Path], Tokenizer]] = {
         ".json": HuggingFaceTokenizer,
-        ".model": lambda path: SentencePieceTokenizer(path, path.read_bytes()),
+        ".model": _model_file,
         ".bin": lambda path: SentencePieceTokenizer(path, llama2c_model(path)),
     }
     if path.suffix in kinds:
@@ -67,7 +68,13 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             raise
         except Exception as error:  # the libraries raise many kinds for files that they cannot make sense of
             raise InputError(f"{path}: found a damaged tokenizer ({error}); expected another copy of it") from error
-    raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece) or .bin (llama2.c) file")
+    raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece, tiktoken) or .bin (llama2.c) file")
+
+
+def _model_file(path: Path) -> "Tokenizer":
+    from data_pipelines.tiktoken_files import TiktokenTokenizer, is_tiktoken  # which imports this module
+
+    return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, path.read_bytes())
 
 
 class Tokenizer(abc.ABC):
