@@ -26,7 +26,7 @@ from jinja2.parser import Parser
 from data_pipelines.errors import InputError
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
-_ESCAPED_INERT = re.compile(r"(?<!\\)((?:\\\\)*)\\ue000")  # not after a backslash that is text
+_NOT_ASCII = re.compile("[^\x00-\x7f\ue000-\ue002\U000f0000-\U000ffffd]")  # but for marks and their stand-ins
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
 _FAILURES = (
@@ -219,9 +219,9 @@ def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
     """As in Hugging Face: plain JSON, where jinja2's own filter would escape <, >, & and quotes for HTML."""
-    plain = options.pop("ensure_ascii", False)
-    text = json.dumps(value, ensure_ascii=plain, indent=indent, **options)
-    return _ESCAPED_INERT.sub(lambda match: match[1] + _INERT, text) if plain else text
+    ascii_only = options.pop("ensure_ascii", False)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text) if ascii_only else text
 
 
 def _raise(message: str) -> NoReturn:
