@@ -22,6 +22,7 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 real_data = [pytest.mark.real_data, pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data")]
 
 CHAT = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHATML = ["<|im_start|>", "<|im_end|>"]
 YUAN = ["<eod>", "<n>", "<sep>", "<pad>", "<commit_before>", "<commit_msg>", "<commit_after>"]
 CODE_LLAMA = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
@@ -59,7 +60,7 @@ def tiny(kind):
         train_tokenizer.write_bytes(CHAT, folder)
     elif kind == "tiktoken":
         (folder / "tokenizer.model").write_bytes(tiktoken_file())
-        added = {str(TOKENS + 100 + i): {"content": piece, "special": True} for i, piece in enumerate(CHAT)}
+        added = {str(TOKENS + 100 + i): {"content": piece, "special": True} for i, piece in enumerate([*CHAT, *CHATML])}
         (folder / "special_tokens_map.json").write_text(json.dumps({"added_tokens_decoder": added}))
     elif kind == "llama2c":
         (folder / "tokenizer.bin").write_bytes(llama2c_file(sentencepiece_model()))
