@@ -117,7 +117,7 @@ class ChatRenderer:
         self.has_generation = any(data.data == _OPEN for data in tree.find_all(nodes.TemplateData))
         self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
         pieces = sorted(special_tokens)
-        self._starts = re.compile(f"(?={'|'.join(map(re.escape, pieces))}).", re.DOTALL) if pieces else None
+        self._starts = _first_characters(pieces) if pieces else None
         self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
         self._suffixes = {piece[n:] for piece in pieces for n in range(1, len(piece))}
         self._longest = max(map(len, self._prefixes), default=0)
@@ -160,6 +160,15 @@ class ChatRenderer:
             at = len(content) - len(head)
             content = content[:at] + _INERT + head
         return self._starts.sub(lambda match: match[0] + _INERT, content)
+
+
+def _first_characters(pieces: Sequence[str]) -> re.Pattern[str]:
+    """Finds the first character of any piece where the rest of it follows; with the characters outside the look ahead
+    a text is searched for them, and 256 pieces are tried only where one of them stands."""
+    rests: dict[str, list[str]] = {}
+    for piece in pieces:
+        rests.setdefault(piece[0], []).append(re.escape(piece[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -145,11 +145,17 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
+        """One group where all names are literal: a text is then searched for their first characters."""
         longest_first = sorted(self.special_tokens, key=lambda piece: (-len(piece), piece))
-        return re.compile("|".join(self._special_regex(piece) for piece in longest_first))
+        around = [self._white_space_around(piece) for piece in longest_first]
+        names = [re.escape(piece) for piece in longest_first]
+        if not any(map(any, around)):
+            return re.compile(f"({'|'.join(names)})")
+        return re.compile("|".join(f"{left}({name}){right}" for name, (left, right) in zip(names, around)))
 
-    def _special_regex(self, piece: str) -> str:
-        return f"({re.escape(piece)})"
+    def _white_space_around(self, piece: str) -> tuple[str, str]:
+        """What belongs to a special token before and behind it, as regular expressions."""
+        return "", ""
 
     def _require_inert(self) -> None:
         """Raises if plain text can become a special token (a Unigram or WordLevel vocabulary may hold its name)."""
@@ -228,9 +234,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _special_regex(self, piece: str) -> str:
+    def _white_space_around(self, piece: str) -> tuple[str, str]:
         left, right = ("\\s*" if self._added[piece].get(side) else "" for side in ("lstrip", "rstrip"))
-        return f"{left}({re.escape(piece)}){right}"
+        return left, right
 
 
 def _continued(node: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import tiny
 
 from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.jinja_chat import ChatRenderer
 from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 
@@ -87,6 +88,13 @@ def test_hugging_face_itself_is_not_inert(name):
     harmless = [{**said[0], "content": "Hi"}, *said[1:]]
     assert real(ours) == real(template(name).encode(conversation(harmless)).ids) < real(theirs)
     assert tokenizer().decode(ours, skip_special=False) == tokenizer().decode(theirs, skip_special=False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_control_without_the_marks_ours_would_not_be_either(name, monkeypatch):
+    said, theirs = golden()["conversations"][ATTACKED], golden()["templates"][name][ATTACKED]["ids"]
+    monkeypatch.setattr(ChatRenderer, "_inert", lambda self, content: content)
+    assert template(name).encode(conversation(said)).ids.tolist() == theirs
 
 
 KINDS = ("golden", "tiktoken", "first", "control", "one_byte")
