@@ -35,6 +35,7 @@ from data_pipelines import datasets, graph
 from data_pipelines.chunk import Ledger
 from data_pipelines.datasets import Manifest
 from data_pipelines.errors import InputError
+from data_pipelines.files import Folder
 from data_pipelines.inspect import manifest_table
 from data_pipelines.settings import KEYS, PrepareError, Source, plan_all, read_settings
 from data_pipelines.store import Made, Store, read_drops
@@ -59,7 +60,7 @@ def prepare(
     store = Store(output.with_name(output.name + ".cache"))
     settings = read_settings(config)
     existing = None if nothing_of_ours(output) or force else complete(output, settings)
-    if existing is not None and (input_dir is None or not Path(input_dir).exists()):
+    if existing is not None and (input_dir is None or not Folder(str(input_dir)).exists()):
         return existing
 
     with Workers(workers) as pool:

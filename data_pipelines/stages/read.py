@@ -38,13 +38,14 @@ class Reader:
     _ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
+        self.module, self.generated = self.source.module, self.source.generated
         self.max_turn_chars = self.source.options.get("max_turn_chars") or self.max_turn_chars
         self.limit = self.source.options.get("limit") or float("inf")
 
     def read(self, files: tuple[str, ...] | None = None) -> None:
         """Reads these files, by default all; of a source that makes its text up, everything."""
-        if self.source.generated:
-            samples = self.generated()
+        if self.generated:
+            samples = self.made_up()
         else:
             samples = (sample for file in files or self.source.files for sample in self.rows_of(file))
         for sample in samples:
@@ -58,7 +59,7 @@ class Reader:
             self._hand_over()
 
     def rows_of(self, file: str) -> Iterator[Sample]:
-        separator: Any = self.source.options.get("separator") or getattr(self.source.module, "SEPARATOR", 1)
+        separator: Any = self.source.options.get("separator") or getattr(self.module, "SEPARATOR", 1)
         with _Watched(self.source.folder.open(file), self.progress) as raw:
             stream = cast(BinaryIO, raw)
             rows = read_rows(file, name=file, raw=stream, on_error=self.unreadable, separator=separator)
@@ -73,10 +74,10 @@ class Reader:
                 self._ledger.changed.update(repairs)
                 yield Sample(sources.row_id(where), self.named(conversations))
 
-    def generated(self) -> Iterator[Sample]:
+    def made_up(self) -> Iterator[Sample]:
         options = {key: value for key, value in self.source.options.items() if key not in COMMON}
         try:
-            for number, made in enumerate(self.source.module.generate(**options), start=1):
+            for number, made in enumerate(self.module.generate(**options), start=1):
                 self._ledger.entered += 1
                 split, conversation = made if isinstance(made, tuple) else (None, made)
                 try:
@@ -97,18 +98,18 @@ class Reader:
         """Conversations, and the repairs that made them fit; DataError if nothing does."""
         repairs: Mapping[str, Callable[[sources.Row], sources.Row]] = {}
         if self.source.options.get("repair", True):
-            repairs = getattr(self.source.module, "REPAIRS", {})
+            repairs = getattr(self.module, "REPAIRS", {})
         done: list[str] = []
         while True:
             try:
-                return self.source.module.convert(row, where), done
+                return self.module.convert(row, where), done
             except DataError as error:
                 if error.reason not in repairs or error.reason in done:
                     raise
                 row = repairs[error.reason](row)
                 done.append(error.reason)
             except Exception as error:
-                error.add_note(f"while {self.source.module.__name__} converted {where}")
+                error.add_note(f"while {self.module.__name__} converted {where}")
                 raise
 
     def check(self, conversations: list[Conversation], where: Where) -> None:
