@@ -82,11 +82,11 @@ def read_chunks(
     """The chunks of some files. Their list is written last, so a killed run reads a file again from its start."""
     index = store.path("read", key, ".json")
     if index.exists():
-        return [read_made(store.path("read", name)) for name in json.loads(index.read_text())]
+        return [read_made(store.path("read", name), "read") for name in json.loads(index.read_text())]
     made: list[Made] = []
 
     def sink(samples: list[Sample], ledger: Ledger) -> None:
-        made.append(write_chunk(store.path("read", f"{key}-{len(made):05d}"), samples, ledger))
+        made.append(write_chunk(store.path("read", f"{key}-{len(made):05d}"), samples, "read", ledger))
 
     Reader(source, **options, sink=sink, progress=advance).read(files)
     names = [f"{key}-{number:05d}" for number in range(len(made))]
@@ -116,10 +116,10 @@ def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, p
 
 def stage_chunk(stage: str, options: Mapping[str, Any], chunk: str, target: Path) -> Made:
     if target.exists():
-        return read_made(target)
+        return read_made(target, stage)
     ledger = Ledger()
     samples = list(stages.make(stage, options)(read_samples(chunk), ledger))
-    return write_chunk(target, samples, ledger)
+    return write_chunk(target, samples, stage, ledger)
 
 
 ############################################### Output ###############################################

@@ -135,7 +135,7 @@ def check_rows(planned: list[Source], read: graph.Chunks) -> None:
     for source in planned:
         ledger = total(read[source.name])
         if not ledger.left:
-            drops = (drop for made in read[source.name] for drop in read_drops(made.path))
+            drops = (drop for made in read[source.name] for drop in read_drops(made.path, "read"))
             d = next(drops, {"file": source.name, "row": 0, "found": "nothing", "expected": "a row or more"})
             first = f"{d['file']}, row {d['row']}: found {d['found']}; expected {d['expected']}"
             raise PrepareError(f"sources.{source.name}: none of {ledger.entered} rows fits; the first: {first}")
@@ -196,7 +196,7 @@ def write_rejects(path: Path, planned: list[Source], made: Mapping[str, graph.Ch
         for source in planned:
             for stage in ("read", *source.stages):
                 for chunk in made[stage][source.name]:
-                    for drop in read_drops(chunk.path) if chunk.ledger.dropped else ():
+                    for drop in read_drops(chunk.path, stage) if chunk.ledger.dropped else ():
                         file.write(json.dumps({"source": source.name, "stage": stage, **drop}) + "\n")
 
 

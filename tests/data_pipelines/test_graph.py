@@ -59,9 +59,9 @@ def toys(monkeypatch):
     monkeypatch.setattr(graph, "code_of", lambda module: code.get(module.rpartition(".")[2], 0))
     write = graph.write_chunk
 
-    def written(path, samples, ledger):
-        ran.append(Path(path).parent.name)
-        return write(path, samples, ledger)
+    def written(path, samples, stage, ledger):
+        ran.append(stage)
+        return write(path, samples, stage, ledger)
 
     monkeypatch.setattr(graph, "write_chunk", written)
     monkeypatch.setattr(read, "CHUNK", 8)
