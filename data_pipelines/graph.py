@@ -59,12 +59,11 @@ def hash_file(folder: Any, file: str) -> str:
 
 def read(store: Store, planned: Sequence[Source], files: Files, settings: Mapping[str, Any], pool: Workers) -> Chunks:
     """Reads all sources, a task a file; those with a limit, or without files, are one task."""
-    options = {"max_turn_chars": settings["max_turn_chars"], "strict": settings["policy"] == "error"}
+    options = read_options(settings)
     code = code_of(stages.module_of("read"))
     tasks: Tasks = []
     for source in planned:
-        whole = source.generated or source.options.get("limit")
-        for part in [source.files] if whole else [(file,) for file in source.files]:
+        for part in source.parts():
             digests = [(file, files[source.name][file]["sha256"]) for file in part]
             own = {key: value for key, value in source.options.items() if key not in ("weight", "stages")}
             key = key_of(code, code_of(source.module.__name__), source.name, source.kind, own, options, digests)
@@ -74,6 +73,11 @@ def read(store: Store, planned: Sequence[Source], files: Files, settings: Mappin
     for task, chunks in zip(tasks, pool.run("read", read_chunks, tasks, total or None)):
         made[task[1].name] += chunks
     return made
+
+
+def read_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Reader is told, besides the source."""
+    return {"max_turn_chars": settings["max_turn_chars"], "strict": settings["policy"] == "error"}
 
 
 def read_chunks(

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from data_pipelines.chunk import Ledger
 from data_pipelines.datasets import Manifest
 from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
+from data_pipelines.graph_dedupe import dedupe
 from data_pipelines.inspect import manifest_table
 from data_pipelines.settings import KEYS, PrepareError, Source, plan_all, read_settings
 from data_pipelines.store import Made, Store, read_drops
@@ -49,12 +50,14 @@ def prepare(
     *,
     force: bool = False,
     workers: int = 1,
+    runner: str = "local",
+    runner_flags: Sequence[str] = (),
 ) -> Manifest:
     """Prepares what `config` says, and returns the manifest; that of a complete `output_dir` if there is one.
 
-    `input_dir` is a path or a URL; it may be None if no source reads files. Raises PrepareError for a configuration
-    or folder that does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`,
-    OSError from the disk.
+    `input_dir` is a path or a URL; it may be None if no source reads files. `runner`: "local" for `workers` processes
+    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that does
+    not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the disk.
     """
     output = Path(output_dir)
     store = Store(output.with_name(output.name + ".cache"))
@@ -72,10 +75,11 @@ def prepare(
             return existing
 
         ########################################## Stages ############################################
-        made = {"read": graph.read(store, planned, files, settings, pool)}
+        if runner == "local":
+            made = stage_by_stage(store, planned, files, settings, pool)
+        else:
+            made = on_beam(store, planned, settings, [f"--runner={runner}", *runner_flags])
         check_rows(planned, made["read"])
-        for stage in graph.stages_in_use(planned):
-            made[stage] = graph.apply(store, stage, planned, made[list(made)[-1]], pool)
         check_left(planned, made)
 
         ##################################### Datasets, tokenizer ####################################
@@ -96,6 +100,35 @@ def prepare(
     finished = datasets.write_manifest(scratch, manifest)
     publish(scratch, output)
     return finished
+
+
+def stage_by_stage(
+    store: Store, planned: Sequence[Source], files: graph.Files, settings: Mapping[str, Any], pool: Workers
+) -> dict[str, graph.Chunks]:
+    """stage -> the chunks after it, made by the processes of this machine."""
+    made = {"read": graph.read(store, planned, files, settings, pool)}
+    for stage in graph.stages_in_use(planned):
+        before = made[list(made)[-1]]
+        if stage == "dedupe":
+            made[stage] = dedupe(store, planned, settings, before, pool)
+        else:
+            made[stage] = graph.apply(store, stage, planned, before, pool)
+    return made
+
+
+def on_beam(
+    store: Store, planned: Sequence[Source], settings: Mapping[str, Any], flags: Sequence[str]
+) -> dict[str, graph.Chunks]:
+    """The same from Apache Beam. Its chunks are in the cache, where every machine has to reach them."""
+    try:
+        from data_pipelines import beam_graph
+    except ModuleNotFoundError as error:
+        raise PrepareError(
+            f"--runner: found no {error.name}; expected it installed: pip install easylm_plus[beam]"
+        ) from error
+    folder = store.folder / "beam"
+    shutil.rmtree(folder, ignore_errors=True)
+    return beam_graph.run(planned, settings, str(folder), folder, flags)
 
 
 def complete(output: Path, settings: Mapping[str, Any]) -> Manifest:
@@ -227,7 +260,8 @@ def main(argv: list[str]) -> None:
             config.policy = FLAGS.policy
     try:
         workers = FLAGS.workers or os.cpu_count() or 1
-        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, workers=workers)
+        where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag}
+        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, **where)
     except InputError as error:
         sys.exit(f"{error}")
     except OSError as error:
@@ -250,5 +284,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("policy", None, ["error", "skip"], "What a row that does not fit does; over the configuration's")
     flags.DEFINE_bool("force", False, "Replace prepared data in the output folder")
     flags.DEFINE_integer("workers", 0, "Processes; 0: as many as there are cores", lower_bound=0)
+    flags.DEFINE_string("runner", "local", "local, or a runner of Apache Beam such as DirectRunner or DataflowRunner")
+    flags.DEFINE_multi_string(
+        "runner_flag", [], "A flag for it, such as --runner_flag=--direct_num_workers=8; repeatable"
+    )
     flags.mark_flags_as_required(["config", "output"])
     app.run(main)

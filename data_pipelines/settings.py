@@ -7,6 +7,7 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
                      (stage -> options over those of all sources, or False to leave the stage out); for files
                      patterns, repair, separator; for sources that make their text up the arguments of their `generate`
     stages           stage -> options; a stage that is not named is left out
+    keep             names of sources: of duplicates that of the first of these is kept; the others follow by name
     heldout          share of the prompts that is held out
     policy           "skip" or "error": what a row that does not fit does
     missing          "error", or "skip" to go on without the sources that have no file
@@ -28,7 +29,7 @@ from data_pipelines import sources, stages
 from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
 
-KEYS = ("sources", "stages", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
+KEYS = ("sources", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
 MAX_TURN_CHARS = 200_000  # by default
 
 COMMON = ("kind", "weight", "limit", "max_turn_chars", "stages")
@@ -59,6 +60,11 @@ class Source:
     def generated(self) -> bool:
         return hasattr(self.module, "generate")
 
+    def parts(self) -> list[tuple[str, ...]]:
+        """The files that are read one after the other, by one process: each alone, unless all of them share a limit."""
+        whole = self.generated or self.options.get("limit")
+        return [self.files] if whole else [(file,) for file in self.files]
+
     @property
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.options.get("patterns") or self.module.PATTERNS)
@@ -79,6 +85,7 @@ def read_settings(config: ConfigDict) -> dict[str, Any]:
     settings.setdefault("max_turn_chars", MAX_TURN_CHARS)
     settings.setdefault("stages", {})
     known_key(settings["stages"], stages.CONFIGURED, "config.stages")
+    known_key(settings.setdefault("keep", []), list(settings["sources"]), "config.keep")
     return settings
 
 
@@ -130,7 +137,13 @@ def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any
     return {**chosen, "split": {"heldout": settings["heldout"]}}
 
 
-def known_key(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def by_rank(planned: Sequence[Source], settings: Mapping[str, Any]) -> list[Source]:
+    """Those that `keep` names, in its order, then the others in theirs: of duplicates the first is kept."""
+    first = list(settings["keep"])
+    return sorted(planned, key=lambda source: first.index(source.name) if source.name in first else len(first))
+
+
+def known_key(options: Iterable[str], known: Sequence[str], where: str) -> None:
     for key in options:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)

@@ -274,7 +274,14 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
 def test_a_full_disk_leaves_no_output_and_says_so(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     flags = SimpleNamespace(
-        config=config({"alpaca": {}}), input=folder, output=out, policy=None, force=False, workers=1
+        config=config({"alpaca": {}}),
+        input=folder,
+        output=out,
+        policy=None,
+        force=False,
+        workers=1,
+        runner="local",
+        runner_flag=[],
     )
     monkeypatch.setattr(door, "FLAGS", flags)
 
