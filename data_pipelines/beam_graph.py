@@ -22,7 +22,7 @@ import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_pipelines import stages
-from data_pipelines.chunk import Ledger, Sample
+from data_pipelines.chunk import Ledger
 from data_pipelines.errors import InputError
 from data_pipelines.graph import Chunks, read_options
 from data_pipelines.settings import Source, by_rank
@@ -110,14 +110,8 @@ def read_pieces(
     task: tuple[str, int, tuple[str, ...]], sources: Mapping[str, Source], options: Mapping[str, Any]
 ) -> Iterator[Piece]:
     name, first, files = task
-    pieces: list[bytes] = []
-
-    def sink(samples: list[Sample], ledger: Ledger) -> None:
-        pieces.append(packed(samples, {"read": ledger})[0])
-
-    Reader(sources[name], **options, sink=sink).read(files)
-    for number, content in enumerate(pieces):
-        yield first + place_of(0, 0, number), content
+    for number, (samples, ledger) in enumerate(Reader(sources[name], **options).chunks(files)):
+        yield first + place_of(0, 0, number), packed(samples, {"read": ledger})[0]
 
 
 ############################################### Stages ###############################################

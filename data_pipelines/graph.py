@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipelines import datasets, stages
 from data_pipelines import train_tokenizer as tokenizer_training
-from data_pipelines.chunk import Ledger, Sample
+from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation
 from data_pipelines.settings import PrepareError, Source
 from data_pipelines.stages.read import Reader
@@ -88,12 +88,10 @@ def read_chunks(
     if index.exists():
         return [read_made(store.path("read", name), "read") for name in json.loads(index.read_text())]
     made: list[Made] = []
-
-    def sink(samples: list[Sample], ledger: Ledger) -> None:
-        made.append(write_chunk(store.path("read", f"{key}-{len(made):05d}"), samples, "read", ledger))
-
-    Reader(source, **options, sink=sink, progress=advance).read(files)
-    names = [f"{key}-{number:05d}" for number in range(len(made))]
+    names: list[str] = []
+    for number, (samples, ledger) in enumerate(Reader(source, **options, progress=advance).chunks(files)):
+        names.append(f"{key}-{number:05d}")
+        made.append(write_chunk(store.path("read", names[-1]), samples, "read", ledger))
     write_whole(index, json.dumps(names).encode())
     return made
 

@@ -56,8 +56,9 @@ def prepare(
     """Prepares what `config` says, and returns the manifest; that of a complete `output_dir` if there is one.
 
     `input_dir` is a path or a URL; it may be None if no source reads files. `runner`: "local" for `workers` processes
-    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that does
-    not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the disk.
+    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that
+    does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the
+    disk.
     """
     output = Path(output_dir)
     store = Store(output.with_name(output.name + ".cache"))
