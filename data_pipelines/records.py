@@ -20,7 +20,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -56,18 +56,20 @@ def read_items(
     name: str | None = None,
     raw: BinaryIO | None = None,
     separator: int | str = 1,
+    columns: Sequence[str] | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Items:
     """Yields the rows of a file; see above for their form and for errors.
 
     `name` is what errors and `Where` call the file, by default its path. `raw` is the file already opened, for a
     caller that watches how far it is read. `separator` ends a document of a .txt file: a run of that many empty lines
-    or more, or a mark such as "<|endoftext|>".
+    or more, or a mark such as "<|endoftext|>". `columns` are the names of the columns of a .csv file without a header.
     """
     reader = _Reader(name or str(path), max_row_bytes)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    reader.columns = columns
     readers = {".json": reader.json, ".jsonl": reader.jsonl, ".ndjson": reader.jsonl, ".csv": reader.csv}
     stopped: DataError | None = None
     try:
@@ -93,6 +95,7 @@ class _Reader:
     """One file: `row` is the last row that was read, `rows` how many were yielded or rejected."""
 
     stream: BinaryIO
+    columns: Sequence[str] | None = None
 
     def __init__(self, name: str, max_row_bytes: int):
         self.name, self.max_row_bytes = name, max_row_bytes
@@ -201,10 +204,10 @@ class _Reader:
         csv.field_size_limit(self.max_row_bytes)  # for the whole process; its default of 128 kB cuts long answers
         records = csv.reader(self.strings(), strict=True)
         try:
-            header = next(records, [])
+            header = list(self.columns or next(records, []))
         except csv.Error as error:
             self.stop(f"a header that is not CSV ({error})", "the names of the columns", "invalid_csv")
-        if len(set(header)) < len(header) or not all(header):
+        if len(set(header)) < len(header) or not all(header[1:]):  # pandas leaves the name of its index empty
             self.stop(f"the header {header}", "different names of the columns", "invalid_csv")
         while True:
             try:
