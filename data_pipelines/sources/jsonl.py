@@ -18,6 +18,7 @@ from data_pipelines.tool_calls import calls_text, tools_text
 
 FORMAT = '{"turns": [[role, text, weight, helpful], …]}, {"messages": [{"role": …, "content": …}, …]} or {"text": …}'
 ORIGIN = "rows of your own, .jsonl or .json"
+LICENCE = "yours"
 PATTERNS = ("jsonl/*.jsonl", "jsonl/*.jsonl.gz", "jsonl/*.json", "jsonl/*.json.gz")
 
 REPAIRS = sharegpt.REPAIRS
