@@ -25,7 +25,8 @@ from data_pipelines import stages
 from data_pipelines.chunk import Ledger
 from data_pipelines.errors import InputError
 from data_pipelines.graph import Chunks, read_options
-from data_pipelines.settings import Source, by_rank
+from data_pipelines.settings import by_rank
+from data_pipelines.source import Source
 from data_pipelines.stages import dedupe
 from data_pipelines.stages.edges import Edges, bucket_edges, resolve
 from data_pipelines.stages.minhash import NO_KEY, SCHEME

@@ -15,7 +15,7 @@ from data_pipelines import datasets, stages
 from data_pipelines import train_tokenizer as tokenizer_training
 from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation
-from data_pipelines.settings import PrepareError, Source
+from data_pipelines.source import PrepareError, Source
 from data_pipelines.stages.read import Reader
 from data_pipelines.store import Made, Store, code_of, key_of, read_made, read_samples, write_chunk, write_whole
 from data_pipelines.workers import Workers, advance
@@ -107,7 +107,8 @@ def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, p
     tasks: Tasks = []
     for source in planned:
         for made in before[source.name] if stage in source.stages else ():
-            key = key_of(code, source.stages[stage], made.digest)
+            options = {key: value for key, value in source.stages[stage].items() if key != "index"}  # has its sha256
+            key = key_of(code, options, made.digest)
             tasks.append((stage, source.stages[stage], made.path, store.path(stage, key)))
     results = iter(pool.run(stage, stage_chunk, tasks))
     return {

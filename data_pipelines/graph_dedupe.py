@@ -16,7 +16,8 @@ import numpy as np
 
 from data_pipelines import stages
 from data_pipelines.chunk import Ledger
-from data_pipelines.settings import Source, by_rank
+from data_pipelines.settings import by_rank
+from data_pipelines.source import Source
 from data_pipelines.stages.dedupe import Dedupe, Duplicate
 from data_pipelines.stages.edges import Edges, find_edges, gather, resolve
 from data_pipelines.stages.minhash import Signatures

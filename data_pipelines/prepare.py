@@ -38,7 +38,8 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
 from data_pipelines.graph_dedupe import dedupe
 from data_pipelines.inspect import manifest_table
-from data_pipelines.settings import KEYS, PrepareError, Source, plan_all, read_settings
+from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
+from data_pipelines.source import PrepareError, Source
 from data_pipelines.store import Made, Store, read_drops
 from data_pipelines.workers import Workers
 
@@ -76,6 +77,7 @@ def prepare(
             return existing
 
         ########################################## Stages ############################################
+        planned = with_indexes(planned, store.folder / "benchmarks")
         if runner == "local":
             made = stage_by_stage(store, planned, files, settings, pool)
         else:

@@ -13,7 +13,7 @@ from data_pipelines import sources
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, DataError, Where
 from data_pipelines.records import read_items
-from data_pipelines.settings import COMMON, PrepareError, Source
+from data_pipelines.source import COMMON, PrepareError, Source
 
 CHUNK = 1024  # rows
 

@@ -18,7 +18,7 @@ from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
 from data_pipelines.prepare import prepare
-from data_pipelines.settings import PrepareError
+from data_pipelines.source import PrepareError
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
