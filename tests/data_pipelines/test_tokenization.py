@@ -47,6 +47,13 @@ def test_text_never_becomes_a_special_token(kind, data):
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "control", "llama2c"])
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=30).filter(lambda text: "▁" not in text))
+def test_sentencepiece_with_bytes_is_lossless(kind, text):
+    assert tiny(kind).decode(tiny(kind).encode(text)) == text
+
+
 def test_chat_tokens_are_special_however_they_were_declared():
     for kind in BACK_ENDS[:-1]:
         for piece in CHAT:
