@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from data_pipelines.errors import InputError
 from data_pipelines.tokenization import Ids, Tokenizer
@@ -53,6 +52,8 @@ class TiktokenTokenizer(Tokenizer):
     """A tokenizer.model of Llama 3. Raises InputError for a file of tiktoken that is not Llama 3's."""
 
     def __init__(self, path: Path):
+        import tiktoken  # here, so that telling the two kinds of .model needs no library
+
         ranks = _ranks(path)
         declared = Declared.read(path.parent)
         names = dict(enumerate(SPECIAL, start=TOKENS))
