@@ -75,6 +75,10 @@ class DataError(InputError):
         self.where, self.found, self.expected = where, found, expected
         self.reason = reason  # a short name such as "wrong_keys", which counts are kept by
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is sent to another process as its arguments; by default that would be the message alone."""
+        return type(self), (self.where, self.found, self.expected, self.reason)
+
     def to_dict(self) -> Mapping[str, str | int | None]:
         return {
             "file": str(self.where.path),

@@ -1,7 +1,8 @@
 """Sources: one module per data set, each turning rows of its files into conversations.
 
 A module that reads files has a docstring (format, origin, licence, what Koala did), `FORMAT` (the expected shape in
-one line), `ORIGIN` (where a person gets the files), `PATTERNS` (globs under the input folder; "!glob" leaves out) and
+one line), `ORIGIN` (where a person gets the files), `LICENCE`, `PATTERNS` (globs under the input folder; "!glob"
+leaves out) and
 
     convert(row: Row, where: Where) -> list[Conversation]    # DataError where the row does not fit
 

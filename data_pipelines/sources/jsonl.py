@@ -16,6 +16,7 @@ from data_pipelines.sources.text import convert as convert_text
 
 FORMAT = '{"turns": [[role, text, weight, helpful], …]}, {"messages": [{"role": …, "content": …}, …]} or {"text": …}'
 ORIGIN = "rows of your own, .jsonl or .json"
+LICENCE = "yours"
 PATTERNS = ("jsonl/*.jsonl", "jsonl/*.jsonl.gz", "jsonl/*.json", "jsonl/*.json.gz")
 
 REPAIRS = sharegpt.REPAIRS

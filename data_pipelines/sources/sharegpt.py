@@ -31,6 +31,7 @@ from data_pipelines.sources import Row, alternate, at, items, number, row_id, sh
 
 FORMAT = '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}'
 ORIGIN = "your own or a community copy of ShareGPT chats as JSON; or OASST, UltraChat and others in this format"
+LICENCE = "that of the copy; the texts belong to the people who shared them"
 PATTERNS = ("sharegpt/*.json", "sharegpt/*.json.gz", "sharegpt/*.jsonl", "sharegpt/*.jsonl.gz")
 
 TURN_KEYS = ("conversations", "messages", "items")

@@ -21,6 +21,7 @@ from data_pipelines.sources import Row, items, need, preference, row_id, shown, 
 
 FORMAT = '{"info": {"post": … or "article": …}, "summaries": [{"text": …}, {"text": …}], "choice": 0 or 1}'
 ORIGIN = "https://huggingface.co/datasets/openai/summarize_from_feedback, comparisons/*.json"
+LICENCE = "none stated"
 FOLDERS = ("summarize", "summarize_from_feedback")
 PATTERNS = tuple(f"{folder}/*.{end}" for folder in FOLDERS for end in ("json", "json.gz", "jsonl", "jsonl.gz"))
 

@@ -22,6 +22,7 @@ from data_pipelines.sources import Filtered, Row, items, need, number, preferenc
 
 FORMAT = '{"question": {"full_text": …}, "answer_0": …, "score_0": …, "quotes_0": …, "answer_1": …, …}'
 ORIGIN = "https://huggingface.co/datasets/openai/webgpt_comparisons, comparisons.jsonl"
+LICENCE = "none stated"
 PATTERNS = ("webgpt/*.json", "webgpt/*.json.gz", "webgpt/*.jsonl", "webgpt/*.jsonl.gz")
 
 PHRASES = (
