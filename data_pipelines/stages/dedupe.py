@@ -1,68 +1,42 @@
-"""Leaves out samples that are there already, in their own source or in an earlier one.
+"""Leaves out samples that are there already, in their own source or in one before it.
 
-Sources have an order, and of duplicates the first one is kept, by source, file and row; each drop names it. The unit
-is the sample, since the answers of a row belong to one question and the halves of a comparison to each other.
+Sources have an order, and of duplicates the first one is kept, by source, file and row; a dropped one names it. The
+unit is the sample: the answers of a row belong to its question, the halves of a comparison to each other.
 
-Exact duplicates have an equal part, whatever the rest of them is like: `exact` names the part. "query" is the first
-question, which is what Koala went by in ShareGPT; "exchange" is that with the first answers, by which Vicuna went;
-"whole" is everything, and "" looks for none. Near duplicates (`near`, the same names) have parts that resemble each
-other (`minhash`). Both compare normalised texts: Unicode's NFKC, casefold, white space collapsed. Sources that go by
-different parts are not compared with each other.
+Exact duplicates agree in a part, whatever the rest of them says: "query" is the first question, by which Koala went in
+ShareGPT; "exchange" that and the first answer to it, by which Vicuna went; "whole" all that is said. Near duplicates
+have a part in common that is similar (`minhash`). Both compare normalised text: Unicode's NFKC, cases folded, white
+space collapsed. Samples are compared with those of other sources that go by the same part.
 
-What counts as near is the surface: a task with other numbers in it, or a page of which three quarters are boilerplate,
-resembles another as much as a copy with 2 % of its characters changed does, and no comparison of shingles can tell
-them apart. For sources that are meant to be variations of each other (templates, generated sums) say near = "". Of
-texts under `shortest` characters one word changed makes another text, so that these are compared exactly only.
+Similar means on the surface. A sum with other numbers in it, or a page that is boilerplate to three quarters, resembles
+another as much as a copy does of which 2 % of the characters were changed; no comparison of shingles tells these apart.
+A source whose samples are meant to vary a few templates should say near = "", or ask for more similarity. In a short
+text one word makes the difference ("Who made you?", "Who trained you?"), so short ones are compared exactly only; below
+200 bytes, what near duplicates there are in Koala's files were mostly such variations.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.stages.minhash import NO_KEY, Signatures, sketch
+from data_pipelines.stages.base import Stage
+from data_pipelines.stages.minhash import NO_KEY, SCHEME, Signatures, needed, sketch
 
 PARTS = ("", "query", "exchange", "whole")
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a source's samples are compared by. `shortest`: characters below which only exact duplicates count."""
-
-    exact: str = "whole"
-    near: str = "whole"
-    shortest: int = 100
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Options":
-        """Raises InputError for what is no option."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in given:
-            if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InputError(f"found the key {key!r}; expected one of {', '.join(known)}{hint}")
-        options = cls(**given)
-        for name in ("exact", "near"):
-            if (part := getattr(options, name)) not in PARTS:
-                raise InputError(f"{name}: found {part!r}; expected one of {', '.join(map(repr, PARTS))}")
-        if type(options.shortest) is not int or options.shortest < 0:
-            raise InputError(f"shortest: found {options.shortest!r}; expected a whole number, 0 or more")
-        return options
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Duplicate:
-    """What a dropped sample is a duplicate of: `kind` EXACT or NEAR; `keeper`, "source/id" of the sample that is
-    kept; `via`, that of the one it was compared with, if that was dropped itself."""
+    """What a dropped sample is a duplicate of: `kind`, EXACT or NEAR; `keeper`, "source/id" of the sample that is kept;
+    `similarity` to the one that it was compared with, which is `via` unless that is the keeper itself."""
 
     kind: str
     keeper: str
@@ -70,71 +44,100 @@ class Duplicate:
     via: str | None = None
 
     def __str__(self) -> str:
-        via = "" if self.via is None else f", by way of {self.via}"
-        return f"of {self.keeper}{via}" + ("" if self.kind == EXACT else f" (estimated Jaccard {self.similarity:.2f})")
+        similarity = f" (estimated Jaccard {self.similarity:.2f})" if self.kind == NEAR else ""
+        return f"of {self.keeper}{similarity}" + (f", by way of {self.via}" if self.via else "")
 
 
-def signatures(samples: Sequence[Sample], options: Options) -> Signatures:
-    """Of a chunk's samples, in their order."""
-    exact = np.array([exact_key(parts(sample, options.exact), options.exact) for sample in samples], np.uint64)
-    texts = [" ".join(parts(sample, options.near)) for sample in samples]
-    texts = [text if len(text) >= options.shortest else "" for text in texts]
-    return Signatures(exact, *sketch(texts, salt=_hash(options.near)))
+class Dedupe(Stage):
+    """exact, near: the part that is compared, "" for none. similarity: estimated Jaccard similarity from which on a
+    sample is a near duplicate of an earlier one. shortest: bytes in UTF-8 of a part that is compared for similarity.
+
+    Duplicates are found among the samples of all chunks: `signatures` of each chunk, `edges` among them, then `drop`.
+    """
+
+    OPTIONS: ClassVar = {"exact": "whole", "near": "whole", "similarity": 0.7, "shortest": 200}
+
+    def __init__(self, options: Mapping[str, Any]):
+        super().__init__(options)
+        self.exact, self.near = self.options["exact"], self.options["near"]
+        similarity, self.shortest = self.options["similarity"], self.options["shortest"]
+        for name in ("exact", "near"):
+            if self.options[name] not in PARTS:
+                raise InputError(f"{name}: found {self.options[name]!r}; expected one of {', '.join(map(repr, PARTS))}")
+        if isinstance(similarity, bool) or not isinstance(similarity, int | float) or not 0 < similarity <= 1:
+            raise InputError(f"similarity: found {similarity!r}; expected a number above 0, 1 at most")
+        if isinstance(self.shortest, bool) or not isinstance(self.shortest, int) or self.shortest < 0:
+            raise InputError(f"shortest: found {self.shortest!r}; expected a whole number, 0 or more")
+        self.needed = needed(similarity, SCHEME.permutations)
+
+    def signatures(self, samples: Sequence[Sample]) -> Signatures:
+        """Of the samples of a chunk, in their order."""
+        exact, texts = np.full(len(samples), NO_KEY, np.uint64), [""] * len(samples)
+        for row, sample in enumerate(samples):
+            parts = {part: said(sample, part) for part in {self.exact, self.near}}
+            exact[row] = exact_key(self.exact, parts[self.exact])
+            text = " ".join(parts[self.near])
+            if len(text.encode(errors="surrogatepass")) >= self.shortest:
+                texts[row] = text
+        bands, sketches = sketch(texts, salt=_hash(self.near))
+        return Signatures(exact, bands, sketches, np.full(len(samples), self.needed, np.uint8))
+
+    def drop(self, samples: Iterable[Sample], found: Mapping[int, Duplicate], ledger: Ledger) -> Iterator[Sample]:
+        """The samples of a chunk that go on; `found` has the others by their position in the chunk, from 0."""
+        for position, sample in enumerate(samples):
+            ledger.entered += len(sample.conversations)
+            if position not in found:
+                ledger.left += len(sample.conversations)
+                yield sample
+                continue
+            for conversation in sample.conversations:
+                ledger.drop(conversation, found[position].kind, str(found[position]))
+
+    def conversation(self, conversation: Conversation, ledger: Ledger) -> Conversation:
+        raise NotImplementedError("no sample alone tells what it is a duplicate of")
 
 
-def drop(samples: Iterable[Sample], duplicates: Mapping[int, Duplicate], ledger: Ledger) -> Iterator[Sample]:
-    """The samples of a chunk that go on. `duplicates` has those that do not, by their position in the chunk."""
-    for position, sample in enumerate(samples):
-        ledger.entered += len(sample.conversations)
-        if (duplicate := duplicates.get(position)) is None:
-            ledger.left += len(sample.conversations)
-            yield sample
-            continue
-        for conversation in sample.conversations:
-            ledger.drop(conversation, duplicate.kind, str(duplicate))
-
-
-def exact_key(texts: Sequence[str], part: str) -> int:
-    """64 bits of a part of a sample; NO_KEY for an empty one."""
-    return max(1, _hash("\0".join((part, *texts)))) if any(texts) else NO_KEY
-
-
-def parts(sample: Sample, part: str) -> list[str]:
-    """The normalised texts of a part; none if the sample has no such part. What conversations start with in common
-    is there once."""
-    if part in ("query", "exchange"):
-        return [normal(text) for text in _first_exchange(sample.conversations, with_answers=part == "exchange")]
+def said(sample: Sample, part: str) -> list[str]:
+    """The normalised texts of a part, none where a sample has no such part. What several conversations of a sample
+    start with is there once."""
+    texts: Iterable[str] = ()
     if part == "whole":
-        return [normal(text) for text in _every_turn(sample.conversations)]
-    return []
+        texts = _turns(sample.conversations)
+    elif part:
+        texts = _first_exchange(sample.conversations, answers=part == "exchange")
+    return [normal(text) for text in texts]
 
 
 def normal(text: str) -> str:
+    """The text as it is compared."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _every_turn(conversations: Sequence[Conversation]) -> Iterator[str]:
-    first = conversations[0].turns if conversations else ()
-    for number, conversation in enumerate(conversations):
-        shared = number > 0
-        for place, turn in enumerate(conversation.turns):
-            shared = shared and place < len(first) and turn.text == first[place].text
-            if not shared:
-                yield turn.text
+def exact_key(part: str, texts: Sequence[str]) -> int:
+    """64 bits, other ones for each part; NO_KEY where nothing is said."""
+    return max(NO_KEY + 1, _hash("\0".join((part, *texts)))) if any(texts) else NO_KEY
 
 
-def _first_exchange(conversations: Sequence[Conversation], with_answers: bool) -> list[str]:
-    """The first question, and of each conversation the first answer; empty without a question."""
-    found: list[str] = []
+def _turns(conversations: Sequence[Conversation]) -> Iterator[str]:
+    first = [turn.text for conversation in conversations[:1] for turn in conversation.turns]
+    yield from first
+    for conversation in conversations[1:]:
+        texts = [turn.text for turn in conversation.turns]
+        shared = next((place for place, pair in enumerate(zip(first, texts)) if pair[0] != pair[1]), len(first))
+        yield from texts[shared:]
+
+
+def _first_exchange(conversations: Sequence[Conversation], answers: bool) -> Iterator[str]:
+    """The first question (of a document, which asks nothing, all of it), and the first answer in each conversation."""
+    asked = False
     for conversation in conversations:
         turns = iter(conversation.turns)
-        query = next((turn.text for turn in turns if turn.role == "user"), None)
-        if query is None:
-            continue
-        found = found or [query]
-        if with_answers:
-            found += [turn.text for turn in turns if turn.role == "assistant"][:1]
-    return found
+        query = next((turn.text for turn in turns if turn.role in ("user", "text")), None)
+        if query is not None and not asked:
+            asked = True
+            yield query
+        if query is not None and answers:
+            yield from [turn.text for turn in turns if turn.role == "assistant"][:1]
 
 
 def _hash(text: str) -> int:
