@@ -291,9 +291,8 @@ def edges_at_scale() -> None:
         found = edges.find_edges(among)
         taken, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    print(
-        f"\nEdges: {len(found):,} among {count:,} samples in {taken:.1f} s, with {peak / count:.0f} bytes of memory each."
-    )
+    memory = f"{peak / count:.0f} bytes of memory each"
+    print(f"\nEdges: {len(found):,} among {count:,} samples in {taken:.1f} s, {memory}.")
 
 
 def random_chunks(count: int, rng: np.random.Generator, size: int = 10_000) -> Iterator[Signatures]:

@@ -156,10 +156,15 @@ def test_no_samples_and_one():
 
 @pytest.fixture(scope="module")
 def library():
-    """Documentation of the standard library: 240 texts of 1 kB with a copy each, and 150 of boilerplate."""
-    texts = list(itertools.islice(planted.distinct(planted.documentation()), 405))
-    documents = planted.plant(texts[:240])
-    return documents + [planted.Document(text, "half", -1) for text in planted.boilerplate(texts[240:], 0.5)]
+    """Documentation of the standard library, about 1 kB each."""
+    return documents(planted.documentation())
+
+
+def documents(texts):
+    """500 texts with a copy each, 100 of every kind, and 140 of which half is boilerplate."""
+    taken = list(itertools.islice(planted.distinct(texts), 655))
+    assert len(taken) == 655
+    return planted.plant(taken[:500]) + [planted.Document(t, "half", -1) for t in planted.boilerplate(taken[500:], 0.5)]
 
 
 def results(documents, found):
@@ -173,11 +178,8 @@ def results(documents, found):
 
 
 def check(documents, found):
-    """Recall of each kind, and precision of each kind and of all, are 0.98 or more, as far as so few can tell."""
     right, wrong = results(documents, found)
-    there = Counter(document.kind for document in documents)
-    for kind in planted.KINDS:
-        assert right[kind] >= 0.98 * there[kind] - 1e-9, (kind, right, there)
+    assert min(right[kind] for kind in planted.KINDS) >= 98, right  # of 100
     assert wrong <= 0.02 * right.total(), wrong
 
 
@@ -207,12 +209,12 @@ def test_chunks_of_any_size_give_the_same_duplicates(library):
 
 
 def test_keepers_are_kept_and_come_first(library):
-    """All copies of one text before it, and it is the copies that come first that are kept."""
+    """Copies stand before their originals here, and stay."""
     backwards = library[::-1]
     found = duplicates([document(text) for text, _, _ in backwards])
     assert all(keeper < rank and keeper not in found for rank, (keeper, _) in found.items())
     originals = sum(backwards[rank].kind == "original" for rank in found)
-    assert originals >= 0.98 * 240
+    assert originals >= 0.98 * 500
 
 
 class TestRealData:
@@ -220,10 +222,8 @@ class TestRealData:
 
     @pytest.mark.parametrize("name", ("HC3 answers", "WikiText-2", "Chinese web", "Japanese novel"))
     def test_planted_copies_are_found_and_nothing_else(self, name):
-        texts = list(itertools.islice(planted.distinct(planted.corpora(REAL)[name]), 405))
-        documents = planted.plant(texts[:240])
-        documents += [planted.Document(text, "half", -1) for text in planted.boilerplate(texts[240:], 0.5)]
-        check(documents, duplicates([document(text) for text, _, _ in documents]))
+        planted_in = documents(planted.corpora(REAL)[name])
+        check(planted_in, duplicates([document(text) for text, _, _ in planted_in]))
 
     def test_translations_are_no_duplicates(self):
         english, chinese = (planted.lines(REAL / f"eval/yuan2/GSM8K/gsm8k_{name}.txt.gz") for name in ("En", "Cn"))
