@@ -12,8 +12,9 @@ Similar means on the surface. A sum with other numbers in it, or a page that is 
 resemble another as much as a copy does of which 2 % of the characters were changed: at a similarity of 0.7 one in 17
 problems of GSM8K does with every digit changed, and one in 11 of such pages (benchmarks/dedupe.py). No comparison of
 shingles tells these apart; a source whose samples vary a few templates should say near = "", or ask for a similarity of
-0.8, at which a quarter of such copies is missed. In a short text one word makes the difference ("Who made you?", "Who trained you?"), so short ones are compared
-exactly only: below 200 bytes, most near duplicates in Koala's files were such variations.
+0.8, at which a quarter of such copies is missed. In a short text one word makes the difference ("Who made you?", "Who
+trained you?"), so short ones are compared exactly only: below 200 bytes, most near duplicates in Koala's files were
+such variations.
 """
 
 import dataclasses
