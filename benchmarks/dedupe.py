@@ -27,7 +27,8 @@ from data_pipelines.chunk import Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.sources import exchange
 from data_pipelines.stages import edges, minhash
-from data_pipelines.stages.dedupe import Dedupe, normal
+from data_pipelines.stages.base import normal
+from data_pipelines.stages.dedupe import Dedupe
 from data_pipelines.stages.minhash import SCHEME, Scheme, Signatures, Uint32
 
 DATA = flags.DEFINE_string("data", None, "folder of real data; without it pydoc alone")

@@ -19,7 +19,6 @@ such variations.
 
 import dataclasses
 import hashlib
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ import numpy as np
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.stages.base import Stage
+from data_pipelines.stages.base import Stage, normal
 from data_pipelines.stages.minhash import NO_KEY, SCHEME, Signatures, needed, sketch
 
 PARTS = ("", "query", "exchange", "whole")
@@ -44,6 +43,11 @@ class Duplicate:
     keeper: str
     similarity: float = 1.0
     via: str | None = None
+
+    @classmethod
+    def of(cls, exact: bool, similarity: float, via: str, keeper: str) -> "Duplicate":
+        """From an edge to `via`, and the end of the chain of edges from there."""
+        return cls(EXACT if exact else NEAR, keeper, round(similarity, 4), None if via == keeper else via)
 
     def __str__(self) -> str:
         similarity = f" (estimated Jaccard {self.similarity:.2f})" if self.kind == NEAR else ""
@@ -108,11 +112,6 @@ def said(sample: Sample, part: str) -> list[str]:
     elif part:
         texts = _first_exchange(sample.conversations, answers=part == "exchange")
     return [normal(text) for text in texts]
-
-
-def normal(text: str) -> str:
-    """The text as it is compared."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def exact_key(part: str, texts: Sequence[str]) -> int:

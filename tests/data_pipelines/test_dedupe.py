@@ -15,7 +15,8 @@ from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.sources import exchange
 from data_pipelines.stages import edges, minhash
-from data_pipelines.stages.dedupe import EXACT, NEAR, Dedupe, Duplicate, normal, said
+from data_pipelines.stages.base import normal
+from data_pipelines.stages.dedupe import EXACT, NEAR, Dedupe, Duplicate, said
 from data_pipelines.stages.minhash import NO_KEY, Scheme, Signatures
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
