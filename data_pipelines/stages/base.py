@@ -9,6 +9,7 @@ is an option, by path and hash.
 import abc
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -72,3 +73,8 @@ def map_texts(conversation: Conversation, change: Callable[[Turn], str]) -> Conv
     """The conversation with the texts that `change` gives for its turns; the same object if none differs."""
     turns = tuple(t if (text := change(t)) == t.text else dataclasses.replace(t, text=text) for t in conversation.turns)
     return conversation if turns == conversation.turns else dataclasses.replace(conversation, turns=turns)
+
+
+def normal(text: str) -> str:
+    """The text as it is compared: Unicode's NFKC, cases folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -10,17 +10,17 @@ is hashed to one key, and only texts that share a key are ever compared. That fi
 1 - (1 - J^rows)^bands (J. Leskovec, A. Rajaraman, J. Ullman, "Mining of Massive Datasets", chapter 3).
 
 Characters and not words, because five words in a row rarely survive noise: with 2 % of the characters changed, word
-5-grams in 14 bands of 8 (as FineWeb has them) find 1 % of the copies, character 5-grams in 22 bands of 5 all but one in
-a thousand. Characters need no word boundaries either, which Chinese and Japanese do not write. 28 bands of 4 find as
-many, but bring 15 times as many unrelated texts together. Measured by benchmarks/dedupe.py.
+5-grams in 14 bands of 8 (as FineWeb has them) bring 1 % of the copies together with their originals, character 5-grams
+in 22 bands of 5 all of them. Characters need no word boundaries either, which Chinese and Japanese do not write. 28
+bands of 4 find no more, and bring five times as many unrelated texts together. Measured by benchmarks/dedupe.py.
 
 The orders are h -> a·h + b modulo 2^32 with odd a, of mixed hashes: not min-wise independent in theory, as good as that
 in practice (a test measures bias and deviation). It is plain arithmetic on integers, and has to be: signatures are kept
 and compared with those of later runs, so they may not depend on a machine, a process or the version of a package. What
-else there is: rensa (Rust) takes our hashes and needs a 20th of the time for the one step that it could replace, the
-minima, which would make the stage three times as fast; but what it gives changed with its version 0.5, it takes
-different code on different processors, and the step is ten lines here. datasketch has the same orders, but calls Python
-for every shingle.
+else there is: rensa (Rust) takes our hashes and needs a fifth of the time for the one step that it could replace, the
+minima, which would make the stage twice as fast; but what it gives changed with its version 0.5, it takes other code
+on other processors, and the step is ten lines here. datasketch has the same orders, calls Python for every shingle and
+takes two and a half times as long; its buckets are for the memory of one process.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines import graph, stages, store
+from data_pipelines import graph, graph_dedupe, stages, store
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.datasets import open_source
@@ -249,3 +249,31 @@ def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     assert code(first="def f():\n    import jinja2\n    return inner.g()\n") != was
     assert code() == was
     store.code_of.cache_clear()
+
+
+def test_duplicates_across_sources_and_what_they_name(folder, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(read, "CHUNK", 8)
+    for module in (graph, graph_dedupe):
+        write = store.write_chunk
+        monkeypatch.setattr(module, "write_chunk", lambda path, samples, stage, ledger, write=write: (
+            ran.append(stage), write(path, samples, stage, ledger))[1])  # fmt: skip
+    (folder / "other/a.json").write_text(alpaca(12, 20))
+    settings = ConfigDict({**config().to_dict(), "stages": {"dedupe": {}}})
+    manifest, count = run(folder, tmp_path, ran, settings)
+    accounts = {name: entry["stages"]["dedupe"] for name, entry in manifest["sources"].items()}
+    assert accounts["alpaca"]["dropped"] == {} and accounts["other"]["dropped"] == {"exact_duplicate": 8}
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert {(r["id"], r["found"]) for r in rejects} == {
+        (f"other/a:{row}", f"of alpaca/alpaca/a:{row + 12}") for row in range(1, 9)
+    }
+    assert count == {"read": 6, "dedupe": 6, "split": 6}
+    (folder / "other/b.json").write_text(alpaca(500, 5))
+    assert run(folder, tmp_path, ran, settings)[1] == {"read": 1, "dedupe": 1, "split": 1}
+    settings.keep = ("other",)
+    manifest, count = run(folder, tmp_path, ran, settings)
+    accounts = {name: entry["stages"]["dedupe"] for name, entry in manifest["sources"].items()}
+    assert accounts["other"]["dropped"] == {} and accounts["alpaca"]["dropped"] == {"exact_duplicate": 8}
+    settings.sources.other.stages = {"dedupe": False}
+    manifest, _ = run(folder, tmp_path, ran, settings)
+    assert manifest["sources"]["alpaca"]["stages"]["dedupe"]["dropped"] == {}
