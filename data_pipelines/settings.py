@@ -5,7 +5,7 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
     sources.<name>   kind (the module in data_pipelines/sources, by default the name), weight (a whole number for the
                      mixture; 0: in proportion to the examples), limit (rows kept in reading), max_turn_chars, stages
                      (stage -> options over those of all sources, or False to leave the stage out); for files
-                     patterns, repair, separator; for sources that make their text up the arguments of their `generate`
+                     patterns, repair, separator; the options of the module's `convert` or `generate`
     stages           stage -> options; a stage that is not named is left out. Besides its own options `decontaminate`
                      has benchmarks (name -> files, see `eval_items`), their folder, and items (see
                      `contamination_index`)
@@ -19,7 +19,6 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
 
 import dataclasses
 import difflib
-import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,12 +29,10 @@ from ml_collections import ConfigDict
 from data_pipelines import sources, stages
 from data_pipelines.contamination_index import prepared_index
 from data_pipelines.files import Folder
-from data_pipelines.source import COMMON, PrepareError, Source
+from data_pipelines.source import COMMON, FOR_FILES, PrepareError, Source, own_options
 
 KEYS = ("sources", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
 MAX_TURN_CHARS = 200_000  # by default
-
-FOR_FILES = ("patterns", "repair", "separator")
 
 
 def read_settings(config: ConfigDict) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def plan(name: str, settings: Mapping[str, Any], folder: Folder) -> Source:
     except ValueError as error:
         raise PrepareError(f"sources.{name}.{error}") from error
     generated = hasattr(module, "generate")
-    known = [*COMMON, *(inspect.signature(module.generate).parameters if generated else FOR_FILES)]
+    known = [*COMMON, *(() if generated else FOR_FILES), *own_options(module)]
     known_key(options, known, f"sources.{name}")
     weight = options.get("weight") or 0
     if not isinstance(weight, int) or weight < 0:

@@ -1,5 +1,6 @@
 """A source as the configuration has it, with its files."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,8 +10,8 @@ from data_pipelines import sources
 from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
 
-# Options of every source; those of its own that a source which makes its text up has are the arguments of `generate`.
-COMMON = ("kind", "weight", "limit", "max_turn_chars", "stages")
+COMMON = ("kind", "weight", "limit", "max_turn_chars", "stages")  # options of every source
+FOR_FILES = ("patterns", "repair", "separator")
 
 
 class PrepareError(InputError):
@@ -45,3 +46,12 @@ class Source:
     @property
     def patterns(self) -> tuple[str, ...]:
         return tuple(self.options.get("patterns") or self.module.PATTERNS)
+
+
+def own_options(module: ModuleType) -> list[str]:
+    """The names of the options that a source's module has itself: what its `generate`, or its `convert`, is called by
+    name with."""
+    if hasattr(module, "generate"):
+        return list(inspect.signature(module.generate).parameters)
+    parameters = inspect.signature(module.convert).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

@@ -13,7 +13,7 @@ from data_pipelines import sources
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, DataError, Where
 from data_pipelines.records import read_items
-from data_pipelines.source import COMMON, PrepareError, Source
+from data_pipelines.source import COMMON, PrepareError, Source, own_options
 
 CHUNK = 1024  # rows
 
@@ -36,6 +36,8 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.module, self.generated = self.source.module, self.source.generated
+        own = {*own_options(self.module)} - {*COMMON}
+        self.own = {key: value for key, value in self.source.options.items() if key in own}
         self.max_turn_chars = self.source.options.get("max_turn_chars") or self.max_turn_chars
         self.limit = self.source.options.get("limit") or float("inf")
 
@@ -79,9 +81,8 @@ class Reader:
         return Sample(sources.row_id(where), self.named(conversations)), repairs
 
     def made_up(self) -> Iterator[tuple[Sample, list[str]] | DataError]:
-        options = {key: value for key, value in self.source.options.items() if key not in COMMON}
         try:
-            for number, made in enumerate(self.module.generate(**options), start=1):
+            for number, made in enumerate(self.module.generate(**self.own), start=1):
                 split, conversation = made if isinstance(made, tuple) else (None, made)
                 try:
                     self.check([conversation], Where(f"<{self.source.name}>", number))
@@ -103,7 +104,7 @@ class Reader:
         done: list[str] = []
         while True:
             try:
-                return self.module.convert(row, where), done
+                return self.module.convert(row, where, **self.own), done
             except DataError as error:
                 if error.reason not in repairs or error.reason in done:
                     raise
