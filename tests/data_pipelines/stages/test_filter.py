@@ -243,7 +243,7 @@ def declarations():
     with zipfile.ZipFile(REAL / "pretrain/nltk_udhr/udhr.zip") as files:
         for name, code in DECLARATIONS.items():
             if f"udhr/{name}" in files.namelist():
-                text = files.read(f"udhr/{name}").decode(CODECS[name.rpartition("-")[2]])
+                text = files.read(f"udhr/{name}").decode(CODECS[name.rpartition("-")[2]], "ignore")
                 yield code, " ".join(text.split())
 
 
