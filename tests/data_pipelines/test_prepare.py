@@ -49,7 +49,11 @@ def folder(tmp_path):
     return folder
 
 
-THREE = {"alpaca": {}, "sharegpt": {"drop_phrases": ("chatgpt",)}, "mine": {"kind": "text", "patterns": ("text/*",)}}
+THREE = {
+    "alpaca": {},
+    "sharegpt": {"stages": {"filter": {"phrases": ("chatgpt",)}}},
+    "mine": {"kind": "text", "patterns": ("text/*",)},
+}
 
 
 def everything(output, source):
@@ -66,11 +70,12 @@ def test_every_row_is_accounted_for(folder, tmp_path):
         "mine": (2, 2, {}, {}),
         "sharegpt": (
             7,
-            4,
-            {"drop_phrase": 1, "invalid_json": 1, "no_exchange": 1},
+            5,
+            {"invalid_json": 1, "no_exchange": 1},
             {"ends_with_user": 2, "starts_with_assistant": 2},
         ),
     }
+    assert sources["sharegpt"]["stages"]["filter"]["dropped"] == {"phrase": 1}
     for name, source in sources.items():
         kept = everything(tmp_path / "out", name)
         assert len(kept) == sum(split["examples"] for split in source["splits"].values())
@@ -88,13 +93,15 @@ def test_rejects_name_the_place(folder, tmp_path):
     assert {"source": "alpaca", "file": "alpaca/a.json", "row": 5, "turn": None, "reason": "empty_text"}.items() <= (
         rejects[0].items()
     )
-    places = [(reject["source"], reject["row"], reject["turn"], reject["reason"]) for reject in rejects[2:]]
+    places = [(reject["source"], reject["row"], reject["turn"], reject["reason"]) for reject in rejects[2:-1]]
     assert places == [
-        ("sharegpt", 5, 2, "drop_phrase"),
         ("sharegpt", 6, None, "no_exchange"),
         ("sharegpt", 7, None, "invalid_json"),
     ]
-    assert all(reject["found"] and reject["expected"] for reject in rejects)
+    assert all(reject["found"] and reject["expected"] for reject in rejects[:-1])
+    assert {"source": "sharegpt", "stage": "filter", "id": "sharegpt/s:5", "turn": 2, "reason": "phrase"}.items() <= (
+        rejects[-1].items()
+    )
 
 
 def test_the_split_is_stable_and_keeps_rows_together(folder, tmp_path):
@@ -125,11 +132,13 @@ def test_the_same_input_gives_the_same_hash(folder, tmp_path):
 def test_policy_error_stops_at_the_first_bad_row(folder, tmp_path):
     with pytest.raises(DataError, match=r'alpaca/a\.json, row 5: found "output" is empty; expected "output" with text'):
         prepare(config(THREE, policy="error"), folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-    with pytest.raises(
-        DataError, match=r"row 6: found only turns of assistant"
-    ):  # what is left out on purpose is no error
-        prepare(config({"sharegpt": {"drop_phrases": ("chatgpt", "tell")}}, policy="error"), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "webgpt").mkdir()
+    question = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0}
+    rows = [{**question, "score_1": score} for score in (0, 1, None)]
+    (folder / "webgpt/w.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="row 3"):  # the tie in row 1 is left out on purpose, and no error
+        prepare(config({"webgpt": {}}, policy="error"), folder, tmp_path / "out")
 
 
 def test_missing_sources_are_all_named(folder, tmp_path):
@@ -304,7 +313,7 @@ def test_command_line(folder, tmp_path):
     arguments = ["--config.missing=skip", "--input", str(folder), "--output", str(tmp_path / "out")]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "empty_text" in done.stdout and "drop_phrase" in done.stdout
+    assert "empty_text" in done.stdout and "phrase" in done.stdout
     assert read_manifest(tmp_path / "out")["hash"] in done.stdout
     failed = run(*arguments, "--force", "--policy", "error")
     assert failed.returncode == 1
@@ -335,6 +344,6 @@ def test_the_real_files(tmp_path):
     assert set(manifest["sources"]) == set(settings.sources)
     reasons = {name: set(source["rejected"]) for name, source in manifest["sources"].items()}
     oddities = {"empty_text", "ends_with_user", "identical_pair", "marker_in_turn", "not_alternating"}
-    assert reasons.pop("sharegpt") <= {"drop_phrase"}
+    assert reasons.pop("sharegpt") <= set()
     assert reasons.pop("hh_rlhf") <= oddities
     assert set().union(*reasons.values()) <= {"empty_text"}
