@@ -4,11 +4,10 @@
     stages.filter = {"languages": ("zh",), "min_chars": 200, "repetition": True, "chinese": {}}              web text
 
 Every rule is off until a configuration asks for it. They are applied in this order; the first that applies is the
-reason, and is what `dropped` counts by:
+reason, and is what `dropped` counts by. (Conversations with tools are for the stage `tools`.)
 
     page_errors      False   True: a chat ends before "Too many requests in 1 hour" and the like (counted as changed);
                              page_error where nothing is left of it
-    tool_turns       True    False: no turns of tools, for a prompt format that has none: tool_turn
     min_turns, max_turns, min_chars, max_chars, min_turn_chars, max_turn_chars
                      None    turns of a conversation, characters of it and of each turn: too_few_turns,
                              too_many_turns, too_short, too_long, turn_too_short, turn_too_long
@@ -48,7 +47,7 @@ from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import chinese, code_spans, refusals
-from data_pipelines.stages.base import Dropped, Stage, map_texts
+from data_pipelines.stages.base import NOT_TEXT, Dropped, Stage, map_texts
 from data_pipelines.stages.language import language
 from data_pipelines.stages.repetition import repetition
 
@@ -71,7 +70,6 @@ class Filter(Stage):
     """See the module."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
-        "tool_turns": True,
         "page_errors": False,
         **dict.fromkeys(_LIMITS),
         "origins": (),
@@ -86,14 +84,6 @@ class Filter(Stage):
         "chinese": None,
         "repetition": False,
     }
-    DEPENDS = (
-        "data_pipelines.stages.chinese",
-        "data_pipelines.stages.code_spans",
-        "data_pipelines.stages.language",
-        "data_pipelines.stages.refusals",
-        "data_pipelines.stages.repetition",
-        "py3langid",
-    )
 
     def __init__(self, options: Mapping[str, Any]):
         super().__init__(options)
@@ -103,7 +93,6 @@ class Filter(Stage):
         self.chinese = None if self.options["chinese"] is None else {**chinese.OPTIONS, **self.options["chinese"]}
         given = self.options
         rules: tuple[tuple[Any, Callable[[Conversation, Ledger], None]], ...] = (
-            (not given["tool_turns"], self.tools),
             (any(given[key] is not None for key in _LIMITS), self.lengths),
             (self.origins or self.phrases, self.named),
             (given["refusals"] or given["identity"], self.declines),
@@ -115,7 +104,7 @@ class Filter(Stage):
         self.rules = [rule for wanted, rule in rules if wanted]
 
     def check_options(self) -> None:
-        for key in ("tool_turns", "page_errors", "broken_lists", "repeated_digits", "repetition"):
+        for key in ("page_errors", "broken_lists", "repeated_digits", "repetition"):
             if not isinstance(self.options[key], bool):
                 raise InputError(f"{key}: found {self.options[key]!r}; expected True or False")
         for key in (*_LIMITS, "min_letters", "language_chars"):
@@ -149,16 +138,11 @@ class Filter(Stage):
             conversation = self.without_boilerplate(conversation, ledger)
         return conversation
 
-    def tools(self, conversation: Conversation, ledger: Ledger) -> None:
-        for number, turn in enumerate(conversation.turns, start=1):
-            if turn.role == "tool":
-                raise Dropped("tool_turn", "a turn of a tool; expected none", number)
-
     def lengths(self, conversation: Conversation, ledger: Ledger) -> None:
-        sizes = [len(turn.text) for turn in conversation.turns]
+        sizes = {number: len(turn.text) for number, turn in _texts(conversation)}
         self.within(len(sizes), "turns", "turns", "too_few_turns", "too_many_turns", None)
-        self.within(sum(sizes), "chars", "characters", "too_short", "too_long", None)
-        for number, size in enumerate(sizes, start=1):
+        self.within(sum(sizes.values()), "chars", "characters", "too_short", "too_long", None)
+        for number, size in sizes.items():
             self.within(size, "turn_chars", "characters", "turn_too_short", "turn_too_long", number)
 
     def within(self, found: int, key: str, unit: str, few: str, many: str, turn: int | None) -> None:
@@ -194,7 +178,7 @@ class Filter(Stage):
             ledger.see("refusals", reason)
 
     def broken(self, conversation: Conversation, ledger: Ledger) -> None:
-        for number, turn in enumerate(conversation.turns, start=1):
+        for number, turn in _texts(conversation):
             text = code_spans.prose(turn.text)
             if self.options["broken_lists"] and _broken_list(text):
                 raise Dropped("broken_list", 'a second "1." before a "2."', number)
@@ -202,7 +186,7 @@ class Filter(Stage):
                 raise Dropped("repeated_digits", f"{digits[0]}; expected no digit nine times in a row", number)
 
     def spoken(self, conversation: Conversation, ledger: Ledger) -> None:
-        texts = (turn.text for turn in conversation.turns)
+        texts = (turn.text for _, turn in _texts(conversation))
         code = language(texts, self.options["min_letters"], self.options["language_chars"])
         ledger.see("language", code)
         if code != "und" and code not in self.options["languages"]:
@@ -228,6 +212,11 @@ class Filter(Stage):
                 if not turn.text.strip():
                     raise Dropped("boilerplate", "nothing but boilerplate", number)
         return kept
+
+
+def _texts(conversation: Conversation) -> list[tuple[int, Turn]]:
+    """Turns that are text, numbered from 1: not calls of tools, nor special tokens."""
+    return [(number, turn) for number, turn in enumerate(conversation.turns, start=1) if turn.role not in NOT_TEXT]
 
 
 def _documents(conversation: Conversation) -> list[tuple[int, Turn]]:

@@ -18,13 +18,15 @@ Options, and what `changed` counts (conversations in which it was):
     chinese           False    "simplified" or "traditional": converts the other script by the words of OpenCC
                                (github.com/BYVoid/OpenCC), which has to be installed       chinese
     nfc               True     Unicode's normal form C                                     nfc
-    trailing_spaces   True     at the ends of lines, and around the turn                   trailing_spaces
+    trailing_spaces   True     at the ends of lines, and around the turn unless it is one of several parts of a
+                               document                                                    trailing_spaces
     max_blank_lines   2        so many of a run of empty lines stay; -1: all               blank_lines
 
 Always: line ends become "\\n"; what is invisible goes; spaces that do not break become plain ones (line_ends, control,
 bidi, zero_width, no_break_space). U+FFFD, which stands where something was lost for good, stays and is counted (table
-"characters"). Roles, weights and the order of turns are as before. A turn of which nothing is left drops its
-conversation (empty_after_normalise), and so does a page too large to convert (html_too_large).
+"characters"). Roles, weights and the order of turns are as before; calls of tools and special tokens are no text and
+stay as they are. A turn of which nothing is left drops its conversation (empty_after_normalise), and so does a page too
+large to convert (html_too_large); a comparison goes whose two answers have become the same (identical_pair).
 
 Code in a text (`code_spans`) is touched by "always" alone, since all else can break it: the space at the end of a line
 of a diff, an "é" in a string, an entity in HTML. See `chat_page`, `characters` and `detokenise` for what is done and
@@ -36,16 +38,15 @@ which takes two rounds as a rule; one that still changes after ROUNDS (made to, 
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger
+from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import characters, chat_page, code_spans, detokenise, html_markdown
-from data_pipelines.stages.base import Dropped, Stage
+from data_pipelines.stages.base import NOT_TEXT, Dropped, Stage
 
 ROUNDS = 6
 
@@ -68,16 +69,6 @@ class Normalise(Stage):
         "trailing_spaces": True,
         "max_blank_lines": 2,
     }
-    DEPENDS = (
-        "data_pipelines.stages.characters",
-        "data_pipelines.stages.chat_page",
-        "data_pipelines.stages.code_spans",
-        "data_pipelines.stages.detokenise",
-        "data_pipelines.stages.html_markdown",
-        "bs4",
-        "ftfy",
-        "markdownify",
-    )
 
     def __init__(self, options: Mapping[str, Any]):
         super().__init__(options)
@@ -93,10 +84,24 @@ class Normalise(Stage):
         self.blank_lines = re.compile(f"\n{{{blank + 2},}}") if blank >= 0 else None
         self.convert_chinese = _converter(self.options["chinese"])
 
+    def sample(self, sample: Sample, ledger: Ledger) -> Sample | None:
+        after = super().sample(sample, ledger)
+        if after is None or not after.pair or _said(after.conversations[0]) != _said(after.conversations[1]):
+            return after
+        for conversation in after.conversations:
+            ledger.drop(conversation, "identical_pair", "two answers that did not differ in what can be read")
+        ledger.left -= 2
+        return None
+
     def conversation(self, conversation: Conversation, ledger: Ledger) -> Conversation:
         changed: set[str] = set()
         dump = any(turn.role == "assistant" and self.is_html(turn, True) for turn in conversation.turns)
-        turns = tuple(self.turn(i, turn, dump, changed) for i, turn in enumerate(conversation.turns, start=1))
+        parts = [turn for turn in conversation.turns if turn.role == "text"]
+        apart = self.options["trailing_spaces"] and len(parts) < 2
+        turns = tuple(
+            turn if turn.role in NOT_TEXT else self.turn(i, turn, dump, apart, changed)
+            for i, turn in enumerate(conversation.turns, start=1)
+        )
         for what in sorted(changed):
             ledger.change(what)
         if any("\ufffd" in turn.text for turn in turns):
@@ -113,12 +118,15 @@ class Normalise(Stage):
         fragment = self.options["html"] == "fragment" and turn.role == "assistant"
         return chat_page.is_answer(turn.text) or (fragment and chat_page.is_fragment(turn.text))
 
-    def turn(self, number: int, turn: Turn, dump: bool, changed: set[str]) -> Turn:
-        """The turn as it goes on, the same object if nothing was changed. Raises Dropped."""
+    def turn(self, number: int, turn: Turn, dump: bool, apart: bool, changed: set[str]) -> Turn:
+        """The turn as it goes on, the same object if nothing was changed. Raises Dropped. `apart`: what stands around
+        the text does not count, since no other text follows."""
         given = turn
         try:
             for _ in range(ROUNDS):
                 text = self.round(turn, dump, changed)
+                if apart and not self.options["code"]:
+                    text = _noted("trailing_spaces", _stripped, text, changed)
                 if text == turn.text:
                     break
                 turn = dataclasses.replace(turn, text=text)
@@ -144,11 +152,10 @@ class Normalise(Stage):
         text = characters.visible(text, changed)
         if self.options["escaped_newlines"]:
             text = _noted("escaped_newlines", detokenise.unescaped, text, changed)
-        text = "".join(
+        return "".join(
             self.prose(piece.text, changed) if piece.kind == "prose" else characters.spaced(piece.text, changed)
             for piece in code_spans.pieces(text)
         )
-        return _noted("trailing_spaces", _stripped, text, changed) if self.options["trailing_spaces"] else text
 
     def prose(self, text: str, changed: set[str]) -> str:
         """A stretch of text without code."""
@@ -171,6 +178,10 @@ class Normalise(Stage):
             changed.add("blank_lines")
             text = self.blank_lines.sub("\n" * (self.options["max_blank_lines"] + 1), text)
         return text
+
+
+def _said(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in conversation.turns]
 
 
 def _noted(what: str, change: Callable[[str], str], text: str, changed: set[str]) -> str:
@@ -200,7 +211,7 @@ def _converter(to: str | bool) -> Callable[[str], str] | None:
     if to not in ("simplified", "traditional"):
         raise InputError(f'chinese: found {to!r}; expected "simplified", "traditional" or False')
     try:
-        opencc = importlib.import_module("opencc")
+        import opencc
     except ImportError as error:
         raise InputError(f"chinese: found no OpenCC ({error}); expected it installed: pip install opencc") from error
     convert: Callable[[str], str] = opencc.OpenCC("t2s" if to == "simplified" else "s2t").convert

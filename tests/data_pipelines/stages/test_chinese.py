@@ -157,7 +157,7 @@ def test_articles_stay():
     strict = {**chinese.OPTIONS, "script": "simplified"}
     assert [flaw for text in articles if (flaw := chinese.flaw(text, strict))] == []
     kept = [chinese.cleaned(text) for text in articles]
-    assert sum(map(len, kept)) > 0.999 * sum(map(len, articles)) and "点击>>" not in "".join(kept)
+    assert sum(map(len, kept)) > 0.997 * sum(map(len, articles)) and "点击>>" not in "".join(kept)
     # the controls: the same texts spoilt
     spoilt = {
         "no_sentences": [text.translate(dict.fromkeys(map(ord, "，。！？；…!?"), " ")) for text in articles],

@@ -51,8 +51,6 @@ def filtered(conversation, **options):
     ("options", "conversation", "outcome"),
     (
         ({}, chat("", "x", ERROR), None),
-        ({"tool_turns": False}, chat("a", "f()", "b", roles=("user", "tool", "assistant")), ("tool_turn", 2)),
-        ({"tool_turns": False}, chat("a", "b"), None),
         ({"min_turns": 2}, chat("a"), ("too_few_turns", None)),
         ({"max_turns": 2}, chat("a", "b", "c"), ("too_many_turns", None)),
         ({"min_turns": 2, "max_turns": 2}, chat("a", "b"), None),
@@ -70,6 +68,8 @@ def filtered(conversation, **options):
         ({"refusals": "drop"}, chat("I'm sorry, but I cannot come.", "Fine."), None),
         ({"refusals": "flag"}, chat("hi", "I'm sorry, but I cannot help."), None),
         ({"identity": "drop"}, chat("hi", "Well, as an AI language model, I see."), ("ai_identity", 2)),
+        ({"max_turn_chars": 5}, chat("abc", '[{"name": "f"}]', "def", roles=("user", "call", "tool")), None),
+        ({"max_turn_chars": 5}, chat("abc", "f", "defdef", roles=("user", "call", "tool")), ("turn_too_long", 3)),
         ({"broken_lists": True}, chat("x", "So:\n1. a\n1. b"), ("broken_list", 2)),
         ({"broken_lists": True}, chat("x", "So:\n1. a\n2. b\n1. c\n2. d\n1. e"), None),
         ({"repeated_digits": True}, chat("x", "it is 7777777777"), ("repeated_digits", 2)),
@@ -243,7 +243,7 @@ def declarations():
     with zipfile.ZipFile(REAL / "pretrain/nltk_udhr/udhr.zip") as files:
         for name, code in DECLARATIONS.items():
             if f"udhr/{name}" in files.namelist():
-                text = files.read(f"udhr/{name}").decode(CODECS[name.rpartition("-")[2]])
+                text = files.read(f"udhr/{name}").decode(CODECS[name.rpartition("-")[2]], "ignore")
                 yield code, " ".join(text.split())
 
 

@@ -159,6 +159,24 @@ def test_a_turn_of_nothing_drops_the_conversation():
     assert (ledger.entered, ledger.left, ledger.dropped) == (2, 1, {"empty_after_normalise": 1})
 
 
+def test_what_is_no_text_stays():
+    call = '[{"name": "f",\u202e "arguments": {"a": "schÃ¶n  "}}] '
+    conversation = chat(("user", "ask "), ("call", call), ("tool", "schÃ¶n"), ("assistant", "so"))
+    assert normalise(conversation)[0] == ["ask", call, "schön", "so"]
+    parts = chat(("text", "Q:  x "), ("special", "<|eos|>"), ("text", " A \n y\n"))
+    assert normalise(parts)[0] == ["Q:  x ", "<|eos|>", " A\n y\n"]  # what is between the parts counts
+    assert normalise(chat(("text", " A \n y\n")))[0] == ["A\n y"]
+
+
+def test_a_comparison_of_the_same_answers_goes():
+    answers = {"chosen": "It’s  fine", "rejected": "It\u200b’s  fine \n"}
+    halves = [Conversation("s", f"i:{end}", chat(("user", "x"), ("assistant", a)).turns) for end, a in answers.items()]
+    ledger = Ledger()
+    assert Normalise({}).sample(Sample("i", tuple(halves)), ledger) is None
+    assert (ledger.entered, ledger.left, ledger.dropped) == (2, 0, {"identical_pair": 2})
+    assert Normalise({"trailing_spaces": False}).sample(Sample("i", tuple(halves)), Ledger()) is not None
+
+
 def test_changes_are_counted_once_a_conversation():
     ledger = Ledger()
     Normalise({}).conversation(chat(("user", "a \nb"), ("assistant", "c \nd \ufffd")), ledger)
@@ -258,7 +276,7 @@ def test_twice_is_once(asked, told, options):
 )
 def test_one_round_alone_would_not_do(text):
     """The control for the test above."""
-    round_ = lambda text: Normalise(EVERYTHING).round(Turn("assistant", text, 1.0), True, set())
+    round_ = lambda text: Normalise(EVERYTHING).round(Turn("assistant", text, 1.0), True, set()).strip()
     unstable = round_(round_(text)) != round_(text)
     once = one(text, **EVERYTHING)[0]
     assert unstable and one(once, **EVERYTHING) == (once, set())
