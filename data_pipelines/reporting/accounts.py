@@ -146,10 +146,17 @@ def _account(number: int, name: str, entry: Mapping[str, Any]) -> Account:
 
 
 def stage_names(accounts: Iterable[Account]) -> list[str]:
-    """The stages of all sources in their order, without reading and the split."""
-    known = {stage: place for place, stage in enumerate(CONFIGURED)}
-    found = dict.fromkeys(step.name for account in accounts for step in account.steps[1:] if step.name != SPLIT)
-    return sorted(found, key=lambda stage: known.get(stage, len(known)))
+    """The stages of all sources in their order, without reading and the split. An unknown one comes where a source
+    has it, behind the stage before it."""
+    order, found = list(CONFIGURED), set[str]()
+    for account in accounts:
+        at = 0
+        for step in account.steps[1:]:
+            if step.name not in order:
+                order.insert(at, step.name)
+            at = order.index(step.name) + 1
+            found.add(step.name)
+    return [stage for stage in order if stage in found and stage != SPLIT]
 
 
 def split_names(accounts: Iterable[Account]) -> list[str]:

@@ -19,10 +19,10 @@ from data_pipelines.loader import encode_draws
 from data_pipelines.mixture import Draw, permutation_key, permute
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.recipe import Learned, Recipe, learned_by
-from data_pipelines.reporting.scan import opened
-from data_pipelines.workers import Workers
+from data_pipelines.reporting.scan import opened, parts
+from data_pipelines.workers import Workers, advance
 
-TASK = 1024  # examples of a task
+PART = 1024  # examples of a part, at least
 BATCH = 64  # encoded together
 SURE = 1.96  # standard errors to either side hold the true value in 95 of 100 samples
 
@@ -106,13 +106,14 @@ def encode_sample(
     directory: Path, accounts: Sequence[Account], recipe: Recipe, sample: int, pool: Workers
 ) -> dict[str, Encoded]:
     """source -> counts over `sample` examples of its train split, or over all of them where it is 0."""
-    tasks = []
+    found = {}
     for account in accounts:
         indices = chosen(account.name, account.train, sample)
-        tasks += [(str(directory), account.name, indices[i : i + TASK], recipe) for i in range(0, len(indices), TASK)]
-    found = {account.name: Encoded() for account in accounts}
-    for task, encoded in zip(tasks, pool.run("encode", encode_some, tasks)):
-        found[task[1]].merge(encoded)
+        pieces = [indices[part.start : part.stop] for part in parts(len(indices), PART)]
+        tasks = [(str(directory), account.name, piece, recipe) for piece in pieces]
+        found[account.name] = Encoded()
+        for encoded in pool.run(f"encode {account.name}", encode_some, tasks, total=len(indices)):
+            found[account.name].merge(encoded)
     return found
 
 
@@ -131,6 +132,7 @@ def encode_some(directory: str, source: str, indices: Sequence[int], recipe: Rec
         draws = [Draw(0, 0, index) for index in indices[start : start + BATCH]]
         for conversation, encoded in encode(learned, {source: dataset}, draws):
             counts.add(sum(len(turn.text) for turn in conversation.turns), encoded)
+        advance(len(draws))
     return counts
 
 

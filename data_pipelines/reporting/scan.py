@@ -1,6 +1,7 @@
 """A pass over all examples of the train splits: what can be counted without a tokenizer.
 
-It is shared out among the workers in ranges of a fixed size, so that the counts are the same with any number of them.
+Each source is shared out among the workers in parts that depend on its size alone, so that the counts are the same
+with any number of workers; there are few of them, and each part's counts are small, so that memory is bounded.
 """
 
 import dataclasses
@@ -15,9 +16,12 @@ from data_pipelines.datasets import SourceDataset, open_source
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.repeats import Repeats
 from data_pipelines.stages.split import prompt
-from data_pipelines.workers import Workers
+from data_pipelines.workers import Workers, advance
 
-RANGE = 8192  # examples of a task
+RANGE = 8192  # examples of a part, at least
+PARTS = 64  # of a source, at most
+QUESTIONS = 8192  # that a part keeps; with PARTS, no fewer than the whole can use (`repeats.CAPACITY`)
+TOLD = 256  # examples between two steps of the progress bar
 TRAIN = "train"
 
 _ROW = re.compile(r".+?:\d+(?=:|$)")
@@ -69,22 +73,28 @@ class Scan:
 
 def scan_all(directory: Path, accounts: Sequence[Account], pool: Workers) -> dict[str, Scan]:
     """source -> counts over its train split."""
-    tasks = [
-        (str(directory), account.name, first, min(first + RANGE, account.train))
-        for account in accounts
-        for first in range(0, account.train, RANGE)
-    ]
-    scans = {account.name: Scan() for account in accounts}
-    for task, scan in zip(tasks, pool.run("read", scan_range, tasks)):
-        scans[task[1]].merge(scan)
+    scans = {}
+    for account in accounts:
+        tasks = [(str(directory), account.name, part) for part in parts(account.train, RANGE)]
+        scans[account.name] = Scan()
+        for scan in pool.run(f"read {account.name}", scan_part, tasks, total=account.train):
+            scans[account.name].merge(scan)
     return scans
 
 
-def scan_range(directory: str, source: str, first: int, last: int) -> Scan:
-    """The counts over a range of a train split."""
-    dataset, scan = opened(directory, source), Scan()
-    row_before = row_of(dataset[first - 1].id) if first else ""
-    for index in range(first, last):
+def parts(count: int, smallest: int) -> list[range]:
+    """range(count) in at most PARTS parts."""
+    step = max(smallest, -(-count // PARTS))
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def scan_part(directory: str, source: str, part: range) -> Scan:
+    """The counts over a part of a train split."""
+    dataset, scan = opened(directory, source), Scan(prompts=Repeats(QUESTIONS))
+    row_before = row_of(dataset[part.start - 1].id) if part.start else ""
+    for index in part:
+        if (index - part.start) % TOLD == 0:
+            advance(min(TOLD, part.stop - index))
         conversation = dataset[index]
         scan.add(conversation)
         if (row := row_of(conversation.id)) != row_before:  # the answers of one row share its question
