@@ -133,7 +133,8 @@ def report(
             "losses": views.last_losses(runs),
             "scores": views.all_scores(runs),
             "curves": pictures.run_curves(runs),
-            "signed": views.signed,
+            "difference": views.difference,
+            "same_sources": len({frozenset(run.heldout) for run in runs}) == 1,
             "folders": folders,
             "compared": views.compared(folders),
         }

@@ -96,7 +96,7 @@ def histogram(
         x, tall = left + column * (place - domain[0]), max(1.0, count * scale)
         beyond = mark is not None and low > mark[0]
         parts.append(box(x + 0.5, base - tall, column - 1, tall, "over" if beyond else class_, hint))
-    for place in range(domain[0] + domain[0] % 2, domain[1] + 2, 2 * max(1, (domain[1] - domain[0]) // 12)):
+    for place in range(domain[0] + domain[0] % 2, domain[1] + 2, 2 * max(1, (domain[1] - domain[0]) // 10)):
         x = at(2 ** (place // 2))
         parts += [line(x, base, x, base + 3, "axis"), text(x, base + 14, power(2 ** (place // 2)), "tick", "middle")]
     parts.append(text((left + width) / 2, height - 2, unit, "tick", "middle"))

@@ -20,7 +20,7 @@ from data_pipelines.reporting.encoding import encode
 from data_pipelines.reporting.recipe import Recipe, learned_by
 from data_pipelines.reporting.scan import TRAIN, opened
 
-WINDOWS = 40
+WINDOWS, WINDOW = 40, 50  # at most so many, of so many draws at least
 MEASURED = 4096  # draws
 PICTURED = 8  # rows
 
@@ -88,7 +88,8 @@ def mix(
     mixture = Mixture(there, weights and {name: weights[name] for name in there}, seed)
     packed = pack_first(directory, mixture, recipe, seed) if recipe else None
     draws, steps = length.draws(mixture, packed)
-    ends = sorted({draws * window // WINDOWS for window in range(1, WINDOWS + 1)} - {0})
+    number = max(1, min(WINDOWS, draws // WINDOW))
+    ends = [draws * window // number for window in range(1, number + 1)]
     so_far = [mixture.counts(end) for end in (0, *ends)]
     total = sum(mixture.cycle_weights)
     shares = []

@@ -40,6 +40,11 @@ class Run:
         return max((curve[-1][0] for curve in self.curves.values()), default=0)
 
     @property
+    def last_evaluation(self) -> int:
+        """Its step."""
+        return max((curve[-1][0] for curve in self.heldout.values()), default=0)
+
+    @property
     def heldout(self) -> dict[str, Curve]:
         """source -> held-out loss."""
         start = f"{HELDOUT}/"

@@ -213,6 +213,12 @@ def last_losses(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
     return [*rows, ("all its sources", means)] if rows else []
 
 
+def difference(values: Sequence[float | None], comparable: bool) -> str:
+    """The second less the first; a dash where one is missing."""
+    one, two = values
+    return f"{two - one:+.4f}".replace("-", "−") if comparable and one is not None and two is not None else "–"
+
+
 def all_scores(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
     names = sorted({name for run in runs for name in run.scores})
     return [(name, [run.scores.get(name) for run in runs]) for name in names]
@@ -250,7 +256,3 @@ def special(piece: Piece) -> Markup:
 def visible(text: str) -> str:
     """Line breaks with a sign before them, tabs as one."""
     return text.replace("\r\n", "\n").replace("\n", "↵\n").replace("\t", "⇥")
-
-
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")

@@ -627,8 +627,9 @@ def test_runs_side_by_side(tmp_path, prepared):
     assert shown.table("held-out loss") == [
         ["alpaca", "2.5000", "2.2500", "−0.2500"],
         ["mine", "3.2500", "–", "–"],
-        ["all its sources", "2.8750", "2.2500", "−0.6250"],
+        ["all its sources", "2.8750", "2.2500", "–"],
     ]
+    assert views.difference([2.875, 2.25], True) == "−0.6250"
     assert shown.table("figure") == [["eval/loss/alpaca", "–", "2.1250"]]
     assert [row[-1] for row in shown.table("run")] == ["out", "out"]
     read = [runs.read_run(folder, folder.name) for folder in (one, two)]
@@ -678,14 +679,14 @@ def test_folders_side_by_side(tmp_path, prepared):
     chats = [conversation("ask", "tell", i, "alpaca") for i in range(3)]
     other = write(tmp_path / "other", chats, source="alpaca")
     shown = Page(report(prepared, compare=[other]))
-    rows = {row[0]: row[1:] for row in shown.table("source", "outrows")}
+    rows = {row[0]: row[1:] for row in shown.table("source", "out")}
     entry = datasets.read_manifest(prepared)["sources"]["alpaca"]
     kept = sum(split["examples"] for split in entry["splits"].values())
     assert rows["alpaca"][:3] == ["200", f"{sum(entry['rejected'].values())} + 0", str(kept)]
     assert rows["alpaca"][4:] == ["3", "0 + 0", "3", "21", "no"]
     assert rows["mine"][-1] == "in one only"
     same = Page(report(prepared, compare=[prepared])).tables[-1]
-    assert [row[-1] for row in same[1:]] == ["yes"] * 3
+    assert [row[-1] for row in same[2:]] == ["yes"] * 3
 
 
 ################################################ The command ##############################################
