@@ -32,6 +32,10 @@ class Folder:
         except (ValueError, ImportError) as error:  # a scheme that is unknown, or whose package is not installed
             raise InputError(f"{self.url}: found a folder that cannot be opened ({error})") from error
 
+    def exists(self) -> bool:
+        files, root = self._opened()
+        return bool(files.exists(root))
+
     def glob(self, patterns: Iterable[str]) -> list[str]:
         """The files that match a pattern and none of the "!patterns", in the order of their names."""
         files, root = self._opened()

@@ -13,9 +13,9 @@ from typing import Any
 
 from data_pipelines import datasets, stages
 from data_pipelines import train_tokenizer as tokenizer_training
-from data_pipelines.chunk import Ledger, Sample
+from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation
-from data_pipelines.settings import PrepareError, Source
+from data_pipelines.source import PrepareError, Source
 from data_pipelines.stages.read import Reader
 from data_pipelines.store import Made, Store, code_of, key_of, read_made, read_samples, write_chunk, write_whole
 from data_pipelines.workers import Workers, advance
@@ -59,12 +59,11 @@ def hash_file(folder: Any, file: str) -> str:
 
 def read(store: Store, planned: Sequence[Source], files: Files, settings: Mapping[str, Any], pool: Workers) -> Chunks:
     """Reads all sources, a task a file; those with a limit, or without files, are one task."""
-    options = {"max_turn_chars": settings["max_turn_chars"], "strict": settings["policy"] == "error"}
+    options = read_options(settings)
     code = code_of(stages.module_of("read"))
     tasks: Tasks = []
     for source in planned:
-        whole = source.generated or source.options.get("limit")
-        for part in [source.files] if whole else [(file,) for file in source.files]:
+        for part in source.parts():
             digests = [(file, files[source.name][file]["sha256"]) for file in part]
             own = {key: value for key, value in source.options.items() if key not in ("weight", "stages")}
             key = key_of(code, code_of(source.module.__name__), source.name, source.kind, own, options, digests)
@@ -76,20 +75,23 @@ def read(store: Store, planned: Sequence[Source], files: Files, settings: Mappin
     return made
 
 
+def read_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Reader is told, besides the source."""
+    return {"max_turn_chars": settings["max_turn_chars"], "strict": settings["policy"] == "error"}
+
+
 def read_chunks(
     store: Store, source: Source, files: tuple[str, ...], options: Mapping[str, Any], key: str
 ) -> list[Made]:
     """The chunks of some files. Their list is written last, so a killed run reads a file again from its start."""
     index = store.path("read", key, ".json")
     if index.exists():
-        return [read_made(store.path("read", name)) for name in json.loads(index.read_text())]
+        return [read_made(store.path("read", name), "read") for name in json.loads(index.read_text())]
     made: list[Made] = []
-
-    def sink(samples: list[Sample], ledger: Ledger) -> None:
-        made.append(write_chunk(store.path("read", f"{key}-{len(made):05d}"), samples, ledger))
-
-    Reader(source, **options, sink=sink, progress=advance).read(files)
-    names = [f"{key}-{number:05d}" for number in range(len(made))]
+    names: list[str] = []
+    for number, (samples, ledger) in enumerate(Reader(source, **options, progress=advance).chunks(files)):
+        names.append(f"{key}-{number:05d}")
+        made.append(write_chunk(store.path("read", names[-1]), samples, "read", ledger))
     write_whole(index, json.dumps(names).encode())
     return made
 
@@ -105,7 +107,8 @@ def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, p
     tasks: Tasks = []
     for source in planned:
         for made in before[source.name] if stage in source.stages else ():
-            key = key_of(code, source.stages[stage], made.digest)
+            options = {key: value for key, value in source.stages[stage].items() if key != "index"}  # has its sha256
+            key = key_of(code, options, made.digest)
             tasks.append((stage, source.stages[stage], made.path, store.path(stage, key)))
     results = iter(pool.run(stage, stage_chunk, tasks))
     return {
@@ -116,10 +119,10 @@ def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, p
 
 def stage_chunk(stage: str, options: Mapping[str, Any], chunk: str, target: Path) -> Made:
     if target.exists():
-        return read_made(target)
+        return read_made(target, stage)
     ledger = Ledger()
     samples = list(stages.make(stage, options)(read_samples(chunk), ledger))
-    return write_chunk(target, samples, ledger)
+    return write_chunk(target, samples, stage, ledger)
 
 
 ############################################### Output ###############################################

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ from data_pipelines import datasets, graph
 from data_pipelines.chunk import Ledger
 from data_pipelines.datasets import Manifest
 from data_pipelines.errors import InputError
+from data_pipelines.files import Folder
+from data_pipelines.graph_dedupe import dedupe
 from data_pipelines.inspect import manifest_table
-from data_pipelines.settings import KEYS, PrepareError, Source, plan_all, read_settings
+from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
+from data_pipelines.source import PrepareError, Source
 from data_pipelines.store import Made, Store, read_drops
 from data_pipelines.workers import Workers
 
@@ -48,18 +51,21 @@ def prepare(
     *,
     force: bool = False,
     workers: int = 1,
+    runner: str = "local",
+    runner_flags: Sequence[str] = (),
 ) -> Manifest:
     """Prepares what `config` says, and returns the manifest; that of a complete `output_dir` if there is one.
 
-    `input_dir` is a path or a URL; it may be None if no source reads files. Raises PrepareError for a configuration
-    or folder that does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`,
-    OSError from the disk.
+    `input_dir` is a path or a URL; it may be None if no source reads files. `runner`: "local" for `workers` processes
+    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that
+    does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the
+    disk.
     """
     output = Path(output_dir)
     store = Store(output.with_name(output.name + ".cache"))
     settings = read_settings(config)
     existing = None if nothing_of_ours(output) or force else complete(output, settings)
-    if existing is not None and (input_dir is None or not Path(input_dir).exists()):
+    if existing is not None and (input_dir is None or not Folder(str(input_dir)).exists()):
         return existing
 
     with Workers(workers) as pool:
@@ -71,10 +77,12 @@ def prepare(
             return existing
 
         ########################################## Stages ############################################
-        made = {"read": graph.read(store, planned, files, settings, pool)}
+        planned = with_indexes(planned, store.folder / "benchmarks")
+        if runner == "local":
+            made = stage_by_stage(store, planned, files, settings, pool)
+        else:
+            made = on_beam(store, planned, settings, [f"--runner={runner}", *runner_flags])
         check_rows(planned, made["read"])
-        for stage in graph.stages_in_use(planned):
-            made[stage] = graph.apply(store, stage, planned, made[list(made)[-1]], pool)
         check_left(planned, made)
 
         ##################################### Datasets, tokenizer ####################################
@@ -95,6 +103,35 @@ def prepare(
     finished = datasets.write_manifest(scratch, manifest)
     publish(scratch, output)
     return finished
+
+
+def stage_by_stage(
+    store: Store, planned: Sequence[Source], files: graph.Files, settings: Mapping[str, Any], pool: Workers
+) -> dict[str, graph.Chunks]:
+    """stage -> the chunks after it, made by the processes of this machine."""
+    made = {"read": graph.read(store, planned, files, settings, pool)}
+    for stage in graph.stages_in_use(planned):
+        before = made[list(made)[-1]]
+        if stage == "dedupe":
+            made[stage] = dedupe(store, planned, settings, before, pool)
+        else:
+            made[stage] = graph.apply(store, stage, planned, before, pool)
+    return made
+
+
+def on_beam(
+    store: Store, planned: Sequence[Source], settings: Mapping[str, Any], flags: Sequence[str]
+) -> dict[str, graph.Chunks]:
+    """The same from Apache Beam. Its chunks are in the cache, where every machine has to reach them."""
+    try:
+        from data_pipelines import beam_graph
+    except ModuleNotFoundError as error:
+        raise PrepareError(
+            f"--runner: found no {error.name}; expected it installed: pip install easylm_plus[beam]"
+        ) from error
+    folder = store.folder / "beam"
+    shutil.rmtree(folder, ignore_errors=True)
+    return beam_graph.run(planned, settings, str(folder), folder, flags)
 
 
 def complete(output: Path, settings: Mapping[str, Any]) -> Manifest:
@@ -134,7 +171,7 @@ def check_rows(planned: list[Source], read: graph.Chunks) -> None:
     for source in planned:
         ledger = total(read[source.name])
         if not ledger.left:
-            drops = (drop for made in read[source.name] for drop in read_drops(made.path))
+            drops = (drop for made in read[source.name] for drop in read_drops(made.path, "read"))
             d = next(drops, {"file": source.name, "row": 0, "found": "nothing", "expected": "a row or more"})
             first = f"{d['file']}, row {d['row']}: found {d['found']}; expected {d['expected']}"
             raise PrepareError(f"sources.{source.name}: none of {ledger.entered} rows fits; the first: {first}")
@@ -195,7 +232,7 @@ def write_rejects(path: Path, planned: list[Source], made: Mapping[str, graph.Ch
         for source in planned:
             for stage in ("read", *source.stages):
                 for chunk in made[stage][source.name]:
-                    for drop in read_drops(chunk.path) if chunk.ledger.dropped else ():
+                    for drop in read_drops(chunk.path, stage) if chunk.ledger.dropped else ():
                         file.write(json.dumps({"source": source.name, "stage": stage, **drop}) + "\n")
 
 
@@ -226,7 +263,8 @@ def main(argv: list[str]) -> None:
             config.policy = FLAGS.policy
     try:
         workers = FLAGS.workers or os.cpu_count() or 1
-        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, workers=workers)
+        where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag}
+        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, **where)
     except InputError as error:
         sys.exit(f"{error}")
     except OSError as error:
@@ -249,5 +287,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("policy", None, ["error", "skip"], "What a row that does not fit does; over the configuration's")
     flags.DEFINE_bool("force", False, "Replace prepared data in the output folder")
     flags.DEFINE_integer("workers", 0, "Processes; 0: as many as there are cores", lower_bound=0)
+    flags.DEFINE_string("runner", "local", "local, or a runner of Apache Beam such as DirectRunner or DataflowRunner")
+    flags.DEFINE_multi_string(
+        "runner_flag", [], "A flag for it, such as --runner_flag=--direct_num_workers=8; repeatable"
+    )
     flags.mark_flags_as_required(["config", "output"])
     app.run(main)

@@ -5,8 +5,11 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
     sources.<name>   kind (the module in data_pipelines/sources, by default the name), weight (a whole number for the
                      mixture; 0: in proportion to the examples), limit (rows kept in reading), max_turn_chars, stages
                      (stage -> options over those of all sources, or False to leave the stage out); for files
-                     patterns, repair, separator; for sources that make their text up the arguments of their `generate`
-    stages           stage -> options; a stage that is not named is left out
+                     patterns, repair, separator; the options of the module's `convert` or `generate`
+    stages           stage -> options; a stage that is not named is left out. Besides its own options `decontaminate`
+                     has benchmarks (name -> files, see `eval_items`), their folder, and items (see
+                     `contamination_index`)
+    keep             names of sources: of duplicates that of the first of these is kept; the others follow by name
     heldout          share of the prompts that is held out
     policy           "skip" or "error": what a row that does not fit does
     missing          "error", or "skip" to go on without the sources that have no file
@@ -14,54 +17,22 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
     tokenizer        train, vocab_size, special_tokens: trained on the train splits of all sources
 """
 
+import dataclasses
 import difflib
-import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from data_pipelines import sources, stages
-from data_pipelines.errors import InputError
+from data_pipelines.contamination_index import prepared_index
 from data_pipelines.files import Folder
+from data_pipelines.source import COMMON, FOR_FILES, PrepareError, Source, own_options
 
-KEYS = ("sources", "stages", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
+KEYS = ("sources", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
 MAX_TURN_CHARS = 200_000  # by default
-
-COMMON = ("kind", "weight", "limit", "max_turn_chars", "stages")
-FOR_FILES = ("patterns", "repair", "separator")
-
-
-class PrepareError(InputError):
-    """A configuration or an input folder that cannot be prepared, in one line."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source as the configuration has it; `files` are paths under `folder`, none if it makes its text up. `stages`
-    are the options of each stage that it goes through. Can be sent to another process."""
-
-    name: str
-    kind: str
-    options: Mapping[str, Any]
-    stages: Mapping[str, Mapping[str, Any]]
-    folder: Folder
-    files: tuple[str, ...]
-
-    @property
-    def module(self) -> ModuleType:
-        return sources.load(self.kind)
-
-    @property
-    def generated(self) -> bool:
-        return hasattr(self.module, "generate")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return tuple(self.options.get("patterns") or self.module.PATTERNS)
 
 
 def read_settings(config: ConfigDict) -> dict[str, Any]:
@@ -79,6 +50,7 @@ def read_settings(config: ConfigDict) -> dict[str, Any]:
     settings.setdefault("max_turn_chars", MAX_TURN_CHARS)
     settings.setdefault("stages", {})
     known_key(settings["stages"], stages.CONFIGURED, "config.stages")
+    known_key(settings.setdefault("keep", []), list(settings["sources"]), "config.keep")
     return settings
 
 
@@ -106,7 +78,7 @@ def plan(name: str, settings: Mapping[str, Any], folder: Folder) -> Source:
     except ValueError as error:
         raise PrepareError(f"sources.{name}.{error}") from error
     generated = hasattr(module, "generate")
-    known = [*COMMON, *(inspect.signature(module.generate).parameters if generated else FOR_FILES)]
+    known = [*COMMON, *(() if generated else FOR_FILES), *own_options(module)]
     known_key(options, known, f"sources.{name}")
     weight = options.get("weight") or 0
     if not isinstance(weight, int) or weight < 0:
@@ -123,14 +95,49 @@ def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any
     for stage in stages.CONFIGURED:
         if (stage in settings["stages"] or stage in own) and own.get(stage) is not False:
             chosen[stage] = {**(settings["stages"].get(stage) or {}), **(own.get(stage) or {})}
-            try:
-                stages.make(stage, chosen[stage])
-            except ValueError as error:
-                raise PrepareError(f"sources.{name}, stage {stage}: {error}") from error
+            if stage != "decontaminate":  # it needs an index that is yet to be made
+                made_of(name, stage, chosen[stage])
     return {**chosen, "split": {"heldout": settings["heldout"]}}
 
 
-def known_key(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def with_indexes(planned: Sequence[Source], work: Path) -> list[Source]:
+    """The sources with an index of the benchmarks in `work` for each that is decontaminated, in place of what says
+    which benchmarks these are."""
+    return [
+        dataclasses.replace(source, stages={**source.stages, "decontaminate": indexed(source, work)})
+        if "decontaminate" in source.stages
+        else source
+        for source in planned
+    ]
+
+
+def indexed(source: Source, work: Path) -> dict[str, Any]:
+    """The options of the stage itself."""
+    options = dict(source.stages["decontaminate"])
+    benchmarks, folder = options.pop("benchmarks", None), options.pop("folder", ".")
+    if not benchmarks:
+        raise PrepareError(f"sources.{source.name}, stage decontaminate: found no benchmarks; expected name -> files")
+    index, digest = prepared_index(benchmarks, folder, work, options.pop("items", None))
+    options |= {"index": str(index), "sha256": digest}
+    made_of(source.name, "decontaminate", options)
+    return options
+
+
+def made_of(name: str, stage: str, options: Mapping[str, Any]) -> None:
+    """Raises PrepareError for options of which no stage can be made."""
+    try:
+        stages.make(stage, options)
+    except ValueError as error:
+        raise PrepareError(f"sources.{name}, stage {stage}: {error}") from error
+
+
+def by_rank(planned: Sequence[Source], settings: Mapping[str, Any]) -> list[Source]:
+    """Those that `keep` names, in its order, then the others in theirs: of duplicates the first is kept."""
+    first = list(settings["keep"])
+    return sorted(planned, key=lambda source: first.index(source.name) if source.name in first else len(first))
+
+
+def known_key(options: Iterable[str], known: Sequence[str], where: str) -> None:
     for key in options:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)

@@ -24,7 +24,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,29 +64,41 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def write_chunk(path: Path, samples: Sequence[Sample], ledger: Ledger) -> Made:
+def write_chunk(path: Path, samples: Sequence[Sample], stage: str, ledger: Ledger) -> Made:
     """Writes a chunk that is there whole or not at all."""
-    lines = [sample.to_json().encode() + b"\n" for sample in samples]
-    digest = hashlib.sha256(b"".join(lines)).hexdigest()
-    header = {"digest": digest, "samples": len(samples), "ledger": vars(ledger)}
-    text = json.dumps(header, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
-    write_whole(path, gzip.compress(text, compresslevel=1, mtime=0))
+    content, digest = packed(samples, {stage: ledger})
+    write_whole(path, content)
     return Made(str(path), digest, len(samples), replace(ledger, drops=[]))
 
 
-def read_made(path: Path | str) -> Made:
+def packed(samples: Sequence[Sample], ledgers: Mapping[str, Ledger]) -> tuple[bytes, str]:
+    """The content of a chunk's file, and the digest of its samples. `ledgers`: those of the stages that it came
+    through since it was last written."""
+    lines = [sample.to_json().encode() + b"\n" for sample in samples]
+    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    accounts = {stage: vars(ledger) for stage, ledger in ledgers.items()}
+    header = {"digest": digest, "samples": len(samples), "ledgers": accounts}
+    text = json.dumps(header, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
+    return gzip.compress(text, compresslevel=1, mtime=0), digest
+
+
+def unpacked(content: bytes) -> tuple[list[Sample], dict[str, Ledger]]:
+    """What `packed` was given."""
+    first, *lines = gzip.decompress(content).splitlines()
+    ledgers = json.loads(first)["ledgers"]
+    return [Sample.from_json(line) for line in lines], {stage: _ledger(fields) for stage, fields in ledgers.items()}
+
+
+def read_made(path: Path | str, stage: str) -> Made:
     """What the header of a chunk says."""
     header = _header(path)
-    fields = header["ledger"]
-    counted = {name: Counter(fields[name]) for name in ("dropped", "changed")}
-    seen = {table: Counter(counts) for table, counts in fields["seen"].items()}
-    ledger = Ledger(**{**fields, **counted, "seen": seen, "drops": []})
+    ledger = _ledger(header["ledgers"][stage] | {"drops": []})
     return Made(str(path), header["digest"], header["samples"], ledger)
 
 
-def read_drops(path: Path | str) -> list[dict[str, Any]]:
+def read_drops(path: Path | str, stage: str) -> list[dict[str, Any]]:
     """What the stage dropped, in order."""
-    drops: list[dict[str, Any]] = _header(path)["ledger"]["drops"]
+    drops: list[dict[str, Any]] = _header(path)["ledgers"][stage]["drops"]
     return drops
 
 
@@ -94,6 +106,12 @@ def _header(path: Path | str) -> dict[str, Any]:
     with gzip.open(path, "rb") as file:
         header: dict[str, Any] = json.loads(file.readline())
     return header
+
+
+def _ledger(fields: Mapping[str, Any]) -> Ledger:
+    counted = {name: Counter(fields[name]) for name in ("dropped", "changed")}
+    seen = {table: Counter(counts) for table, counts in fields["seen"].items()}
+    return Ledger(**{**fields, **counted, "seen": seen})
 
 
 def read_samples(path: Path | str) -> Iterator[Sample]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines.stages.base import Stage
 
-CONFIGURED = ("normalise", "filter", "dedupe", "decontaminate", "redact")
+CONFIGURED = ("tools", "normalise", "filter", "dedupe", "decontaminate", "redact")
 
 
 def module_of(stage: str) -> str:

@@ -6,88 +6,91 @@ fit is repaired if its source knows how, and dropped with its place and a reason
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
 from data_pipelines import sources
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.records import read_rows
-from data_pipelines.settings import COMMON, PrepareError, Source
+from data_pipelines.records import read_items
+from data_pipelines.source import COMMON, PrepareError, Source, own_options
 
 CHUNK = 1024  # rows
 
-Sink = Callable[[list[Sample], Ledger], None]
+Chunk = tuple[list[Sample], Ledger]
 Progress = Callable[[int], None]  # bytes read since the last call
 
 
 @dataclass
 class Reader:
-    """Reads a source and hands chunks of CHUNK rows to `sink`.
+    """Iterates over a source, chunk by chunk of CHUNK rows.
 
-    strict: raise the first row that does not fit. max_turn_chars: of a turn, unless the source says otherwise.
+    max_turn_chars: of a turn, unless the source says otherwise. strict: raise the first row that does not fit.
+    progress: is told of every piece that is read.
     """
 
     source: Source
     max_turn_chars: int
     strict: bool
-    sink: Sink
     progress: Progress = lambda count: None
-    kept: int = 0  # rows, of all chunks
-    _samples: list[Sample] = field(default_factory=list)
-    _ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
+        self.module, self.generated = self.source.module, self.source.generated
+        own = {*own_options(self.module)} - {*COMMON}
+        self.own = {key: value for key, value in self.source.options.items() if key in own}
         self.max_turn_chars = self.source.options.get("max_turn_chars") or self.max_turn_chars
         self.limit = self.source.options.get("limit") or float("inf")
 
-    def read(self, files: tuple[str, ...] | None = None) -> None:
-        """Reads these files, by default all; of a source that makes its text up, everything."""
-        if self.source.generated:
-            samples = self.generated()
+    def chunks(self, files: tuple[str, ...] | None = None) -> Iterator[Chunk]:
+        """Of these files, by default all; of a source that makes its text up, everything."""
+        if self.generated:
+            items = self.made_up()
         else:
-            samples = (sample for file in files or self.source.files for sample in self.rows_of(file))
-        for sample in samples:
-            self.kept += 1
-            self._samples.append(sample)
-            self._ledger.left += 1
-            self._full()
-            if self.kept >= self.limit:
-                break
-        if self._ledger.entered:
-            self._hand_over()
+            items = (item for file in files or self.source.files for item in self.rows_of(file))
+        samples, ledger, kept = list[Sample](), Ledger(), 0
+        for item in items:
+            ledger.entered += 1
+            if isinstance(item, DataError):
+                self.reject(item, ledger)
+            else:
+                sample, repairs = item
+                samples.append(sample)
+                ledger.left, kept = ledger.left + 1, kept + 1
+                ledger.changed.update(repairs)
+            if ledger.entered == CHUNK or kept >= self.limit:
+                yield samples, ledger
+                samples, ledger = [], Ledger()
+            if kept >= self.limit:
+                return
+        if ledger.entered:
+            yield samples, ledger
 
-    def rows_of(self, file: str) -> Iterator[Sample]:
-        separator: Any = self.source.options.get("separator") or getattr(self.source.module, "SEPARATOR", 1)
+    def rows_of(self, file: str) -> Iterator[tuple[Sample, list[str]] | DataError]:
+        """A sample and its repairs, or an error, for every row."""
+        separator: Any = self.source.options.get("separator") or getattr(self.module, "SEPARATOR", 1)
         with _Watched(self.source.folder.open(file), self.progress) as raw:
-            stream = cast(BinaryIO, raw)
-            rows = read_rows(file, name=file, raw=stream, on_error=self.unreadable, separator=separator)
-            for where, row in rows:
-                self._ledger.entered += 1
-                try:
-                    conversations, repairs = self.convert(row, where)
-                    self.check(conversations, where)
-                except DataError as error:
-                    self.reject(error)
-                    continue
-                self._ledger.changed.update(repairs)
-                yield Sample(sources.row_id(where), self.named(conversations))
+            for item in read_items(file, name=file, raw=cast(BinaryIO, raw), separator=separator):
+                yield item if isinstance(item, DataError) else self.sample(*item)
 
-    def generated(self) -> Iterator[Sample]:
-        options = {key: value for key, value in self.source.options.items() if key not in COMMON}
+    def sample(self, where: Where, row: sources.Row) -> tuple[Sample, list[str]] | DataError:
         try:
-            for number, made in enumerate(self.source.module.generate(**options), start=1):
-                self._ledger.entered += 1
+            conversations, repairs = self.convert(row, where)
+            self.check(conversations, where)
+        except DataError as error:
+            return error
+        return Sample(sources.row_id(where), self.named(conversations)), repairs
+
+    def made_up(self) -> Iterator[tuple[Sample, list[str]] | DataError]:
+        try:
+            for number, made in enumerate(self.module.generate(**self.own), start=1):
                 split, conversation = made if isinstance(made, tuple) else (None, made)
                 try:
                     self.check([conversation], Where(f"<{self.source.name}>", number))
                 except DataError as error:
-                    self.reject(error)
-                    continue
-                yield Sample(conversation.id, self.named([conversation]), split)
+                    yield error
+                else:
+                    yield Sample(conversation.id, self.named([conversation]), split), []
         except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, DataError):
-                raise
             raise PrepareError(f"sources.{self.source.name}: {error}") from error
 
     def named(self, conversations: list[Conversation]) -> tuple[Conversation, ...]:
@@ -97,43 +100,29 @@ class Reader:
         """Conversations, and the repairs that made them fit; DataError if nothing does."""
         repairs: Mapping[str, Callable[[sources.Row], sources.Row]] = {}
         if self.source.options.get("repair", True):
-            repairs = getattr(self.source.module, "REPAIRS", {})
+            repairs = getattr(self.module, "REPAIRS", {})
         done: list[str] = []
         while True:
             try:
-                return self.source.module.convert(row, where), done
+                return self.module.convert(row, where, **self.own), done
             except DataError as error:
                 if error.reason not in repairs or error.reason in done:
                     raise
                 row = repairs[error.reason](row)
                 done.append(error.reason)
             except Exception as error:
-                error.add_note(f"while {self.source.module.__name__} converted {where}")
+                error.add_note(f"while {self.module.__name__} converted {where}")
                 raise
 
     def check(self, conversations: list[Conversation], where: Where) -> None:
         for conversation in conversations:
             sources.check(conversation, where, self.max_turn_chars)
 
-    def unreadable(self, error: DataError) -> None:
-        self._ledger.entered += 1
-        self.reject(error)
-
-    def reject(self, error: DataError) -> None:
+    def reject(self, error: DataError, ledger: Ledger) -> None:
         if self.strict and not isinstance(error, sources.Filtered):
             raise error
-        self._ledger.dropped[error.reason] += 1
-        self._ledger.drops.append(dict(error.to_dict()))
-        self._full()
-
-    def _full(self) -> None:
-        if self._ledger.entered >= CHUNK:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        samples, ledger = self._samples, self._ledger
-        self._samples, self._ledger = [], Ledger()
-        self.sink(samples, ledger)
+        ledger.dropped[error.reason] += 1
+        ledger.drops.append(dict(error.to_dict()))
 
 
 class _Watched(io.RawIOBase):

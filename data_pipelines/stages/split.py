@@ -6,13 +6,12 @@ spaces collapsed). A comparison's two answers, and the several answers to a ques
 """
 
 import dataclasses
-import unicodedata
 from typing import ClassVar
 
 from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.sources import stable_hash
-from data_pipelines.stages.base import Stage
+from data_pipelines.stages.base import Stage, normal
 
 
 class Split(Stage):
@@ -35,4 +34,4 @@ class Split(Stage):
 def prompt(conversation: Conversation) -> str:
     """What is asked first, as it is compared."""
     asked = next((turn.text for turn in conversation.turns if turn.role in ("user", "text")), "")
-    return " ".join(unicodedata.normalize("NFKC", asked).casefold().split())
+    return normal(asked)

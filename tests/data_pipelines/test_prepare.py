@@ -17,8 +17,8 @@ from data_pipelines import datasets
 from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
-from data_pipelines.settings import PrepareError
 from data_pipelines.prepare import prepare
+from data_pipelines.source import PrepareError
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
@@ -274,7 +274,14 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
 def test_a_full_disk_leaves_no_output_and_says_so(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     flags = SimpleNamespace(
-        config=config({"alpaca": {}}), input=folder, output=out, policy=None, force=False, workers=1
+        config=config({"alpaca": {}}),
+        input=folder,
+        output=out,
+        policy=None,
+        force=False,
+        workers=1,
+        runner="local",
+        runner_flag=[],
     )
     monkeypatch.setattr(door, "FLAGS", flags)
 
