@@ -86,7 +86,7 @@ def report(
     pictured = next((mixing for _, mixing, _ in mixings if mixing and mixing.packed), None)
     lengths = {name: each.lengths for name, each in encoded.items()} or {n: scan.lengths for n, scan in scans.items()}
     mark = (recipe.length, f"row of {recipe.length}") if recipe else None
-    benchmarks = accounting.benchmarks(accounts)
+    benchmarks = accounting.benchmarks(accounts, manifest.get("config") or {})
     tokenizer = tokenizer_of(learned_by(recipe)) if recipe else None
     names = dict.fromkeys(account.name for folder in folders for account in folder.accounts)
 

@@ -205,9 +205,12 @@ def reasons(accounts: Sequence[Account]) -> list[tuple[str, str, dict[str, int]]
     return [(stage, reason, found[stage, reason]) for stage, reason in sorted(found, key=place)]
 
 
-def benchmarks(accounts: Sequence[Account]) -> list[tuple[str, dict[str, int], list[tuple[str, int]]]]:
-    """(benchmark, source -> conversations that hold something of it, (item, conversations) most frequent first)."""
-    found: dict[str, dict[str, int]] = {}
+def benchmarks(
+    accounts: Sequence[Account], config: Mapping[str, Any]
+) -> list[tuple[str, dict[str, int], list[tuple[str, int]]]]:
+    """(benchmark, source -> conversations that hold something of it, (item, conversations) most frequent first), those
+    that were looked for and not found last."""
+    found: dict[str, dict[str, int]] = {name: {} for name in looked_for(config)}
     items: dict[str, Counter[str]] = {}
     for account in accounts:
         for step in account.steps:
@@ -218,3 +221,11 @@ def benchmarks(accounts: Sequence[Account]) -> list[tuple[str, dict[str, int], l
                     items.setdefault(table.removeprefix(ITEMS), Counter()).update(counts)
     most = sorted(found, key=lambda benchmark: (-sum(found[benchmark].values()), benchmark))
     return [(benchmark, found[benchmark], ordered(items.get(benchmark, {}))) for benchmark in most]
+
+
+def looked_for(config: Mapping[str, Any]) -> list[str]:
+    """The benchmarks that the configuration of `prepare` names, for all sources or for one."""
+    parts = [config, *(config.get("sources") or {}).values()]
+    stages = [part.get("stages") or {} for part in parts]
+    options = [stage.get("decontaminate") or {} for stage in stages]
+    return list(dict.fromkeys(name for each in options for name in each.get("benchmarks") or ()))

@@ -166,13 +166,16 @@ def test_stages_and_tables_that_nobody_knows_are_shown(tmp_path):
         },
     }  # fmt: skip
     folder = write(tmp_path / "p", chats, stages=stages, rejected={"empty_text": 4})
+    manifest = datasets.read_manifest(folder)
+    manifest["config"] = {"stages": {"decontaminate": {"benchmarks": {"mbpp": "mbpp.jsonl", "gsm8k": "g.jsonl"}}}}
+    datasets.write_manifest(folder, manifest)
     shown = Page(report(folder))
     heads, row, _ = shown.table("source", "rows")
     assert heads == ["read", "left out", "kept", "filter", "polish", "decontaminate", "train", "held out"]
     lost = dict(zip(heads, row[1:4] + row[5:]))
     assert (lost["left out"], lost["filter"], lost["polish"], lost["decontaminate"]) == ("4", "2", "1", "2")
     assert row[-1] == "yes"
-    assert shown.table("benchmark") == [["gsm8k", "2", "2", "chat 2"]]
+    assert shown.table("benchmark") == [["gsm8k", "2", "2", "chat 2"], ["mbpp", "0", "0", ""]]
     assert [["en", "", "9", "82 %"], ["de", "", "2", "18 %"]] in shown.tables
     assert [["high", "", "7", "78 %"]] in shown.tables
     for told in ("Polish: 1 of 9 conversations left out", "too shiny", "polish: buffed 4 changed", "contaminated 2"):
@@ -240,7 +243,7 @@ def test_copies_of_what_was_kept_are_counted(tmp_path):
     stages = {"dedupe": {"entered": 5, "left": 1, "dropped": {"near_duplicate": 4}}}
     folder = write(tmp_path / "p", [conversation("q", "a")], stages=stages, drops=drops)
     shown = Page(report(folder))
-    assert "of a sample that was kept: 1 copy of 1, 3 copies of 1." in shown.text
+    assert "Of the samples that were kept in their place, 1 had 1 copy, 1 had 3 copies." in shown.text
     assert "duplicates left out 4 near duplicate 4" in shown.text
 
 
