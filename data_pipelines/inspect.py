@@ -21,19 +21,16 @@ from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.corruption import SENTINELS
 from data_pipelines.datasets import Manifest, SourceDataset, open_source, read_manifest
 from data_pipelines.errors import InputError
+from data_pipelines.inert import inert
 from data_pipelines.loader import encode_draws
 from data_pipelines.mixture import Draw
 from data_pipelines.template import Example, Template, load_template
 from data_pipelines.text_objective import CORRUPTIONS, TextObjective, text_objective
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
 
-# Control characters, and those that turn the direction of writing around; line breaks and tabs stay.
-INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-INERT |= dict.fromkeys((*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
-
 
 def plain(text: str, style: str = "") -> Text:
-    return Text(text.translate(INERT), style)
+    return Text(inert(text), style)
 
 
 def manifest_table(manifest: Manifest) -> Group:
