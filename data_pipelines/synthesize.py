@@ -119,7 +119,7 @@ def check_keys(settings: Mapping[str, Any]) -> None:
     for section in sorted(SECTIONS.keys() & settings.keys()):
         check_section(f"{section}.", settings[section], SECTIONS[section])
     positive = {"count": settings["count"], "endpoint.concurrency": settings["endpoint"]["concurrency"]}
-    positive |= {f"sandbox.{key}": value for key, value in settings.get("sandbox", {}).items()}
+    positive |= {f"sandbox.{key}": value for key, value in settings.get("sandbox", {}).items() if key != "tmp_mb"}
     for name, value in positive.items():
         if not isinstance(value, int | float) or value <= 0:
             raise InputError(f"config.{name}: found {value!r}; expected more than 0")

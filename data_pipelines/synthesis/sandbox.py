@@ -1,14 +1,15 @@
 """Where generated code runs: two sandboxes of bubblewrap, one for the code and one for its tests.
 
-What the code finds in there: the Python of this process and its libraries, read-only; an empty /tmp of some megabytes;
-/dev/null and /dev/urandom. No other program, no home, no /etc, no /proc, no environment, no terminal, no network, no
+What the code finds in there: the Python of this process and its libraries, read-only, /dev/null and /dev/urandom. No
+place to write to (unless `tmp_mb` says so), no other program, no home, no /etc, no /proc, no environment, no terminal, no network, no
 other process, no rights (user nobody, no capabilities, no way to get any: no_new_privs, no user namespaces), and the
 system calls that `seccomp` leaves. One process of limited CPU time, memory and files; both sandboxes are killed when
 the wall time is over, when their report is too long, and when this process ends.
 
 What a sandbox does not hold back: it can use the CPU time and the memory that the limits leave it, see the clock and
-the kernel's version, make some hundred thousand empty files (kernel memory, freed at its end), and try the kernel's
-remaining system calls. There is no fallback: without bubblewrap, execution is an error.
+the kernel's version, and try the kernel's remaining system calls. With a /tmp, whose size is limited but not its number
+of files, it can use up kernel memory by making empty ones, 250,000 a second here, until its CPU time is over. There is
+no fallback: without bubblewrap, execution is an error.
 
 Bubblewrap is https://github.com/containers/bubblewrap, LGPL-2.0+, a program of its own. It needs user namespaces;
 some systems and most containers forbid them, which `Sandbox` finds out before anything else happens.
@@ -53,7 +54,7 @@ class Limits:
     cpu_s: int = 5
     wall_s: float = 20.0
     memory_mb: int = 512  # address space
-    tmp_mb: int = 16
+    tmp_mb: int = 0  # size of /tmp; 0: there is none, and nothing at all can be written
 
     def job(self) -> dict[str, int]:
         return {"cpu_s": self.cpu_s, "memory_bytes": self.memory_mb << 20, "file_bytes": self.tmp_mb << 20}
@@ -150,7 +151,9 @@ class Sandbox:
         for device in ("/dev/null", "/dev/urandom"):
             options += ["--dev-bind", device, device]
         options += ["--ro-bind", str(PROGRAM), "/inside.py"]
-        options += ["--size", str(self.limits.tmp_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+        if self.limits.tmp_mb:
+            options += ["--size", str(self.limits.tmp_mb << 20), "--tmpfs", "/tmp"]
+        options += ["--chdir", "/", "--remount-ro", "/"]
         return [self.bwrap, *options, "--", executable, "-s", "-S", "-P", "-B", "-X", "utf8", "/inside.py"]
 
 
