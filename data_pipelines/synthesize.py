@@ -23,6 +23,7 @@ import difflib
 import hashlib
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"found the argument {argv[1]!r}; expected flags alone")
     config, errors = FLAGS.config, Console(stderr=True)
+    warnings.simplefilter("ignore", SyntaxWarning)  # about generated code
     if FLAGS.execute and "execute" in config:
         config.execute = True
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

@@ -12,6 +12,7 @@ Redirects are not followed, since they would carry it elsewhere.
 """
 
 import dataclasses
+import functools
 import http.client
 import ipaddress
 import json
@@ -97,7 +98,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data, headers, method="POST")
         deadline = time.monotonic() + self.timeout_s
         try:
-            with self.opener().open(request, timeout=self.timeout_s) as reply:
+            with self.opener.open(request, timeout=self.timeout_s) as reply:
                 return read(reply, deadline)
         except urllib.error.HTTPError as error:
             with error:
@@ -108,6 +109,7 @@ class Endpoint:
                 raise EndpointError(f"{self.url}: found {reason}; expected a certificate that is trusted") from None
             raise _Passing(f"{type(reason).__name__}: {reason}") from None
 
+    @functools.cached_property  # it reads all certificates
     def opener(self) -> urllib.request.OpenerDirector:
         """Without redirects, and without the environment's proxies for this machine itself."""
         proxies = [urllib.request.ProxyHandler({})] if is_loopback(self.url) else []

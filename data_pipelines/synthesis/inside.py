@@ -13,8 +13,8 @@ and the report is a line of JSON each:
     {"stub": label, "passes": [i, …]}    the tests that pass with this stub in the place of every function
     {"load": error or null}              whether the code could be loaded; "compiled" is false if it is not Python
     {"test": i, "error": error or null}  from test `first` on
-    {"test": i, "lost": "ended" | "flood"}  no answer came, or one longer than MESSAGE, and the report ends here; i is
-                                         null if that was on loading
+    {"test": i, "lost": why}             "ended": no answer came, "flood": one longer than MESSAGE, "garbled": something
+                                         else. The report ends here; i is null if that was on loading
 
 An error is {"type", "message", "line"}; the line is that of the generated code, if it came from there.
 
@@ -88,7 +88,7 @@ class Channel:
             self.lose("ended")
 
     def receive(self) -> Json:
-        """The next message. Raises Lost at the end, and for one that is too long."""
+        """The next message. Raises Lost at the end, and for one that is too long or none."""
         parts, size = [self.rest], len(self.rest)
         while b"\n" not in parts[-1]:
             if self.lost or size > MESSAGE:
@@ -99,7 +99,13 @@ class Channel:
             parts.append(data)
             size += len(data)
         line, _, self.rest = b"".join(parts).partition(b"\n")
-        return json.loads(line)
+        try:
+            message: Json = json.loads(line)
+        except (ValueError, RecursionError):
+            self.lose("garbled")
+        if not isinstance(message, dict):
+            self.lose("garbled")
+        return message
 
     def lose(self, how: str) -> NoReturn:
         self.lost = self.lost or how
@@ -297,8 +303,11 @@ def judge(job: Json, channel: Channel, report: Callable[[Json], None]) -> None:
     i: int | None = None
     try:
         reply = channel.receive()
-        report({"load": reply["load"], "compiled": reply.get("compiled", True)})
-        if reply["load"]:
+        load = reply.get("load")
+        if load is not None and not isinstance(load, dict):
+            channel.lose("garbled")
+        report({"load": load, "compiled": bool(reply.get("compiled", True))})
+        if load is not None:
             return
         functions = Functions(job["names"], channel)
         for i in range(job["first"], len(tests)):
@@ -306,7 +315,7 @@ def judge(job: Json, channel: Channel, report: Callable[[Json], None]) -> None:
             error = failure(tests[i], functions.by_name)
             if channel.lost:  # a test that catches everything has caught that, too
                 raise Lost(channel.lost)
-            report({"test": i, "error": error and {**error, "call": functions.last}})
+            report({"test": i, "error": None if error is None else {**error, "call": functions.last}})
     except Lost as lost:
         report({"test": i, "lost": str(lost)})
 

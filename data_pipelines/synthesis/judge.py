@@ -85,11 +85,9 @@ def _judge(
         run = sandbox.run(code, job, max(0.0, end - time.monotonic()))
         passes |= {line["stub"]: frozenset(line["passes"]) for line in run.report if "stub" in line}
         load = next((line for line in run.report if "load" in line), None)
-        if load and load["load"]:
+        if load and load["load"] is not None:
             return Verdict(of_loading(load), ())
-        found += [
-            line["error"] and of_test(tests[line["test"]], line["error"]) for line in run.report if "error" in line
-        ]
+        found += [of_test(tests[line["test"]], line["error"]) for line in run.report if "error" in line]
         if len(found) < len(tests):
             ended = of_end(run, load is not None)
             if load is None:
@@ -108,7 +106,9 @@ def of_loading(line: Mapping[str, Any]) -> Failure:
     return Failure("does_not_run" if line["compiled"] else "does_not_compile", said(error))
 
 
-def of_test(test: str, error: Mapping[str, Any]) -> Failure:
+def of_test(test: str, error: Mapping[str, Any] | None) -> Failure | None:
+    if error is None:
+        return None
     reason = "memory_limit" if error.get("type") == "MemoryError" else "fails_tests"
     call = shown(error.get("call"))
     return Failure(reason, f"{test}\n{said(error)}" + (f"\n{call}" if call else ""))
@@ -131,6 +131,8 @@ def of_end(run: Run, loaded: bool) -> Failure:
     lost = next((line["lost"] for line in run.report if "lost" in line), None)
     if lost == "flood" or run.stopped == "report":
         return Failure("output_limit", "OutputLimit: the result is too long")
+    if lost == "garbled":
+        return Failure("fails_tests", "Garbled: what came is no result")
     if run.stopped == "time":
         return Failure("time_limit", "TimeLimit: the wall time was over")
     status = run.code_status if lost else run.tests_status

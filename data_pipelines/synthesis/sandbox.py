@@ -1,10 +1,10 @@
 """Where generated code runs: two sandboxes of bubblewrap, one for the code and one for its tests.
 
 What the code finds in there: the Python of this process and its libraries, read-only, /dev/null and /dev/urandom. No
-place to write to (unless `tmp_mb` says so), no other program, no home, no /etc, no /proc, no environment, no terminal, no network, no
-other process, no rights (user nobody, no capabilities, no way to get any: no_new_privs, no user namespaces), and the
-system calls that `seccomp` leaves. One process of limited CPU time, memory and files; both sandboxes are killed when
-the wall time is over, when their report is too long, and when this process ends.
+place to write to (unless `tmp_mb` says so), no other program, no home, no /etc, no /proc, no environment, no terminal,
+no network, no other process, no rights (user nobody, no capabilities, no way to get any: no_new_privs, no user
+namespaces), and the system calls that `seccomp` leaves. One process of limited CPU time, memory and files; both
+sandboxes are killed when the wall time is over, when their report is too long, and when this process ends.
 
 What a sandbox does not hold back: it can use the CPU time and the memory that the limits leave it, see the clock and
 the kernel's version, and try the kernel's remaining system calls. With a /tmp, whose size is limited but not its number
