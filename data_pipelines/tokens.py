@@ -1,0 +1,259 @@
+"""Examples tokenised once and kept: what the loader would otherwise make of the conversations anew in every run.
+
+    DIR/tokens/<source>/<split>-<key>/tokens-00000.array_record …    a record an example, PART of them a file
+                                      lengths.npy                    int32[n, 2]: ids, loss tokens; 0 0: nothing to learn
+                                      meta.json                      counts, files, what the key was made of
+
+The key is a hash of what decides which ids an example has: the split's records (their sha256 in the manifest), the
+template (name, text, longest example), the tokenizer (model and special tokens), the code of all of these. A store
+whose key is another one is not found, so tokens are never stale; delete DIR/tokens to free its space. Lengths alone tell
+how examples are packed (packing.py), so a loader reads the tokens of a batch when it makes it and no sooner.
+
+What changes from epoch to epoch (text_objective.py) cannot be kept, and is tokenised as it is drawn.
+
+A record, little-endian: uint32[4] (ids n, runs of equal weights r, ids that were cut off, bytes of the id b); r times
+uint32 end and float32 weight; n ids, uint16 or, for vocabularies above 65,536, uint32; b bytes of the conversation's
+id in UTF-8. Records are neither grouped nor compressed: one is read in 2 µs, zstd would save an eighth of the bytes alone
+and two fifths in groups of 8, at 3 and 5 times the time. TFDS is not needed to read them.
+
+`write_part` makes one file from a range of the conversations, for as many processes as one likes; what a killed run has
+finished is kept. `finish` puts the parts together; a folder without ".tmp" is complete.
+"""
+
+import ast
+import collections
+import errno
+import functools
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from data_pipelines.conversation import Conversation
+from data_pipelines.datasets import DatasetError
+from data_pipelines.template import Example, Template
+from data_pipelines.tokenization import Ids
+
+VERSION = 1
+PART = 65_536  # examples of a file
+_BATCH = 512  # conversations tokenised together
+_OPEN_FILES = 256
+_HEAD = struct.Struct("<IIII")
+_RUN = np.dtype([("end", "<u4"), ("weight", "<f4")])
+_AGAIN = "delete it and run python -m data_pipelines.tokenize again"
+
+
+def store_path(directory: Path | str, source: str, split: str, split_hash: str, template: Template) -> Path:
+    """Where the tokens of a split lie, or would. split_hash: sha256 of its records, as the manifest has it."""
+    described = json.dumps(_described(split_hash, template), sort_keys=True)
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return Path(directory) / "tokens" / source / f"{split}-{key}"
+
+
+def _described(split_hash: str, template: Template) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "split": split_hash,
+        "template": template.fingerprint,
+        "tokenizer": template.tokenizer.fingerprint,
+        "special_tokens": sorted(template.tokenizer.special_tokens.items()),
+        "code": code_hash("template"),
+    }
+
+
+@functools.cache
+def code_hash(module: str) -> str:
+    """sha256 over the source of a module of data_pipelines and of all that it imports of data_pipelines."""
+    folder, found, waiting = Path(__file__).parent, dict[str, bytes](), [module]
+    while waiting:
+        path = folder / f"{waiting.pop().replace('.', '/')}.py"
+        if path.is_file() and path.name not in found:
+            found[path.name] = path.read_bytes()
+            for node in ast.walk(ast.parse(found[path.name])):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("data_pipelines"):
+                    package = str(node.module).removeprefix("data_pipelines").lstrip(".")
+                    waiting += [package] if package else [alias.name for alias in node.names]
+    return hashlib.sha256(b"\0".join(found[name] for name in sorted(found))).hexdigest()
+
+
+def to_record(conversation_id: str, example: Example | None, dtype: npt.DTypeLike) -> bytes:
+    """The bytes of an example; None: nothing of it carries loss."""
+    name = conversation_id.encode()
+    if example is None:
+        return _HEAD.pack(0, 0, 0, len(name)) + name
+    weights = example.weights
+    ends = np.append(np.flatnonzero(weights[1:] != weights[:-1]) + 1, len(weights))
+    runs = np.empty(len(ends), _RUN)
+    runs["end"], runs["weight"] = ends, weights[ends - 1]
+    head = _HEAD.pack(len(example.ids), len(runs), example.cut, len(name))
+    return b"".join((head, runs.tobytes(), example.ids.astype(dtype).tobytes(), name))
+
+
+def from_record(record: bytes, dtype: npt.DTypeLike) -> tuple[str, Example]:
+    """(conversation id, example); one without ids where nothing carries loss. Raises ValueError for other bytes."""
+    dtype = np.dtype(dtype)
+    if len(record) < _HEAD.size:
+        raise ValueError(f"found {len(record)} bytes; expected {_HEAD.size} or more")
+    size, count, cut, name = _HEAD.unpack_from(record)
+    at = _HEAD.size + count * _RUN.itemsize
+    expected = at + size * dtype.itemsize + name
+    if len(record) != expected:
+        raise ValueError(f"found {len(record)} bytes; expected {expected}")
+    runs = np.frombuffer(record, _RUN, count, _HEAD.size)
+    ids = np.frombuffer(record, dtype, size, at).astype(np.int32)
+    weights = np.repeat(runs["weight"], np.diff(runs["end"].astype(np.int64), prepend=0))
+    return record[expected - name :].decode(), Example(ids, weights, cut)
+
+
+def parts(examples: int) -> range:
+    """The numbers of the parts of so many examples."""
+    return range(-(-examples // PART))
+
+
+def write_part(
+    conversations: Sequence[Conversation],
+    template: Template,
+    path: Path,
+    part: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Tokenises the conversations part * PART to (part + 1) * PART into the unfinished store `path`, unless it was
+    done before. progress: told how many more conversations are done. Raises OSError where the disk is full."""
+    folder = _unfinished(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = range(len(conversations))[part * PART : (part + 1) * PART]
+    if _lengths_of(folder, part).is_file():
+        progress(len(wanted))
+        return
+    dtype, lengths = _dtype(template), np.zeros((len(wanted), 2), np.int32)
+    scratch = folder / f"{_file(part)}.{os.getpid()}"
+    try:
+        writer = ArrayRecordWriter(str(scratch), "group_size:1,uncompressed")
+        for start in range(0, len(wanted), _BATCH):
+            some = [conversations[i] for i in wanted[start : start + _BATCH]]
+            for row, (conversation, example) in enumerate(zip(some, template.encode_many(some)), start):
+                writer.write(to_record(conversation.id, example, dtype))
+                if example is not None:
+                    lengths[row] = len(example.ids), np.count_nonzero(example.row()[2])
+            progress(len(some))
+        writer.close()
+    except RuntimeError as error:  # how the writer reports what the system told it
+        full = os.strerror(errno.ENOSPC) in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
+    scratch.replace(folder / _file(part))
+    _write(_lengths_of(folder, part), lengths)  # last: a part with lengths is complete
+
+
+def finish(path: Path, split_hash: str, template: Template, examples: int) -> None:
+    """Puts the parts together, all of which must have been written, and gives the store its name."""
+    folder = _unfinished(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [np.load(_lengths_of(folder, part)) for part in parts(examples)]
+    _write(folder / "lengths.npy", np.concatenate([np.zeros((0, 2), np.int32), *lengths]))
+    files = {_file(part): (folder / _file(part)).stat().st_size for part in parts(examples)}
+    meta = {
+        **_described(split_hash, template),
+        "max_length": template.max_length,
+        "examples": examples,
+        "ids": int(sum(part[:, 0].sum(dtype=np.int64) for part in lengths)),
+        "dtype": _dtype(template).str,
+        "part": PART,
+        "files": files,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    folder.rename(path)
+    for stray in set(path.iterdir()) - {path / name for name in ("meta.json", "lengths.npy", *files)}:
+        stray.unlink()
+
+
+def write_tokens(conversations: Sequence[Conversation], template: Template, path: Path, split_hash: str) -> None:
+    """The whole store in this process, unless it is there. `path`: see store_path."""
+    if not path.is_dir():
+        for part in parts(len(conversations)):
+            write_part(conversations, template, path, part)
+        finish(path, split_hash, template, len(conversations))
+
+
+class TokenStore:
+    """The examples of a split, each read when asked for. Raises DatasetError for a store that is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            lengths = np.load(path / "lengths.npy", mmap_mode="r", allow_pickle=False)
+            self._dtype, self._part, files = np.dtype(meta["dtype"]), int(meta["part"]), dict(meta["files"])
+            if lengths.shape != (meta["examples"], 2) or lengths.dtype != np.int32:
+                raise ValueError(f"lengths {lengths.dtype}{lengths.shape} of {meta['examples']} examples")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{path}: found damaged tokens ({error}); {_AGAIN}") from error
+        for name, size in files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != size:
+                raise DatasetError(f"{path / name}: expected a file of {size:,} bytes; {_AGAIN}")
+        self.ids: int = meta["ids"]
+        self._lengths, self._files, self._lock = lengths, list(files), threading.Lock()
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def positions(self, indices: npt.NDArray[np.int64]) -> Ids:
+        """int32[n]: the positions that examples take, 0 where nothing carries loss."""
+        ids, loss_tokens = self._lengths[indices].T
+        return np.where(loss_tokens > 0, ids - 1, 0)
+
+    def read(self, index: int) -> tuple[str, Example]:
+        """(conversation id, example)."""
+        part, row = divmod(index, self._part)
+        try:
+            with self._lock:  # a reader has one position
+                reader = self._readers.get(part) or self._open(part)
+                reader.seek(row)
+                record = reader.read()
+            return from_record(record, self._dtype)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise DatasetError(f"{self.path}: example {index} is damaged ({error}); {_AGAIN}") from error
+
+    def _open(self, part: int) -> Any:
+        if len(self._readers) >= _OPEN_FILES:
+            self._readers.popitem(last=False)[1].close()
+        options = "readahead_buffer_size:0,max_parallelism:0"  # without them every seek reads megabytes
+        self._readers[part] = ArrayRecordReader(str(self.path / self._files[part]), options)
+        return self._readers[part]
+
+
+def find(directory: Path | str, source: str, split: str, split_hash: str, template: Template) -> TokenStore | None:
+    """The tokens of a split, if they lie beside its conversations."""
+    path = store_path(directory, source, split, split_hash, template)
+    return TokenStore(path) if path.is_dir() else None
+
+
+def _dtype(template: Template) -> np.dtype[Any]:
+    return np.dtype("<u2" if template.tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _file(part: int) -> str:
+    return f"tokens-{part:05d}.array_record"
+
+
+def _lengths_of(folder: Path, part: int) -> Path:
+    return folder / f"lengths-{part:05d}.npy"
+
+
+def _write(path: Path, array: Ids) -> None:
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    with scratch.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    scratch.replace(path)
