@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from data_pipelines.batch_stats import Item
 from data_pipelines.conversation import Conversation
-from data_pipelines.draws import Draws
-from data_pipelines.mixture import Draw, draw_rng
+from data_pipelines.mixture import Draw, Draws, draw_rng
 from data_pipelines.template import Example
 from data_pipelines.text_objective import TextObjective
 from data_pipelines.tokens import TokenStore

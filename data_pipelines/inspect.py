@@ -154,7 +154,8 @@ def step_summary(step: replay.Step, number: int, length: int) -> list[str]:
     log = {None: "the log has no row of this step", True: "as logged", False: "the log has other examples"}[same]
     if same is False:
         log += f": {step.logged['examples']}"
-    return [f"step {number}: {len(step.rows)} rows x {length}, {sums}, {padding}", f"examples {digest(step.batch)}: {log}"]
+    first = f"step {number}: {len(step.rows)} rows x {length}, {sums}, {padding}"
+    return [first, f"examples {digest(step.batch)}: {log}"]
 
 
 def show_step(console: Console, directory: str) -> int:

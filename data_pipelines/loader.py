@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.batch_stats import Batch, Item, Statistics, make_batch
-from data_pipelines.draws import Draws, draws_at, last_draw, phase_starts, weight_changes
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Encode, Examples, Handle, Source
-from data_pipelines.mixture import Mixture, permutation_key, permute
+from data_pipelines.mixture import Draws, Mixture
 from data_pipelines.order import Order
 from data_pipelines.packing import Packing, Piece, count_rows, pack
+from data_pipelines.permutation import permutation_key, permute
 from data_pipelines.prefetch import Prefetch as Prefetch
 
 State = dict[str, Any]
@@ -87,8 +87,8 @@ class Loader:
             raise InputError(f"rows: found {self.rows}; expected a part of range({batch_size})")
         self._packing, self._seed = packing, seed
         self._examples = Examples(sources, encode, seed, cache_bytes)
-        ends = [end for end in (draws, last_draw(self.mixture)) if end is not None]
-        starts = phase_starts(self.mixture)
+        ends = [end for end in (draws, self.mixture.end) if end is not None]
+        starts = [phase.start for phase in self.mixture.phases]
         self._order = Order(seed, self.shards, pool, starts, min(ends, default=None))
         common = math.gcd(batch_size, self.shards)
         mine = {row % common for row in self.rows}
@@ -105,7 +105,8 @@ class Loader:
             "weights": [[n, w] for n, w in zip(self.mixture.names, self.mixture.cycle_weights)],
             "draws": draws,
         }
-        self._changes = weight_changes(self.mixture)
+        if changes := _changes(self.mixture):
+            self._identity["changes"] = changes
         self.step = 0
         self.exhausted = False
         self._statistics = Statistics(self.mixture.names)
@@ -143,32 +144,21 @@ class Loader:
         """What `set_state` needs to continue with the next batch, as JSON; positions of shards that other processes
         follow are null."""
         positions = [[s.pool, s.row] if (s := self._local.get(i)) else None for i in range(self.shards)]
-        changes = {"changes": self._changes} if self._changes else {}
-        return {**self._identity, **changes, "step": self.step, "positions": positions}
+        return {**self._identity, "step": self.step, "positions": positions}
 
     def set_state(self, state: State) -> None:
-        """Continues exactly where the state was taken. Raises InputError naming every field that differs; changes of
-        weights may differ where the state has not come to yet."""
-        expected, found = self._identity, {k: v for k, v in state.items() if k not in ("step", "positions", "changes")}
+        """Continues exactly where the state was taken. Raises InputError naming every field that differs."""
+        expected, found = self._identity, {k: v for k, v in state.items() if k not in ("step", "positions")}
         show = lambda of, key: of.get(key, "nothing")
         if differing := [key for key in {**expected, **found} if show(found, key) != show(expected, key)]:
             told = "; ".join(f"{key}: found {show(found, key)}, expected {show(expected, key)}" for key in differing)
             raise InputError(f"the state is of another data order: {told}")
         if missing := [shard for shard in self._local if state["positions"][shard] is None]:
             raise InputError(f"the state has no positions for shards {missing}; merge the states of all processes")
-        before, after = state.get("changes", []), self._changes
-        apart = min((change[0] for change in (*before, *after) if (change in before) != (change in after)), default=None)
-        if apart is not None and any(self._reaches(s, state["positions"][s][0], apart) for s in self._local):
-            raise InputError(f"the state is past draw {apart}: found changes of weights {before}, expected {after}")
         self.step = state["step"]
         for shard in self._local:
             pool, row = state["positions"][shard]
             self._local[shard] = _Shard(pool, row)
-
-    def _reaches(self, shard: int, pool: int, draw: int) -> bool:
-        """Whether a pool has this draw or later ones, or comes after them."""
-        blocks = self._order.blocks(shard, pool)
-        return not blocks or int(self._order.draws(shard, blocks[-1:])[0]) >= draw
 
     def seek(self, step: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Continues with the batch after `step` batches, from here if that is ahead, else from the beginning.
@@ -178,37 +168,35 @@ class Loader:
         """
         if step < self.step:
             self.step, self._local = 0, {shard: _Shard() for shard in self._local}
-        rows = lambda shard, step: (step * self.batch_size - shard + self.shards - 1) // self.shards
-        ahead = {shard: rows(shard, step) - rows(shard, self.step) for shard in self._local}
+        taken = lambda shard, step: (step * self.batch_size - shard + self.shards - 1) // self.shards
+        ahead = {shard: taken(shard, step) - taken(shard, self.step) for shard in self._local}
         done, total = 0, sum(ahead.values())
         for shard, count in ahead.items():
-            self._skip(shard, count, lambda of_shard: progress(done + of_shard, total))
+            at = self._local[shard]
+            pool, row = at.pool, at.row + count
+            for rows in self._rows_of_pools(shard, pool):
+                if row < rows:
+                    break
+                pool, row = pool + 1, row - rows
+                progress(max(0, done + count - row), total)
+            else:
+                row = 0  # the data end before
+            self._local[shard] = _Shard(pool, row)
             done += count
         self.step = step
 
-    def _skip(self, shard: int, count: int, progress: Callable[[int], None]) -> None:
-        """Goes on by so many rows, or to the end."""
-        at = self._local[shard]
-        pool, row = at.pool, at.row + count
-        while row:
+    def _rows_of_pools(self, shard: int, pool: int) -> Iterator[int]:
+        """How many rows this pool of a shard and the ones after it have."""
+        while True:
             pools: list[range] = []
             while sum(map(len, pools)) < _SEEK and (blocks := self._order.blocks(shard, pool + len(pools))):
                 pools.append(blocks)
             if not pools:
-                row = 0
-                break
+                return
             sizes = self._examples.positions(self._draws(shard, range(pools[0].start, pools[-1].stop)))
             for own in np.split(sizes, np.cumsum([len(blocks) for blocks in pools])[:-1]):
-                rows = count_rows(own[own > 0].tolist(), self.length, self._packing)
-                if row < rows:
-                    break
-                pool, row = pool + 1, row - rows
-            else:
-                progress(max(0, count - row))
-                continue
-            break
-        if (pool, row) != (at.pool, at.row):
-            self._local[shard] = _Shard(pool, row)
+                yield count_rows(own[own > 0].tolist(), self.length, self._packing)
+            pool += len(pools)
 
     def _has_row(self, shard: int) -> bool:
         """Makes the shard's current pool if need be, going on past pools without a row; False at its end."""
@@ -230,7 +218,7 @@ class Loader:
     def _take_row(self, shard: int) -> list[tuple[Handle, Piece]]:
         at = self._local[shard]
         assert at.rows is not None
-        pieces = [(at.handles[piece.index], piece) for piece in at.rows[at.row]]
+        pieces = [(at.handles[piece.example], piece) for piece in at.rows[at.row]]
         at.row += 1
         if at.row == len(at.rows):
             self._local[shard] = _Shard(at.pool + 1)
@@ -248,7 +236,13 @@ class Loader:
         return shuffled, [handles[i] for i in kept]
 
     def _draws(self, shard: int, blocks: range) -> Draws:
-        return draws_at(self.mixture, self._order.draws(shard, blocks))
+        return self.mixture.draw_many(self._order.draws(shard, blocks))
+
+
+def _changes(mixture: Mixture) -> list[list[Any]]:
+    """[first draw, weights] of the mixture's phases after the first, and [end, []], as JSON has them."""
+    later: list[list[Any]] = [[phase.start, list(phase.weights.values())] for phase in mixture.phases[1:]]
+    return later if mixture.end is None else [*later, [mixture.end, []]]
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -289,7 +283,7 @@ def evaluation_batches(
         kept = np.flatnonzero(sizes).tolist()
         items = examples.fetch([handles[i] for i in kept])
         packed = pack(sizes[kept].tolist(), length, packing)
-        waiting += [[items[piece.index].piece(piece) for piece in row] for row in packed]
+        waiting += [[items[piece.example].piece(piece) for piece in row] for row in packed]
         while len(waiting) >= batch_size or (waiting and start + pool >= len(todo)):
             whole = waiting[:batch_size] + [[] for _ in range(batch_size - len(waiting))]
             yield make_batch([whole[row] for row in rows], length, list(sources))

@@ -6,8 +6,8 @@ with S, a shard would see some sources only, and since sources fill rows at diff
 the batches would go wrong. A shard packs pools of P of its own draws; its first is short by s/S of a pool, so that
 shards do not all make one in the same step.
 
-A pool never holds draws of two phases of the mixture. So what comes before a change of weights does not depend on it,
-down to the rows: a schedule may be continued in another way. After a change each shard begins with a short pool again.
+A pool never holds draws of two phases of the mixture: its rows are shuffled, so some of a new phase would come before
+the last of the old one. After a change of weights each shard begins with a short pool again.
 """
 
 import functools
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.mixture import permutation_key
+from data_pipelines.permutation import permutation_key
 
 _CHUNK = 1024  # blocks whose rotation is kept together
 

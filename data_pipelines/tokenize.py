@@ -12,9 +12,9 @@ import functools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 from rich.console import Console
@@ -44,15 +44,22 @@ class Job:
     date: str = ""
     sources: tuple[str, ...] = ()
 
-    def splits(self) -> Iterator[tuple[str, str, str, int]]:
-        """(source, split, sha256 of its records, examples) of every split that there is."""
+    def splits(self) -> list["Split"]:
         manifest = read_manifest(self.directory)
-        for source in chosen_sources(self.sources, manifest)[0]:
-            for split, entry in manifest["sources"][source]["splits"].items():
-                yield source, split, entry["sha256"], entry["examples"]
+        names = chosen_sources(self.sources, manifest)[0]
+        entries = [
+            (name, split, entry) for name in names for split, entry in manifest["sources"][name]["splits"].items()
+        ]
+        return [Split(name, split, entry["sha256"], entry["examples"]) for name, split, entry in entries]
 
-    def path(self, source: str, split: str, split_hash: str) -> Path:
-        return tokens.store_path(self.directory, source, split, split_hash, template_of(self, split))
+
+class Split(NamedTuple):
+    """A split of a source; `hash` is the sha256 of its records."""
+
+    source: str
+    name: str
+    hash: str
+    examples: int
 
 
 def template_of(job: Job, split: str) -> Template:
@@ -74,35 +81,39 @@ def _conversations(job: Job, source: str, split: str) -> Sequence[Conversation]:
 def run(job: Job, processes: int, progress: Counted = lambda more: None) -> list[Path]:
     """Writes all stores that are not there yet, and returns the paths of all. progress: told how many conversations
     more are done."""
-    wanted = {split: job.path(*split[:3]) for split in job.splits()}
+    paths = {split: path_of(job, split) for split in job.splits()}
     todo = []
-    for split, path in wanted.items():
+    for split, path in paths.items():
         if path.is_dir():
-            progress(split[3])
+            progress(split.examples)
         else:
-            todo += [(*split[:3], part, split[3]) for part in tokens.parts(split[3])]
-    todo.sort(key=lambda each: (-each[4], *each[:4]))  # the longest first, so that no process waits for it at the end
+            todo += [(split, part) for part in tokens.parts(split.examples)]
+    todo.sort(key=lambda each: -each[0].examples)  # the longest first: the others do not wait for it at the end
     if processes > 1 and len(todo) > 1:
         _in_processes(job, todo, min(processes, len(todo)), progress)
     else:
-        for source, split, split_hash, part, _ in todo:
-            _write(job, source, split, split_hash, part, progress)
-    for (source, split, split_hash, examples), path in wanted.items():
+        for split, part in todo:
+            _write(job, split, part, progress)
+    for split, path in paths.items():
         if not path.is_dir():
-            tokens.finish(path, split_hash, template_of(job, split), examples)
-    return list(wanted.values())
+            tokens.finish(path, split.hash, template_of(job, split.name), split.examples)
+    return list(paths.values())
 
 
-def _write(job: Job, source: str, split: str, split_hash: str, part: int, progress: Counted) -> None:
-    conversations, path = _conversations(job, source, split), job.path(source, split, split_hash)
-    tokens.write_part(conversations, template_of(job, split), path, part, progress)
+def path_of(job: Job, split: Split) -> Path:
+    return tokens.store_path(job.directory, split.source, split.name, split.hash, template_of(job, split.name))
 
 
-def _in_processes(job: Job, todo: Sequence[tuple[str, str, str, int, int]], count: int, progress: Counted) -> None:
+def _write(job: Job, split: Split, part: int, progress: Counted) -> None:
+    conversations = _conversations(job, split.source, split.name)
+    tokens.write_part(conversations, template_of(job, split.name), path_of(job, split), part, progress)
+
+
+def _in_processes(job: Job, todo: Sequence[tuple[Split, int]], count: int, progress: Counted) -> None:
     context = multiprocessing.get_context("spawn")
     done, told = context.Value("q", 0), 0
     with concurrent.futures.ProcessPoolExecutor(count, context, _share, (done,)) as pool:
-        running = {pool.submit(_write_shared, job, *each[:4]) for each in todo}
+        running = {pool.submit(_write_shared, job, *each) for each in todo}
         while running:
             finished, running = concurrent.futures.wait(running, 0.2, concurrent.futures.FIRST_COMPLETED)
             progress(done.value - told)
@@ -120,12 +131,12 @@ def _share(done: Any) -> None:
     _DONE.append(done)
 
 
-def _write_shared(job: Job, source: str, split: str, split_hash: str, part: int) -> None:
+def _write_shared(job: Job, split: Split, part: int) -> None:
     def count(more: int) -> None:
         with _DONE[0].get_lock():
             _DONE[0].value += more
 
-    _write(job, source, split, split_hash, part, count)
+    _write(job, split, part, count)
 
 
 def main(argv: list[str]) -> None:
@@ -137,7 +148,7 @@ def main(argv: list[str]) -> None:
     console = Console(stderr=True)
     try:
         with Progress(TextColumn("tokenising"), *columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=sum(split[3] for split in job.splits()))
+            task = bar.add_task("", total=sum(split.examples for split in job.splits()))
             paths = run(job, processes, lambda more: bar.advance(task, more))
         for path in paths:
             store = tokens.TokenStore(path)

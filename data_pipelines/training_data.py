@@ -12,12 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy as np
-
 from data_pipelines import datasets
 from data_pipelines.batch_stats import Batch
 from data_pipelines.conversation import Conversation
-from data_pipelines.draws import draws_at
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Examples, Source
 from data_pipelines.loader import Loader, evaluation_batches
@@ -211,7 +208,7 @@ def total_steps(section: Section, data: Data, seed: int, *, steps: int, epochs: 
 
 def _rows_per_draw(mixture: Mixture, data: Data, section: Section, seed: int) -> float:
     """Rows that an example takes, padding included: the first draws of the run are packed as they will be."""
-    picked = draws_at(mixture, np.arange(min(LENGTH_SAMPLE, sum(mixture.sizes))))
+    picked = mixture.draw_many(range(min(LENGTH_SAMPLE, mixture.draws_for_epochs(1))))
     sizes = Examples(data.examples, data.learned, seed).positions(picked)
     kept, pool = sizes[sizes > 0].tolist(), section["pool"]
     pools = [kept[i : i + pool] for i in range(0, len(kept), pool)]

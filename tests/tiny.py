@@ -220,4 +220,4 @@ def documents_batch(packing: Packing, vocab: int = 50, length: int = 24) -> dict
         ids = rng.integers(0, vocab, 4 + 2 * i, np.int32)
         documents.append(Item(i % 2, str(i), Example(ids, (rng.random(len(ids)) < 0.7).astype(np.float32)), len(ids)))
     rows = pack([document.example.positions for document in documents], length, packing)
-    return make_batch([[documents[piece.index].piece(piece) for piece in row] for row in rows], length, "ab").arrays
+    return make_batch([[documents[piece.example].piece(piece) for piece in row] for row in rows], length, "ab").arrays

@@ -87,7 +87,7 @@ def test_concat_split_crops_nothing_and_learns_every_target_once(lengths):
     assert values(arrays, "inputs", "targets", "loss_weights") == whole  # those at the joints included
     assert not (arrays["segment_ids"][:-1] == 0).any() and len(rows) == -(-sum(sizes_of(lengths)) // 32)
     for index, size in enumerate(sizes_of(lengths)):
-        pieces = [piece for row in rows for piece in row if piece.index == index]
+        pieces = [piece for row in rows for piece in row if piece.example == index]
         assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == size
 
 
