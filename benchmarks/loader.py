@@ -137,8 +137,8 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(FOLDER.value or temporary)
         tokenizer = TOKENIZER.value or str(folder / "tokenizer")
-        section = {"path": str(folder), "sources": (), "tokenizer": tokenizer, "template": "koala", "packing": "best_fit",
-                   "length": LENGTH.value, "batch_size": BATCH.value, "shards": 0, "pool": 1024}  # fmt: skip
+        section = {"path": str(folder), "sources": (), "tokenizer": tokenizer, "template": "koala", "shards": 0,
+                   "length": LENGTH.value, "batch_size": BATCH.value, "packing": "best_fit", "pool": 1024}  # fmt: skip
         if not (folder / datasets.MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
             if not TOKENIZER.value:

@@ -83,6 +83,8 @@ class Examples:
 
     def _items(self, draws: Sequence[Draw]) -> list[Item | None]:
         """The drawn examples, encoded together as far as they are not in the cache."""
+        if not draws:
+            return []
         if isinstance(self._encode, TextObjective):
             return encode_draws(self._encode, self._conversations, draws, self._seed)
         keys = [(draw.source, draw.example) for draw in draws]

@@ -16,6 +16,7 @@ weights has been 0 for S/B steps in a row (one, by default).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -187,16 +188,13 @@ class Loader:
 
     def _rows_of_pools(self, shard: int, pool: int) -> Iterator[int]:
         """How many rows this pool of a shard and the ones after it have."""
-        while True:
-            pools: list[range] = []
-            while sum(map(len, pools)) < _SEEK and (blocks := self._order.blocks(shard, pool + len(pools))):
-                pools.append(blocks)
-            if not pools:
-                return
+        together = 1
+        while pools := list(itertools.takewhile(len, (self._order.blocks(shard, pool + i) for i in range(together)))):
             sizes = self._examples.positions(self._draws(shard, range(pools[0].start, pools[-1].stop)))
             for own in np.split(sizes, np.cumsum([len(blocks) for blocks in pools])[:-1]):
                 yield count_rows(own[own > 0].tolist(), self.length, self._packing)
             pool += len(pools)
+            together = min(2 * together, 1 + _SEEK // len(pools[-1]))  # arrays are the faster the longer they are
 
     def _has_row(self, shard: int) -> bool:
         """Makes the shard's current pool if need be, going on past pools without a row; False at its end."""

@@ -11,10 +11,10 @@ tell how examples are packed (packing.py), so a loader reads the tokens of a bat
 
 What changes from epoch to epoch (text_objective.py) cannot be kept, and is tokenised as it is drawn.
 
-A record, little-endian: uint32[4] (ids n, runs of equal weights r, ids that were cut off, bytes of the id b); uint32[r]
-lengths of the runs and float32[r] their weights; n ids, uint16 or, for vocabularies above 65,536, uint32; b bytes of the
-conversation's id in UTF-8. Records are neither grouped nor compressed: one is read in 2 µs; zstd would save a quarter of the bytes
-alone and almost half in groups of 8, in 3 and 5 times the time. TFDS is not needed to read them.
+A record, little-endian: uint32[4] (ids n, runs of equal weights r, ids that were cut off, bytes of the name b);
+uint32[r] lengths of the runs, float32[r] their weights; n ids, uint16 or, for vocabularies above 65,536, uint32; b
+bytes of the conversation's id in UTF-8. Records are neither grouped nor compressed (docs/LOG.md), and TFDS is not
+needed to read them. A damaged one does not go unnoticed: the format has a hash of each.
 
 `write_part` makes one file from a range of the conversations, for as many processes as one likes; what a killed run has
 finished is kept. `finish` puts the parts together; a folder without ".tmp" is complete.
