@@ -8,6 +8,7 @@ with --packing=concat_split those of training are kept whole.
 
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
@@ -156,7 +157,9 @@ def main(argv: list[str]) -> None:
     except (InputError, FileNotFoundError) as error:
         sys.exit(f"{error}")
     except OSError as error:
-        sys.exit(f"{error}: free some space, and run the same command again")
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"{error}: the disk is full; free some space, and run the same command again")
 
 
 FLAGS = flags.FLAGS

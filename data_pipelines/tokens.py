@@ -106,6 +106,8 @@ def from_record(record: bytes, dtype: np.dtype[Any]) -> tuple[str, Example]:
     if len(record) != expected:
         raise ValueError(f"found {len(record)} bytes; expected {expected}")
     lengths = np.frombuffer(record, _U4, count, _HEAD.size)
+    if (total := int(lengths.sum(dtype=np.int64))) != size:  # before as much memory as it says is taken
+        raise ValueError(f"found runs of {total} weights; expected {size}")
     weights = np.frombuffer(record, _F4, count, _HEAD.size + 4 * count).repeat(lengths)
     ids = np.frombuffer(record, dtype, size, at).astype(np.int32)
     return record[expected - name :].decode(), Example(ids, weights, cut)

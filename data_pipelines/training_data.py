@@ -81,6 +81,9 @@ class Unopened(Sequence[Conversation]):
 
 def open_data(section: Section) -> Data:
     """Opens the prepared folder that a data section names."""
+    if section["packing"] == "concat_split" and section.get("corruption") == "spans":
+        told = "expected another one with data.corruption = 'spans', whose spans are learned behind the text they are of"
+        raise InputError(f"data.packing = 'concat_split': {told}")
     manifest = datasets.read_manifest(section["path"])
     names, weights = chosen_sources(section["sources"], manifest)
     tokenizer = load_tokenizer(tokenizer_path(section))

@@ -1,4 +1,4 @@
-"""`inspect --run --step` shows what a real run read: the hash that it logged, from any checkpoint and from stored tokens."""
+"""`inspect --run --step` shows what a run read: the hash that it logged, from any checkpoint, stored tokens or none."""
 
 import json
 import shutil

@@ -1,10 +1,10 @@
 """The stream of batches is the same however often it is interrupted and on however many processes it is made."""
 
-import gzip
 import json
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import REAL, real_data, tiny
 
+from data_pipelines import tokenize
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.loader import Loader, Prefetch, evaluation_batches, merge_states
+from data_pipelines.loader import POOL, Loader, Prefetch, evaluation_batches, merge_states
 from data_pipelines.mixture import Mixture
 from data_pipelines.order import Order
 from data_pipelines.packing import PACKINGS
+from data_pipelines.prepare import prepare
 from data_pipelines.template import Example, load_template
-from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.training_data import make_loader, open_data
 
 LENGTH = 32
 
@@ -446,16 +448,27 @@ def test_evaluation_of_a_few_and_of_none():
 class TestRealFiles:
     pytestmark = real_data
 
-    def test_alpaca_fills_rows_of_2048(self):
-        with gzip.open(REAL / "koala" / "alpaca" / "alpaca_5000.json.gz") as file:
-            rows = [row for row in json.load(file)[:3000] if row["output"]]
-        alpaca = [
-            Conversation("alpaca", str(i), (Turn("user", f"{r['instruction']} {r['input']}", 0.0),
-                                            Turn("assistant", r["output"], 1.0)))
-            for i, r in enumerate(rows)
-        ]  # fmt: skip
-        tokenizer = load_tokenizer(REAL / "tokenizers" / "llama2_sp32000")
-        template = load_template("koala", tokenizer, max_length=2049)
-        batches = Loader({"alpaca": alpaca}, None, template, batch_size=2, length=2048)
-        take(batches, 40)
-        assert batches.stats()["padding_share"] < 0.08
+    def test_the_koala_mixture_fills_rows_of_2048(self, tmp_path):
+        """Half an epoch with the default pool; with a quarter of it, the control, rows are not so full."""
+        text = (Path(__file__).parents[2] / "configs/data/koala.py").read_text("utf-8")
+        config = {"__name__": "koala"}
+        exec(text, config)
+        settings = config["get_config"]()
+        settings.missing = "skip"
+        prepare(settings, REAL / "koala", tmp_path / "data")
+        tokenizer = str(REAL / "tokenizers" / "llama2_sp32000")
+        tokenize.run(tokenize.Job(str(tmp_path / "data"), "koala", tokenizer, 2048), 1)
+        section = {"path": str(tmp_path / "data"), "sources": (), "tokenizer": tokenizer, "template": "koala",
+                   "length": 2048, "batch_size": 8, "packing": "best_fit", "shards": 0}  # fmt: skip
+        data = open_data(section)
+        assert len(data.tokens) == len(data.train) == 7
+
+        def padding(pool):
+            loader = make_loader({**section, "pool": pool}, data, 0)
+            for _ in range(300):
+                next(loader)
+            return loader.stats()["padding_share"]
+
+        assert padding(POOL) <= 0.01 < padding(POOL // 4)
+        plain = make_loader({**section, "pool": POOL}, data._replace(tokens={}), 0)
+        require_same(take(plain, 3), take(make_loader({**section, "pool": POOL}, data, 0), 3))

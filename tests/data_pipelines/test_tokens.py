@@ -75,6 +75,8 @@ def test_a_record_of_nothing_and_records_that_are_none():
     for broken in (b"", record[:15], record[:-1], record + b"x"):
         with pytest.raises(ValueError, match="bytes; expected"):
             from_record(broken, np.dtype("<u2"))
+    with pytest.raises(ValueError, match="runs of 4294967295 weights; expected 9"):
+        from_record(record[:16] + b"\xff" * 4 + record[20:], np.dtype("<u2"))
 
 
 @pytest.mark.parametrize("packing", ("best_fit", "first_fit", "concat_split", "none"))
@@ -303,6 +305,11 @@ def test_a_killed_command_goes_on(prepared, tmp_path):
         assert open_data({**SECTION, "path": str(prepared)}).tokens.keys() == {"letters", "sums"}
     finally:
         shutil.rmtree(prepared / "tokens")
+
+
+def test_masked_spans_are_not_split_from_their_text(prepared):
+    with pytest.raises(ValueError, match=r"data\.packing = 'concat_split': expected another one"):
+        open_data({**SECTION, "path": str(prepared), "packing": "concat_split", "corruption": "spans"})
 
 
 @pytest.mark.parametrize(
