@@ -71,9 +71,9 @@ def manifest_table(manifest: Manifest) -> Group:
 
 
 def rendered(conversation: Conversation) -> Group:
-    return Group(
-        plain(f"{conversation.source} {conversation.id}", "bold underline"), *map(turn_lines, conversation.turns), ""
-    )
+    head = plain(f"{conversation.source} {conversation.id}", "bold underline")
+    tools = [plain(f"tools\n{conversation.tools}", "bright_black")] if conversation.tools else []
+    return Group(head, *tools, *map(turn_lines, conversation.turns), "")
 
 
 def turn_lines(turn: Turn) -> Text:

@@ -66,9 +66,10 @@ class Mixture:
     then written as 0 (what is absent is still an error), but above 0 in some phase. A source that leaves has been drawn
     its share to within less than one example like every other, and may therefore come once more.
 
-    `cycle_weights` holds the integers of the weights given first, `phases` all of them and where they begin, `end` how
-    many draws there are: None, unless every source that could be drawn is used up. A phase keeps at most a few cycles
-    in memory, one if it is the only one: 9 MiB for the longest, which takes a third of a second to make.
+    `cycle_weights` holds the integers of the weights given first, `phases` all of them and where they begin, `limits`
+    name -> draws of sources with max_epochs, `end` how many draws there are: None, unless everything that may still be
+    drawn is used up. (If a source has left before that, one of the others may lack its last example.) A phase keeps
+    at most a few cycles in memory, one if it is the only one: 9 MiB for the longest, made in a third of a second.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class Mixture:
         if not sizes:
             raise InputError("found no sources; expected at least one")
         phases = _phase_weights(sizes, weights or {}, temperature, schedule)
-        by_name = turn_limits(sizes, max_epochs or {})
-        limits = [by_name.get(name) for name in sizes]
+        self.limits = turn_limits(sizes, max_epochs or {})
+        limits = [self.limits.get(name) for name in sizes]
         self.cycle_weights = phases[0][1]
         self._ideal = Ideal(phases, limits)
         self.end = None if self._ideal.end is None else math.floor(self._ideal.end)

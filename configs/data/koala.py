@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "sharegpt": {
             # identity and oasst_* have other formats; tool calls have no place in Koala's prompt format
             "patterns": ("sharegpt/*.json*", "!sharegpt/identity*", "!sharegpt/oasst_*", "!sharegpt/*toolcall*"),
-            "drop_phrases": ORIGINS,
+            "stages": {"filter": {"phrases": ORIGINS}},
         },
         # 60,000 answers of people and 27,000 of ChatGPT, to 24,000 questions
         "hc3": {

@@ -137,6 +137,7 @@ def test_draws_are_what_they_always_were():
 def test_caps_are_met_exactly_and_end_the_mixture():
     sizes = {"a": 30, "b": 7, "c": 100}
     mixture = Mixture(sizes, {"a": 1, "b": 3, "c": 2}, max_epochs={"a": 1.5, "b": 4, "c": 0.29})
+    assert mixture.limits == {"a": 45, "b": 28, "c": 29}
     assert mixture.end == 45 + 28 + 29 and mixture.draws_for_epochs(9) == mixture.end
     drawn = mixture.draw_many(range(mixture.end))
     assert np.bincount(drawn.source).tolist() == [45, 28, 29] == list(mixture.counts(mixture.end).values())

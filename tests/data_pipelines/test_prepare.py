@@ -17,8 +17,8 @@ from data_pipelines import datasets
 from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
-from data_pipelines.intake import PrepareError
 from data_pipelines.prepare import prepare
+from data_pipelines.source import PrepareError
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
@@ -150,17 +150,20 @@ def test_missing_sources_are_all_named(folder, tmp_path):
 def test_complete_output_is_kept_unless_forced(folder, tmp_path):
     out = tmp_path / "out"
     first = prepare(config({"alpaca": {}}), folder, out)
-    (folder / "alpaca/a.json").write_text(alpaca(60))
     assert prepare(config({"alpaca": {}}), folder, out) == first
     with pytest.raises(PrepareError, match=r"another configuration \(differs in heldout\)"):
         prepare(config({"alpaca": {}}, heldout=0.1), folder, out)
+    (folder / "alpaca/a.json").write_text(alpaca(60))
+    with pytest.raises(PrepareError, match=r"prepared with other files \(alpaca/a.json\)"):
+        prepare(config({"alpaca": {}}), folder, out)
+    assert prepare(config({"alpaca": {}}), tmp_path / "unplugged", out) == first
     (folder / "alpaca/a.json").write_text("[")
     with pytest.raises(PrepareError, match=r"none of 1 rows fits; the first: alpaca/a.json, row 1"):
         prepare(config({"alpaca": {}}), folder, out, force=True)
     assert read_manifest(out) == first  # a forced run that fails changes nothing
     (folder / "alpaca/a.json").write_text(alpaca(60))
     assert prepare(config({"alpaca": {}}), folder, out, force=True)["sources"]["alpaca"]["rows"] == 60
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "out.cache"]
 
 
 def test_foreign_folders_are_not_touched(folder, tmp_path):
@@ -255,7 +258,7 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
 
     def train(texts, vocab_size, special_tokens, path):
         seen.append((list(texts), vocab_size, special_tokens))
-        path.mkdir()
+        path.mkdir(parents=True)
         (path / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(train_tokenizer, "train", train)
@@ -268,9 +271,18 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out" / manifest["tokenizer"]["path"]).read_text() == "{}"
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(folder, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_output_and_says_so(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    flags = SimpleNamespace(config=config({"alpaca": {}}), input=folder, output=out, policy=None, force=False)
+    flags = SimpleNamespace(
+        config=config({"alpaca": {}}),
+        input=folder,
+        output=out,
+        policy=None,
+        force=False,
+        workers=1,
+        runner="local",
+        runner_flag=[],
+    )
     monkeypatch.setattr(door, "FLAGS", flags)
 
     def full(*arguments):
@@ -280,7 +292,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         door.main(["prepare"])
     assert "no space left on the disk" in str(caught.value) and str(out) in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.cache"]
 
 
 def run(*arguments):
