@@ -77,7 +77,7 @@ def make(folder: Path, section: dict) -> None:
         size = max(1, EXAMPLES.value * share // sum(SHARES.values()))
         split = {"examples": size, "characters": 0, "sha256": f"{name}{size}", "shards": {}}
         entries[name] = {"kind": name, "weight": 0, "files": [], "rows": size, "kept_rows": size, "rejected": {},
-                         "repaired": {}, "splits": {"train": split}}  # fmt: skip
+                         "repaired": {}, "stages": {}, "splits": {"train": split}}  # fmt: skip
         path = tokens.store_path(folder, name, "train", split["sha256"], template)
         made = MadeUp(name, size, template.tokenizer.vocab_size)
         for part in tokens.parts(size):

@@ -6,20 +6,16 @@ run that was killed goes on where it was, and what is there already is left alon
 with --packing=concat_split those of training are kept whole.
 """
 
-import concurrent.futures
 import dataclasses
 import errno
 import functools
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import app, flags
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_pipelines import tokens
 from data_pipelines.conversation import Conversation
@@ -29,8 +25,7 @@ from data_pipelines.packing import PACKINGS, Packing
 from data_pipelines.template import Template, load_template
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.training_data import chosen_sources, longest, template_date
-
-Counted = Callable[[int], None]
+from data_pipelines.workers import Workers, advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +58,29 @@ class Split(NamedTuple):
     examples: int
 
 
+def tokenise(job: Job, pool: Workers) -> list[Path]:
+    """Writes all stores that are not there yet, and returns the paths of all."""
+    paths = {split: path_of(job, split) for split in job.splits()}
+    todo = [split for split, path in paths.items() if not path.is_dir()]
+    todo.sort(key=lambda split: -split.examples)  # the longest first: the others do not wait for it at the end
+    tasks = [(job, split, part) for split in todo for part in tokens.parts(split.examples)]
+    if tasks:
+        pool.run("tokenise", write, tasks, sum(split.examples for split in todo))
+    for split in todo:
+        tokens.finish(paths[split], split.hash, template_of(job, split.name), split.examples)
+    return list(paths.values())
+
+
+def write(job: Job, split: Split, part: int) -> None:
+    """One file of a store."""
+    conversations = _conversations(job, split.source, split.name)
+    tokens.write_part(conversations, template_of(job, split.name), path_of(job, split), part, advance)
+
+
+def path_of(job: Job, split: Split) -> Path:
+    return tokens.store_path(job.directory, split.source, split.name, split.hash, template_of(job, split.name))
+
+
 def template_of(job: Job, split: str) -> Template:
     """What makes the examples of a split."""
     return _template(job, longest(job.packing if split == "train" else "best_fit", job.length))
@@ -79,78 +97,14 @@ def _conversations(job: Job, source: str, split: str) -> Sequence[Conversation]:
     return open_source(job.directory, source, split)
 
 
-def run(job: Job, processes: int, progress: Counted = lambda more: None) -> list[Path]:
-    """Writes all stores that are not there yet, and returns the paths of all. progress: told how many conversations
-    more are done."""
-    paths = {split: path_of(job, split) for split in job.splits()}
-    todo = []
-    for split, path in paths.items():
-        if path.is_dir():
-            progress(split.examples)
-        else:
-            todo += [(split, part) for part in tokens.parts(split.examples)]
-    todo.sort(key=lambda each: -each[0].examples)  # the longest first: the others do not wait for it at the end
-    if processes > 1 and len(todo) > 1:
-        _in_processes(job, todo, min(processes, len(todo)), progress)
-    else:
-        for split, part in todo:
-            _write(job, split, part, progress)
-    for split, path in paths.items():
-        if not path.is_dir():
-            tokens.finish(path, split.hash, template_of(job, split.name), split.examples)
-    return list(paths.values())
-
-
-def path_of(job: Job, split: Split) -> Path:
-    return tokens.store_path(job.directory, split.source, split.name, split.hash, template_of(job, split.name))
-
-
-def _write(job: Job, split: Split, part: int, progress: Counted) -> None:
-    conversations = _conversations(job, split.source, split.name)
-    tokens.write_part(conversations, template_of(job, split.name), path_of(job, split), part, progress)
-
-
-def _in_processes(job: Job, todo: Sequence[tuple[Split, int]], count: int, progress: Counted) -> None:
-    context = multiprocessing.get_context("spawn")
-    done, told = context.Value("q", 0), 0
-    with concurrent.futures.ProcessPoolExecutor(count, context, _share, (done,)) as pool:
-        running = {pool.submit(_write_shared, job, *each) for each in todo}
-        while running:
-            finished, running = concurrent.futures.wait(running, 0.2, concurrent.futures.FIRST_COMPLETED)
-            progress(done.value - told)
-            told = done.value
-            for future in finished:
-                if future.exception():
-                    pool.shutdown(wait=False, cancel_futures=True)
-                future.result()
-
-
-_DONE: list[Any] = []  # of a worker: the counter that it shares with the others
-
-
-def _share(done: Any) -> None:
-    _DONE.append(done)
-
-
-def _write_shared(job: Job, split: Split, part: int) -> None:
-    def count(more: int) -> None:
-        with _DONE[0].get_lock():
-            _DONE[0].value += more
-
-    _write(job, split, part, count)
-
-
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one folder: python -m data_pipelines.tokenize DIR --template=koala")
-    sources, processes = tuple(FLAGS.sources), FLAGS.processes or os.cpu_count() or 1
+    sources, workers = tuple(FLAGS.sources), FLAGS.workers or os.cpu_count() or 1
     job = Job(argv[1], FLAGS.template, FLAGS.tokenizer, FLAGS.length, FLAGS.packing, FLAGS.date, sources)
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     try:
-        with Progress(TextColumn("tokenising"), *columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=sum(split.examples for split in job.splits()))
-            paths = run(job, processes, lambda more: bar.advance(task, more))
+        with Workers(workers) as pool:
+            paths = tokenise(job, pool)
         for path in paths:
             store = tokens.TokenStore(path)
             print(f"{path}: {len(store):,} examples, {store.ids:,} ids")
@@ -171,5 +125,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("packing", "best_fit", PACKINGS, "How the runs will pack: concat_split keeps examples whole")
     flags.DEFINE_string("date", "", "YYYY-MM-DD that a chat template's strftime_now writes")
     flags.DEFINE_list("sources", [], "Which sources; all by default")
-    flags.DEFINE_integer("processes", 0, "How many at a time; one a core by default")
+    flags.DEFINE_integer("workers", 0, "Processes; 0: as many as there are cores", lower_bound=0)
     app.run(main)

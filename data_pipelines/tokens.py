@@ -5,9 +5,10 @@
                                       meta.json                      counts, files, what the key was made of
 
 The key is a hash of what decides which ids an example has: the split's records (their sha256 in the manifest), the
-template (name, text, longest example), the tokenizer (model and special tokens), the code of all of these. A store
-whose key is another one is not found, so tokens are never stale; delete DIR/tokens to free its space. Lengths alone
-tell how examples are packed (packing.py), so a loader reads the tokens of a batch when it makes it and no sooner.
+template (name, text, longest example), the tokenizer (model and special tokens), the code of all of these
+(`store.code_of`). A store whose key is another one is not found, so tokens are never stale; delete DIR/tokens to free
+its space. Lengths alone tell how examples are packed (packing.py), so a loader reads the tokens of a batch when it
+makes it and no sooner.
 
 What changes from epoch to epoch (text_objective.py) cannot be kept, and is tokenised as it is drawn.
 
@@ -20,11 +21,9 @@ needed to read them. A damaged one does not go unnoticed: the format has a hash 
 finished is kept. `finish` puts the parts together; a folder without ".tmp" is complete.
 """
 
-import ast
 import collections
 import errno
-import functools
-import hashlib
+import io
 import json
 import os
 import struct
@@ -39,10 +38,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from data_pipelines.conversation import Conversation
 from data_pipelines.datasets import DatasetError
+from data_pipelines.store import code_of, key_of, write_whole
 from data_pipelines.template import Example, Template
 from data_pipelines.tokenization import Ids
 
 VERSION = 1
+FOLDER = "tokens"
 PART = 65_536  # examples of a file
 _BATCH = 512  # conversations tokenised together
 _OPEN_FILES = 256
@@ -53,9 +54,7 @@ _AGAIN = "delete it and run python -m data_pipelines.tokenize again"
 
 def store_path(directory: Path | str, source: str, split: str, split_hash: str, template: Template) -> Path:
     """Where the tokens of a split lie, or would. split_hash: sha256 of its records, as the manifest has it."""
-    described = json.dumps(_described(split_hash, template), sort_keys=True)
-    key = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return Path(directory) / "tokens" / source / f"{split}-{key}"
+    return Path(directory) / FOLDER / source / f"{split}-{key_of(_described(split_hash, template))[:16]}"
 
 
 def _described(split_hash: str, template: Template) -> dict[str, Any]:
@@ -65,23 +64,8 @@ def _described(split_hash: str, template: Template) -> dict[str, Any]:
         "template": template.fingerprint,
         "tokenizer": template.tokenizer.fingerprint,
         "special_tokens": sorted(template.tokenizer.special_tokens.items()),
-        "code": code_hash("template"),
+        "code": code_of("data_pipelines.template"),
     }
-
-
-@functools.cache
-def code_hash(module: str) -> str:
-    """sha256 over the source of a module of data_pipelines and of all that it imports of data_pipelines."""
-    folder, found, waiting = Path(__file__).parent, dict[str, bytes](), [module]
-    while waiting:
-        path = folder / f"{waiting.pop().replace('.', '/')}.py"
-        if path.is_file() and path.name not in found:
-            found[path.name] = path.read_bytes()
-            for node in ast.walk(ast.parse(found[path.name])):
-                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("data_pipelines"):
-                    package = str(node.module).removeprefix("data_pipelines").lstrip(".")
-                    waiting += [package] if package else [alias.name for alias in node.names]
-    return hashlib.sha256(b"\0".join(found[name] for name in sorted(found))).hexdigest()
 
 
 def to_record(conversation_id: str, example: Example | None, dtype: npt.DTypeLike) -> bytes:
@@ -149,7 +133,7 @@ def write_part(
         full = os.strerror(errno.ENOSPC) in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
     scratch.replace(folder / _file(part))
-    _write(_lengths_of(folder, part), lengths)  # last: a part with lengths is complete
+    write_whole(_lengths_of(folder, part), _array_bytes(lengths))  # last: a part with lengths is complete
 
 
 def finish(path: Path, split_hash: str, template: Template, examples: int) -> None:
@@ -157,7 +141,7 @@ def finish(path: Path, split_hash: str, template: Template, examples: int) -> No
     folder = _unfinished(path)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [np.load(_lengths_of(folder, part)) for part in parts(examples)]
-    _write(folder / "lengths.npy", np.concatenate([np.zeros((0, 2), np.int32), *lengths]))
+    write_whole(folder / "lengths.npy", _array_bytes(np.concatenate([np.zeros((0, 2), np.int32), *lengths])))
     files = {_file(part): (folder / _file(part)).stat().st_size for part in parts(examples)}
     meta = {
         **_described(split_hash, template),
@@ -232,8 +216,16 @@ class TokenStore:
 
 def find(directory: Path | str, source: str, split: str, split_hash: str, template: Template) -> TokenStore | None:
     """The tokens of a split, if they lie beside its conversations."""
+    if not stored(directory, source, split):
+        return None  # the key takes a third of a second
     path = store_path(directory, source, split, split_hash, template)
     return TokenStore(path) if path.is_dir() else None
+
+
+def stored(directory: Path | str, source: str, split: str) -> list[Path]:
+    """All stores of a split, whatever they were made of."""
+    found = (Path(directory) / FOLDER / source).glob(f"{split}-*")
+    return sorted(path for path in found if path.suffix != ".tmp")
 
 
 def _dtype(template: Template) -> np.dtype[Any]:
@@ -252,8 +244,7 @@ def _lengths_of(folder: Path, part: int) -> Path:
     return folder / f"lengths-{part:05d}.npy"
 
 
-def _write(path: Path, array: Ids) -> None:
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    with scratch.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    scratch.replace(path)
+def _array_bytes(array: Ids) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

@@ -23,7 +23,7 @@ from data_pipelines.packing import Packing, count_rows
 from data_pipelines.template import Template, load_template
 from data_pipelines.text_objective import TextObjective, text_objective
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
-from data_pipelines.tokens import TokenStore, find
+from data_pipelines.tokens import TokenStore, find, stored
 
 Section = Mapping[str, Any]
 
@@ -47,6 +47,7 @@ class Data(NamedTuple):
     hash: str  # of the data, the tokenizer and the template: what the order of batches depends on
     tokens: dict[str, TokenStore]  # training examples that are tokenised already
     heldout_tokens: dict[str, TokenStore]
+    unused_tokens: tuple[str, ...]  # sources whose stored tokens are of other data, another template, length or code
 
     @property
     def sources(self) -> list[str]:
@@ -82,7 +83,7 @@ class Unopened(Sequence[Conversation]):
 def open_data(section: Section) -> Data:
     """Opens the prepared folder that a data section names."""
     if section["packing"] == "concat_split" and section.get("corruption") == "spans":
-        told = "expected another one with data.corruption = 'spans', whose spans are learned behind the text they are of"
+        told = "expected another one with data.corruption = 'spans', whose spans are learned behind their text"
         raise InputError(f"data.packing = 'concat_split': {told}")
     manifest = datasets.read_manifest(section["path"])
     names, weights = chosen_sources(section["sources"], manifest)
@@ -96,7 +97,9 @@ def open_data(section: Section) -> Data:
     heldout, heldout_tokens = _open_split(section["path"], manifest, names, "heldout", judged)
     identity = "\n".join((manifest["hash"], tokenizer.fingerprint, learned.fingerprint))
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    return Data(train, heldout, weights, tokenizer, template, learned, judged, digest, tokens, heldout_tokens)
+    unused = tuple(name for name in names if name not in tokens and stored(section["path"], name, "train"))
+    opened = (train, heldout, weights, tokenizer, template, learned, judged, digest)
+    return Data(*opened, tokens, heldout_tokens, unused)
 
 
 def _open_split(

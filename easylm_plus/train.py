@@ -87,8 +87,8 @@ def main() -> int:
         if shares := sharding.cut_shares(run.axes, run.shapes, mesh):
             banner.add_row("weights", ", ".join(f"{share:.1%} cut over {axis}" for axis, share in shares.items()))
         banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
-        if data.tokens:
-            banner.add_row("tokens", "tokenised already: " + ", ".join(data.tokens))
+        if data.tokens or data.unused_tokens:
+            banner.add_row("tokens", data_module.where_tokens_are(data))
         banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
         banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens")
         banner.add_row("memory", f"about {needed} a device")

@@ -8,6 +8,7 @@ import tiny
 
 from data_pipelines import replay, tokenize
 from data_pipelines.errors import InputError
+from data_pipelines.workers import Workers
 from easylm_plus.training.metrics import read_rows
 
 STEPS, EVERY = 12, 4
@@ -35,6 +36,14 @@ def run_with(tmp_path_factory):
 @pytest.fixture(params=(WHOLE, SPLIT), ids=LENGTHS)
 def run(request, run_with):
     return run_with(request.param)
+
+
+def with_tokens(copy, section):
+    """A copy of the data with its tokens."""
+    shutil.copytree(tiny.data(), copy)
+    with Workers(1) as pool:
+        tokenize.tokenise(tokenize.Job(str(copy), "chat", "", section["length"], section["packing"]), pool)
+    return str(copy)
 
 
 def steps_of(folder, numbers):
@@ -110,14 +119,23 @@ def test_no_run_and_other_data(run_with, tmp_path):
         replay.open_run_data(opened._replace(config=other))
 
 
+def test_a_run_on_stored_tokens_is_the_same_run(run, tmp_path):
+    section = replay.open_run(run).config["data"]
+    same = {f"data__{key}": section[key] for key in ("packing", "length")} | {"checkpoint__every": 100}
+    stored = {"data__path": with_tokens(tmp_path / "data", section)}
+    (tmp_path / "run").mkdir()
+    status, output = tiny.inside(f"--config={tiny.write_config(tmp_path / 'run', **{**VALUES, **same, **stored})}")
+    assert status == 0 and "read from the store: letters, sums" in output, output
+    computed = lambda folder: [
+        (row["step"], row["loss"], row["examples"]) for row in read_rows(folder / "metrics.jsonl")
+    ]
+    assert computed(tmp_path / "run") == computed(run)
+
+
 def test_with_stored_tokens_nothing_is_tokenised(run, tmp_path, monkeypatch):
     opened = replay.open_run(run)
     expected = steps_of(run, (3, STEPS))
-    copy = tmp_path / "data"
-    shutil.copytree(tiny.data(), copy)
-    section = opened.config["data"]
-    tokenize.run(tokenize.Job(str(copy), "chat", "", section["length"], section["packing"]), 1)
-    section, data = replay.open_run_data(opened, str(copy))
+    section, data = replay.open_run_data(opened, with_tokens(tmp_path / "data", opened.config["data"]))
     assert set(data.tokens) == {"letters", "sums"}
     monkeypatch.setattr(type(data.template), "encode_many", lambda *_: pytest.fail("nothing is to be tokenised"))
     for number, step in zip((3, STEPS), expected):

@@ -61,6 +61,13 @@ def open_data(config: ConfigDict) -> Data:
     return data
 
 
+def where_tokens_are(data: Data) -> str:
+    """Which sources are tokenised already, and which only seem to be."""
+    unused = "of other data, another tokenizer, template, length, packing or version"
+    lines = [("read from the store: ", data.tokens), (f"stored ones are {unused}: ", data.unused_tokens)]
+    return "; ".join(f"{told}{', '.join(names)}" for told, names in lines if names)
+
+
 def check_best(config: ConfigDict, data: Data) -> None:
     """Raises UserError if `checkpoint.keep_best` names a figure that no evaluation gives."""
     best, known = config.checkpoint.keep_best, ["eval/loss", *(f"eval/loss/{name}" for name in data.heldout)]

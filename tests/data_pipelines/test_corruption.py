@@ -193,6 +193,9 @@ def test_resuming_is_exact_and_epochs_differ(kind):
         taken(first, at)
         second.set_state(json.loads(json.dumps(first.get_state())))
         assert same(taken(second, 12 - at), expected[at:])
+        sought = loader()
+        sought.seek(at)
+        assert same(taken(sought, 12 - at), expected[at:])
     assert not same(taken(loader(seed=6), 12), expected) and not same(taken(loader(rate=0.3), 12), expected)
     seen, learned = {}, 0
     one = Loader(SOURCES, None, objective(kind, 200), batch_size=2, length=199, packing="none", pool=7)
