@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "sources": {name: source(name, share) for name, share in SHARES.items()},
-            "weights": "tokens",
+            "weigh": "tokens",
             "stages": {"normalise": {}, "dedupe": {"exact": "whole", "near": "whole", "similarity": 0.8}},
             "heldout": 0.001,
             "policy": "skip",
