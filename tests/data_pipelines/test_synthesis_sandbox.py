@@ -385,6 +385,13 @@ def test_values_cross_as_they_are(box):
 
 
 @needs_bwrap
+def test_what_is_found_can_be_written_down(box):
+    code = "def f(x): raise ValueError('\\ud800\\0' + 'x' * 9999)"
+    found = failure(box, code, "assert f('\\ud800') == 4").found
+    assert "ValueError: ?" in found and len(found.encode()) < 2000
+
+
+@needs_bwrap
 def test_exceptions_cross_by_kind(box):
     code = "class Mine(KeyError): pass\ndef f(x):\n    raise {1: ValueError, 2: Mine, 3: SystemExit}[x]('said')"
     test = "def test():\n try: f({})\n except {} as e: assert 'said' in str(e)\n else: assert False\ntest()"

@@ -365,6 +365,7 @@ def test_topics(tmp_path):
         ({"sandbox__wall_s": 0.0}, "config.sandbox.wall_s: found 0.0"),
         ({"require": "some"}, "config.require: found 'some'"),
         ({"words": (2, 99999)}, "config.words: found 2 to 99999 of"),
+        ({"tests": (3, 4, 5)}, "config.tests: found .3, 4, 5.; expected two numbers"),
         ({"tests": (0, 5)}, "config.tests: found 0 to 5"),
         ({"topics": "/no/such"}, "/no/such: found .*No such file"),
     ),
