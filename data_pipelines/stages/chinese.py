@@ -26,10 +26,13 @@ lost characters, and pages that machines made anew with the sound of characters 
 pages that a search for the words of Chinese sites brought up.
 """
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from data_pipelines.errors import InputError
 
 OPTIONS: Mapping[str, Any] = {
     "script": None,  # "simplified" or "traditional": texts of the other one, and mixed ones, go
@@ -84,6 +87,25 @@ _TAIL = re.compile(
 _SPELLED = re.compile("[\u4e00-\u9fff]\\([a-z]{0,2}[āáǎàēéěèīíǐìōóǒòūúǔùǖǘǚǜ][a-z]{0,3}\\)")
 
 _LONGEST = 100  # characters of a line that can be boilerplate
+
+
+def checked(options: Any) -> dict[str, Any]:
+    """The options with defaults. Raises InputError for what does not fit."""
+    if not isinstance(options, Mapping):
+        raise InputError(f"chinese: found {options!r}; expected its options, such as {{}}, or None")
+    for key, value in options.items():
+        if key not in OPTIONS:
+            nearest = difflib.get_close_matches(key, OPTIONS, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise InputError(f"chinese: found the key {key!r}; expected one of {', '.join(OPTIONS)}{hint}")
+        if key == "script" and value not in (None, "simplified", "traditional"):
+            raise InputError(f'chinese.script: found {value!r}; expected "simplified", "traditional" or None')
+        if key == "drop_lines" and not isinstance(value, bool):
+            raise InputError(f"chinese.drop_lines: found {value!r}; expected True or False")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        if key not in ("script", "drop_lines") and not number:
+            raise InputError(f"chinese.{key}: found {value!r}; expected a number, 0 or more")
+    return {**OPTIONS, **options}
 
 
 def han(text: str) -> int:
