@@ -39,7 +39,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.eval_items import Item, benchmark_files, read_benchmark
 from data_pipelines.ngrams import BOUNDARY, Characters, Ints, Runs, UInts, Words
 
-OPTIONS = {"rules": ("13-gram", "50-char"), "answers": False, "max_texts": 10, "min_words": 4}
+OPTIONS = {"rules": ("13-gram", "50-char"), "answers": False, "max_texts": 20, "min_words": 4}
 
 
 def build_index(benchmarks: Mapping[str, Any], folder: Path | str, options: Mapping[str, Any] | None = None) -> Index:

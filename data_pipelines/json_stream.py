@@ -89,7 +89,8 @@ class _Text:
                 if not (self.cut(error) and self.more()):
                     raise problem from None
             else:
-                if end < len(self.text) or not self.more():  # a number may go on behind the cut
+                # a number may go on behind the cut
+                if end < len(self.text) or isinstance(value, dict) or not self.more():
                     self.at = end
                     return value
 

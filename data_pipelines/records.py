@@ -94,8 +94,10 @@ def read_items(
 class _Reader:
     """One file: `row` is the last row that was read, `rows` how many were yielded or rejected."""
 
-    stream: BinaryIO
+    stream: "io.BufferedReader[io.RawIOBase] | gzip.GzipFile"
     columns: Sequence[str] | None = None
+    broken: tuple[str, str, str] | None = None  # what is wrong behind what was read
+    damaged: Exception | None = None
 
     def __init__(self, name: str, max_row_bytes: int):
         self.name, self.max_row_bytes = name, max_row_bytes
@@ -107,7 +109,8 @@ class _Reader:
         return DataError(Where(self.name, None if whole else self.row + 1), found, expected, reason)
 
     def stop(self, found: str, expected: str, reason: str, whole: bool = False) -> NoReturn:
-        raise _Stop(self.error(found, expected, reason, whole))
+        """An error after which nothing of the file is read, which the message says."""
+        raise _Stop(self.error(found if whole else f"{found}, where reading ends", expected, reason, whole))
 
     def rejected(self, found: str, expected: str, reason: str) -> DataError:
         """An error in the last row; reading goes on."""
@@ -126,8 +129,7 @@ class _Reader:
         if packed and start and start != b"\x1f\x8b":
             found = f"a file that starts with the bytes {start.hex(' ')}"
             self.stop(found, "a gzip file, because of .gz", "not_gzip", whole=True)
-        stream = gzip.GzipFile(fileobj=buffered) if packed else buffered
-        self.stream = cast(BinaryIO, stream)
+        self.stream = stream = gzip.GzipFile(fileobj=buffered) if packed else buffered
         start = stream.peek(1 << 12)[: 1 << 12]
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self.stop("UTF-16 text", "text in UTF-8", "not_utf8", whole=True)
@@ -179,18 +181,37 @@ class _Reader:
                     yield self.accepted(value)
 
     def characters(self, size: int) -> str:
-        """About `size` further characters, none at the end."""
+        """About `size` further characters, none at the end. What stands before a byte that is not UTF-8 comes first."""
         text = ""
         while not text:
-            chunk = self.stream.read(size)
+            if self.broken:
+                self.stop(*self.broken)
+            chunk = self.chunk(size)
             start = self.stream.tell() - len(chunk) - len(self.decoder.getstate()[0])
             try:
                 text = self.decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                self.stop(*not_utf8(error, start))
+                self.broken = not_utf8(error, start)
+                text = error.object[: error.start].decode()
+                continue
             if not chunk:
                 break
         return text
+
+    def chunk(self, size: int) -> bytes:
+        """`size` bytes, or fewer at the end of the file. What stands before damaged gzip data comes first."""
+        if self.damaged:
+            raise self.damaged
+        parts: list[bytes] = []
+        try:
+            while size > 0 and (part := self.stream.read1(size)):
+                parts.append(part)
+                size -= len(part)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            if not parts:
+                raise
+            self.damaged = error
+        return b"".join(parts)
 
     def json(self) -> Items:
         try:

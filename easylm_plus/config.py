@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines.packing import PACKINGS
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.families import preset
@@ -52,8 +53,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "mask_token": "",  # a special token or an id; "": <mask> or [MASK]
                 "length": 2048,  # tokens a row
                 "batch_size": 8,  # rows a step, over all devices
-                "packing": "best_fit",  # best_fit | none
-                "pool": 256,  # examples packed together
+                "packing": "best_fit",  # best_fit | first_fit | concat_split | none (data_pipelines/packing.py)
+                "pool": 1024,  # examples packed together; padding is about half a row a pool
                 "shards": 0,  # logical shards of the data order; 0: batch_size
                 "workers": 1,  # batches prepared ahead
             },
@@ -208,8 +209,8 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if config[section][key] < 1:
             raise UserError(f"{name} = {config[section][key]}: expected a positive number")
-    if config.data.packing not in ("best_fit", "none"):
-        raise UserError(f"data.packing = {config.data.packing!r}: expected best_fit or none")
+    if config.data.packing not in PACKINGS:
+        raise UserError(f"data.packing = {config.data.packing!r}: expected one of {', '.join(PACKINGS)}")
     if (config.data.corruption == "masked") == config.model.causal:
         raise UserError(
             f"model.causal = {config.model.causal}: expected False with data.corruption = 'masked', and only then; "

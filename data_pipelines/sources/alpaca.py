@@ -24,10 +24,12 @@ PATTERNS = ("alpaca/*.json", "alpaca/*.json.gz", "alpaca/*.jsonl", "alpaca/*.jso
 def convert(row: Row, where: Where) -> list[Conversation]:
     need(row, ("instruction", "output"), where, FORMAT)
     turns: list[Turn] = []
-    for i, pair in enumerate(items(row.get("history") or [], '"history"', where)):
+    history = row.get("history")
+    for i, pair in enumerate(items([] if history is None else history, '"history"', where)):
         turns += earlier(pair, at(where, 2 * i + 1))
     question = string(row["instruction"], '"instruction"', where)
-    given = string(row.get("input") or "", '"input"', where, empty=None)
+    given = row.get("input")
+    given = string("" if given is None else given, '"input"', where, empty=None)
     turns += exchange(f"{question} {given}" if given else question, string(row["output"], '"output"', where))
     return [Conversation("alpaca", row_id(where), tuple(turns))]
 

@@ -30,7 +30,7 @@ LICENCE = "MIT"
 PATTERNS = ("hh_rlhf/*/*.jsonl", "hh_rlhf/*/*.jsonl.gz", "!hh_rlhf/red-team-attempts/*")
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
-STRAY = re.compile(r"(?:^|[\n.!?:()”\"“]|\s{2})\s*((?:Human|Assistant):)")
+STRAY = re.compile(r"(?:(?:^|[\n.!?:()”\"“])\s?|\s{2})((?:Human|Assistant):)")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import time
+import zlib
 
 import pytest
 
@@ -83,7 +84,8 @@ BROKEN = [  # name, bytes, reason, row, what the message must contain
     ("a.jsonl", b"\x00\x01\x02", "binary_file", None, ["zero byte at byte 0", "text file"]),
     ("a.json", "[{}]".encode("utf-16"), "not_utf8", None, ["UTF-16"]),
     ("a.jsonl", GOOD.encode() + b'{"n": "caf\xe9"}\n', "not_utf8", 2, ["byte 19", "0xe9", "UTF-8"]),
-    ("a.json", b'[{"n": 1}, {"n": "caf\xe9"}]', "not_utf8", 1, ["byte 21", "0xe9"]),
+    ("a.json", b'[{"n": 1}, {"n": "caf\xe9"}]', "not_utf8", 2, ["byte 21", "0xe9", "where reading ends"]),
+    ("a.json", b'[{"n": 1}, {"n": 2}\xe9, {"n": 3}]', "not_utf8", 3, ["byte 19", "0xe9"]),
     ("a.csv", b"q\nok\nb\xffd\n", "not_utf8", 2, ["byte 6", "0xff"]),
     ("a.jsonl", (GOOD + "{oops}\n").encode(), "invalid_json", 2, ["line 2", "oops"]),
     ("a.json", b'[{"n": 1},\n {"n": }]', "invalid_json", 2, ["line 2", "Expecting value"]),
@@ -118,11 +120,17 @@ def test_broken_files(tmp_path, name, data, reason, row, parts):
         list(read_rows(path))
 
 
-def test_truncated_gzip_keeps_the_rows_before_it(tmp_path):
-    path = write(tmp_path, "a.jsonl.gz", "".join(f'{{"n": "{random.Random(n).random()}"}}\n' for n in range(9999)))
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.txt.gz"])
+def test_truncated_gzip_keeps_the_rows_before_it(tmp_path, name):
+    lines, end = [f"{random.Random(n).random()}" for n in range(9999)], "\n\n"
+    if "json" in name:
+        lines, end = [json.dumps({"n": line}) for line in lines], "\n"
+    path = write(tmp_path, name, end.join(["n", *lines] if "csv" in name else lines))
     path.write_bytes(path.read_bytes()[:-5000])
+    left = zlib.decompressobj(wbits=31).decompress(path.read_bytes())
+    whole = left.count(end.encode()) - ("csv" in name)
     rows, errors = read(path)
-    assert len(rows) > 1000
+    assert whole - 1 <= len(rows) <= whole and whole > 5000
     assert [error.reason for error in errors] == ["truncated_gzip"]
     assert errors[0].where.row == len(rows) + 1
 

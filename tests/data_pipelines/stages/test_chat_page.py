@@ -196,7 +196,7 @@ def test_canonical_html_is_well_formed(parts):
         else:
             stack.append(name)
     assert not stack
-    assert set(re.findall(r"<(\w+)", written)) <= {"p", "ul", "li", "pre", "code"}
+    assert set(re.findall(r"<(\w+)", written)) <= {"p", "ul", "li", "pre", "code", "b"}
 
 
 @pytest.mark.parametrize(
