@@ -12,7 +12,7 @@ deduplicated; this is what raw pages need:
 
     --config=configs/data/skypile.py:simplified     or :traditional, to keep one script alone
 
-A core does about 600 pages of 1,400 characters a second up to deduplication.
+A core does about 450 pages of 1,400 characters a second up to deduplication, most of it on repetition.
 """
 
 from ml_collections import ConfigDict
