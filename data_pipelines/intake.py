@@ -112,6 +112,10 @@ def find_files(folder: Path, patterns: tuple[str, ...], name: str) -> list[Path]
     files = sorted(path.relative_to(folder) for path in found if path.is_file())
     stems: dict[str, Path] = {}
     for file in files:
+        try:
+            file.as_posix().encode()
+        except UnicodeEncodeError as error:
+            raise PrepareError(f"sources.{name}: found the file name {str(file)!r}; expected one in UTF-8") from error
         other = stems.setdefault(sources.stem(file), file)
         if other != file:
             raise PrepareError(f"sources.{name}: found {other} and {file}, whose rows would get the same ids; take one")
