@@ -133,7 +133,7 @@ class _Reader:
         start = stream.peek(1 << 12)[: 1 << 12]
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self.stop("UTF-16 text", "text in UTF-8", "not_utf8", whole=True)
-        if b"\0" in start:
+        if b"\0" in start[:4] or start.count(0) > len(start) // 100:  # a single one costs its row alone
             hint = " (a gzip file without .gz?)" if start.startswith(b"\x1f\x8b") else ""
             self.stop(f"a zero byte at byte {start.index(0)}{hint}", "a text file", "binary_file", whole=True)
         if start.startswith(codecs.BOM_UTF8):
@@ -282,9 +282,11 @@ class _Reader:
             line = line.replace("\r\n", "\n")
             if not line.strip():
                 empty += 1
+                if empty == least:  # at once: what follows may not be readable
+                    yield None
                 continue
-            if empty:
-                yield "\n" * empty if empty < least else None
+            if 0 < empty < least:
+                yield "\n" * empty
             empty = 0
             yield line
         yield None

@@ -57,9 +57,7 @@ def make_mixture(
         step, now = at, by_examples(later)
         schedule.append((draw, now))
     max_epochs = dict(pair(entry, "max_epochs") for entry in chosen["max_epochs"])
-    return Mixture(
-        measure.sizes, first, seed, temperature=temperature, max_epochs=max_epochs, schedule=schedule
-    )
+    return Mixture(measure.sizes, first, seed, temperature=temperature, max_epochs=max_epochs, schedule=schedule)
 
 
 def rows_per_draw(
@@ -111,7 +109,7 @@ def change(entry: str) -> tuple[int, dict[str, float]]:
 
 
 def pair(entry: str, key: str) -> tuple[str, float]:
-    name, equals, number = entry.strip().partition("=")
+    name, _, number = entry.strip().partition("=")
     try:
         return name.strip(), float(number)
     except ValueError:

@@ -160,6 +160,10 @@ def find_files(source: Source) -> tuple[str, ...]:
 def one_stem_each(name: str, files: Iterable[str]) -> None:
     stems: dict[str, str] = {}
     for file in files:
+        try:
+            file.encode()
+        except UnicodeEncodeError as error:
+            raise PrepareError(f"sources.{name}: found the file name {file!r}; expected one in UTF-8") from error
         other = stems.setdefault(sources.stem(file), file)
         if other != file:
             raise PrepareError(f"sources.{name}: found {other} and {file}, whose rows would get the same ids; take one")

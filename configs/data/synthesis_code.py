@@ -3,8 +3,8 @@
     python -m data_pipelines.synthesize --config=configs/data/synthesis_code.py \\
         --endpoint http://127.0.0.1:8000/v1 --model NAME --output RAW/synthesis_code --execute
 
-Two topic words a prompt, as for pre-training; with synthesis_code.py:finetune three to five. --execute runs the code, in
-bubblewrap (Linux; apt-get install bubblewrap), and costs about 0.1 s of CPU time an answer; without it nothing is
+Two topic words a prompt, as for pre-training; with synthesis_code.py:finetune three to five. --execute runs the code,
+in bubblewrap (Linux; apt-get install bubblewrap), and costs about 0.1 s of CPU time an answer; without it nothing is
 verified. Yuan 2.0 had 15,000 topic words and kept 4 million samples; --config.topics=FILE has one a line.
 
 The rows are the source `jsonl`: patterns ("synthesis_code/rows.jsonl",) under --input=RAW.

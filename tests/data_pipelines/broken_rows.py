@@ -1,0 +1,460 @@
+"""Rows of every source's format, with the conversations that they should give, and the ways in which rows break.
+
+A grammar is a strategy of (row, conversations), a conversation being (end of its id, turns as lists). A break is a
+function from a good row to a bad one, and the reason that the bad one should be rejected for.
+"""
+
+import copy
+
+from hypothesis import strategies as st
+
+# No white space but single spaces, no controls; none of the characters that markers are made of.
+WORD = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="<[▃:"), min_size=1, max_size=4
+)
+SAID = st.lists(WORD, min_size=1, max_size=3).map(" ".join)
+
+
+def user(text):
+    return ["user", text, 0.0, True]
+
+
+def assistant(text, weight=1.0, helpful=True):
+    return ["assistant", text, weight, helpful]
+
+
+def pair(question, better, worse):
+    return [(":chosen", [*question, assistant(better)]), (":rejected", [*question, assistant(worse, helpful=False)])]
+
+
+@st.composite
+def sharegpt(draw):
+    who, said, names = draw(
+        st.sampled_from([("from", "value", ("human", "gpt")), ("role", "content", ("user", "assistant"))])
+    )
+    turns, expected = [], []
+    if draw(st.booleans()):
+        expected = [["system", draw(SAID), 0.0, True]]
+        turns = [{who: "system", said: expected[0][1]}]
+    for question, answer in draw(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)):
+        expected += [user(question), assistant(answer)]
+        turns += [{who: names[0], said: question}, {who: names[1], said: answer}]
+    return {draw(st.sampled_from(["conversations", "messages", "items"])): turns}, [("", expected)]
+
+
+@st.composite
+def alpaca(draw):
+    row = {"instruction": draw(SAID), "input": draw(st.one_of(st.just(""), SAID)), "output": draw(SAID)}
+    earlier = draw(st.lists(st.tuples(SAID, SAID), max_size=1))
+    if earlier:
+        row["history"] = [list(each) for each in earlier]
+    before = [turn for question, answer in earlier for turn in (user(question), assistant(answer))]
+    question = f"{row['instruction']} {row['input']}" if row["input"] else row["instruction"]
+    return row, [("", [*before, user(question), assistant(row["output"])])]
+
+
+@st.composite
+def hc3(draw):
+    row = {"question": draw(SAID), "human_answers": draw(st.lists(SAID, max_size=2))}
+    row["chatgpt_answers"] = draw(st.lists(SAID, min_size=1, max_size=2))
+    return row, [
+        (f":{author}:{i}", [user(row["question"]), assistant(answer)])
+        for author in ("human", "chatgpt")
+        for i, answer in enumerate(row[f"{author}_answers"], start=1)
+    ]
+
+
+@st.composite
+def hc3_flat(draw):
+    row = {"text": draw(SAID), "question": draw(SAID), "label": draw(st.sampled_from(["human", "ai", "chatgpt"]))}
+    return row, [("", [user(row["question"]), assistant(row["text"])])]
+
+
+@st.composite
+def oig(draw):
+    turns = draw(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))
+    text = "\n".join(f"<human>: {question}\n<bot>: {answer}" for question, answer in turns)
+    return {"text": text}, [("", [turn for q, a in turns for turn in (user(q), assistant(a))])]
+
+
+@st.composite
+def hh_rlhf(draw):
+    before = draw(st.lists(st.tuples(SAID, SAID), max_size=2))
+    question, better, worse = draw(SAID), draw(SAID), draw(SAID)
+    worse += "." if worse == better else ""
+    text = "".join(f"\n\nHuman: {q}\n\nAssistant: {a}" for q, a in before) + f"\n\nHuman: {question}\n\nAssistant: "
+    good, bad = ([t for q, a in before for t in (user(q), assistant(a, weight))] for weight in (1.0, 0.0))
+    chosen = [*good, user(question), assistant(better)]
+    rejected = [*bad, user(question), assistant(worse, helpful=False)]
+    return {"chosen": text + better, "rejected": text + worse}, [(":chosen", chosen), (":rejected", rejected)]
+
+
+@st.composite
+def webgpt(draw):
+    better, worse = draw(SAID), draw(SAID)
+    worse += "." if worse == better else ""
+    row = {"question": {"id": "q", "full_text": draw(SAID)}, "answer_0": better, "score_0": 0.5, "quotes_0": None}
+    row |= {"answer_1": worse, "score_1": -0.5}
+    return row, pair([user(row["question"]["full_text"])], better, worse)
+
+
+@st.composite
+def summarize(draw):
+    post, better, worse = draw(SAID), draw(SAID), draw(SAID)
+    worse += "." if worse == better else ""
+    choice = draw(st.integers(0, 1))
+    texts = [{"text": better}, {"text": worse}]
+    row = {"info": {"id": "t", "post": post}, "summaries": texts[:: 1 - 2 * choice], "choice": choice}
+    return row, pair([user(f"{SUMMARIZE} {post}")], better, worse)
+
+
+SUMMARIZE = "Condense this into its main points:"  # the phrase that the id "t" picks
+
+
+@st.composite
+def own(draw):
+    turn = st.tuples(
+        st.sampled_from(["user", "assistant", "tool", "text"]), SAID, st.sampled_from([0, 0.5, 2.0]), st.booleans()
+    )
+    turns = [["system", draw(SAID), 0.0, True], *map(list, draw(st.lists(turn, max_size=3))), assistant(draw(SAID))]
+    return {"source": "x", "id": "y", "turns": turns}, [("", turns)]
+
+
+@st.composite
+def yuan(draw):
+    question, answer = draw(SAID), draw(SAID)
+    if draw(st.booleans()):
+        return {"text": f"{question}<n>{answer}"}, [("", [["text", f"{question}\n{answer}", 1.0, True]])]
+    return {"text": f"{question}<sep>{answer}"}, [("", [user(question), assistant(answer)])]
+
+
+@st.composite
+def text(draw):
+    document = "\n".join(draw(st.lists(SAID, min_size=1, max_size=3)))
+    return {"text": document}, [("", [["text", document, 1.0, True]])]
+
+
+# name -> (kind of the source, grammar, what the files may be)
+JSON = ("json", "json.gz", "jsonl", "jsonl.gz")
+GRAMMARS = {
+    "sharegpt": ("sharegpt", sharegpt(), JSON),
+    "alpaca": ("alpaca", alpaca(), JSON),
+    "hc3": ("hc3", hc3(), ("jsonl", "jsonl.gz")),
+    "hc3_flat": ("hc3", hc3_flat(), ("csv", "csv.gz", "jsonl")),
+    "oig": ("oig", oig(), ("jsonl", "jsonl.gz")),
+    "hh_rlhf": ("hh_rlhf", hh_rlhf(), ("jsonl", "jsonl.gz")),
+    "webgpt": ("webgpt", webgpt(), JSON),
+    "summarize": ("summarize", summarize(), JSON),
+    "own": ("jsonl", own(), JSON),
+    "messages": ("jsonl", sharegpt(), JSON),
+    "json_text": ("jsonl", text(), JSON),
+    "yuan": ("yuan", yuan(), ("txt", "txt.gz")),
+    "text": ("text", text(), ("txt", "txt.gz")),
+}
+
+
+# --- what breaks a row ---
+
+
+def put(row, *path_and_value):
+    """The row with a value in a place; a key "TURNS" is whichever of the three names is there."""
+    *path, value = path_and_value
+    row = copy.deepcopy(row)
+    here = row
+    for key in path[:-1]:
+        here = here[turns_key(here) if key == "TURNS" else key]
+    key = turns_key(here) if path[-1] == "TURNS" else path[-1]
+    if value is ...:
+        del here[key]
+    else:
+        here[key] = value
+    return row
+
+
+def turns_key(row):
+    return next(key for key in ("conversations", "messages", "items") if key in row)
+
+
+def put_said(row, *path_and_value):
+    """As `put`, for a turn's speaker ("WHO") or words ("SAID"), whatever these are called."""
+    *path, key, value = path_and_value
+    turn = row[turns_key(row)][path[0]]
+    names = ("from", "value") if "from" in turn else ("role", "content")
+    return put(row, "TURNS", path[0], names[key == "SAID"], value)
+
+
+NOT_TEXT = {
+    "null": None,
+    "a number": 7,
+    "a boolean": True,
+    "a list": ["x"],
+    "an object": {"x": "y"},
+    "not a number": float("nan"),
+}
+NOT_A_LIST = {"null": None, "a number": 7, "text": "x", "an object": {"0": "x"}}
+NOT_A_NUMBER = {
+    "null": None,
+    "text": "1",
+    "a boolean": True,
+    "a list": [1],
+    "not a number": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**400,
+}
+EMPTY = {"empty text": "", "blank text": " \n\t\u3000"}
+TOO_LONG, HALF = "x" * 201, "half \ud83d pair"
+
+BREAKS = {}  # name -> [(grammar, function, reason)]
+
+
+def breaks(grammar, name, function, reason):
+    BREAKS.setdefault(name, []).append((grammar, function, reason))
+
+
+def break_text(grammar, *path, setter=put, missing="wrong_keys", empty="empty_text", long=True):
+    """All that can stand in the place of a text that is needed."""
+    place = lambda value: lambda row: setter(row, *path, value)
+    breaks(grammar, "a key is missing", place(...), missing)
+    for name, value in NOT_TEXT.items():
+        breaks(grammar, f"{name} for a text", place(value), "wrong_type")
+    for name, value in EMPTY.items():
+        breaks(grammar, name, place(value), empty)
+    if long:
+        breaks(grammar, "a text that is too long", place(TOO_LONG), "turn_too_long")
+        breaks(grammar, "half a surrogate pair", place(HALF), "half_surrogate")
+
+
+def break_list(grammar, *path, empty, missing="wrong_keys"):
+    place = lambda value: lambda row: put(row, *path, value)
+    breaks(grammar, "a key is missing", place(...), missing)
+    for name, value in NOT_A_LIST.items():
+        breaks(grammar, f"{name} for a list", place(value), "wrong_type")
+    if empty:
+        breaks(grammar, "an empty list", place([]), empty)
+
+
+for grammar in ("sharegpt", "messages"):
+    break_list(grammar, "TURNS", empty="no_exchange")
+    for name, value, reason in (
+        ("null for a turn", None, "wrong_type"),
+        ("text for a turn", "Hi", "wrong_type"),
+        ("a list for a turn", ["human", "Hi"], "wrong_type"),
+        ("an empty object for a turn", {}, "wrong_keys"),
+    ):
+        breaks(grammar, name, lambda row, value=value: put(row, "TURNS", -1, value), reason)
+    breaks(grammar, "a key is missing", lambda row: put_said(row, -1, "WHO", ...), "wrong_keys")
+    breaks(grammar, "a key is missing", lambda row: put_said(row, -1, "SAID", ...), "wrong_keys")
+    for name, value in {**NOT_TEXT, "an unknown speaker": "narrator", "an empty speaker": ""}.items():
+        breaks(grammar, f"{name} for a speaker", lambda row, value=value: put_said(row, -1, "WHO", value), "wrong_role")
+    for name, value, reason in (
+        ("null for a text", None, "wrong_type"),
+        ("a number for a text", 0, "wrong_type"),
+        ("a boolean for a text", False, "wrong_type"),
+        ("an object for a text", {"text": "x"}, "wrong_type"),
+        ("an empty list of parts", [], "empty_text"),
+        ("parts that are no text", [{"type": "image_url", "image_url": "x"}], "not_text"),
+        ("parts that are no objects", ["x"], "not_text"),
+        ("a part without text", [{"type": "text"}], "wrong_type"),
+        ("empty text", "", "empty_text"),
+        ("blank text", "\u2003 \n", "empty_text"),
+        ("a text that is too long", TOO_LONG, "turn_too_long"),
+        ("half a surrogate pair", HALF, "half_surrogate"),
+    ):
+        breaks(grammar, name, lambda row, value=value: put_said(row, -1, "SAID", value), reason)
+    breaks(grammar, "swapped roles", lambda row: put(row, "TURNS", row[turns_key(row)][-2:][::-1]), "no_exchange")
+    breaks(
+        grammar,
+        "the same speaker twice",
+        lambda row: put(row, "TURNS", [*row[turns_key(row)], row[turns_key(row)][-1]]),
+        "not_alternating",
+    )
+    breaks(grammar, "one speaker alone", lambda row: put(row, "TURNS", row[turns_key(row)][-1:]), "no_exchange")
+    breaks(
+        grammar,
+        "a system turn at the end",
+        lambda row: put(row, "TURNS", [*row[turns_key(row)], {"from": "system", "value": "x"}]),
+        "not_alternating",
+    )
+    breaks(
+        grammar,
+        "two system prompts",
+        lambda row: {**put(row, "TURNS", [{"from": "system", "value": "x"}, *row[turns_key(row)][-2:]]), "system": "y"},
+        "two_systems",
+    )
+    for name, value in {
+        "text": "no",
+        "a negative number": -1,
+        "not a number": float("nan"),
+        "infinity": float("inf"),
+        "a huge number": 10**400,
+        "a list": [],
+    }.items():
+        reason = "wrong_weight" if value == -1 else "wrong_type"
+        breaks(grammar, f"{name} for a weight", lambda row, value=value: put(row, "TURNS", -1, "weight", value), reason)
+    breaks(
+        grammar,
+        "two weights in a turn",
+        lambda row: put(put(row, "TURNS", -1, "weight", 1), "TURNS", -1, "train", True),
+        "wrong_weight",
+    )
+    breaks(grammar, "text for a switch", lambda row: put(row, "TURNS", -1, "train", "yes"), "wrong_weight")
+    breaks(
+        grammar,
+        "nothing to learn",
+        lambda row: put(row, "TURNS", [{**each, "weight": 0} for each in row[turns_key(row)]]),
+        "nothing_to_learn",
+    )
+
+for key in ("instruction", "output"):
+    break_text("alpaca", key)
+for name in ("a number", "a boolean", "a list", "an object"):
+    breaks("alpaca", f"{name} for a text", lambda row, value=NOT_TEXT[name]: put(row, "input", value), "wrong_type")
+for name, value in {"zero": 0, "false": False, "an empty list": []}.items():
+    breaks("alpaca", f"{name} for a text", lambda row, value=value: put(row, "input", value), "wrong_type")
+for name, value in {
+    "text": "x",
+    "a number": 0,
+    "an object": {},
+    "a list of texts": ["x"],
+    "a list of triples": [["x", "y", "z"]],
+    "pairs of numbers": [[1, 2]],
+}.items():
+    breaks("alpaca", f"{name} for earlier turns", lambda row, value=value: put(row, "history", value), "wrong_type")
+breaks("alpaca", "an empty earlier turn", lambda row: put(row, "history", [["x", " "]]), "empty_text")
+
+break_text("hc3", "question")
+break_list("hc3", "human_answers", empty=None)
+break_list("hc3", "chatgpt_answers", empty=None)
+for name, value in NOT_TEXT.items():
+    breaks("hc3", f"{name} for a text", lambda row, value=value: put(row, "human_answers", ["x", value]), "wrong_type")
+breaks("hc3", "no answers", lambda row: {**row, "human_answers": [], "chatgpt_answers": []}, "no_answers")
+breaks("hc3", "empty answers alone", lambda row: {**row, "human_answers": [""], "chatgpt_answers": [" "]}, "no_answers")
+break_text("hc3_flat", "text")
+break_text("hc3_flat", "question")
+for name, value in {
+    "null": None,
+    "an unknown text": "dog",
+    "a list": ["human"],
+    "a number": 1,
+    "empty text": "",
+}.items():
+    breaks("hc3_flat", f"{name} for a label", lambda row, value=value: put(row, "label", value), "wrong_label")
+
+break_text("oig", "text", long=False)
+for name, value, reason in (
+    ("no markers", "Hi there", "no_marker"),
+    ("text before the first marker", "Hi <human>: a\n<bot>: b", "no_marker"),
+    ("the same speaker twice", "<human>: a\n<human>: b\n<bot>: c", "not_alternating"),
+    ("the other speaker first", "<bot>: a\n<human>: b\n<bot>: c", "starts_with_assistant"),
+    ("no answer at the end", "<human>: a\n<bot>: b\n<human>: c", "ends_with_user"),
+    ("one speaker alone", "<human>: a", "no_exchange"),
+    ("an empty turn", "<human>: \n<bot>: b", "empty_text"),
+    ("a marker within a text", "<human>: say <bot>: to me\n<bot>: b", "not_alternating"),
+    ("a text that is too long", f"<human>: {TOO_LONG}\n<bot>: b", "turn_too_long"),
+    ("half a surrogate pair", f"<human>: {HALF}\n<bot>: b", "half_surrogate"),
+):
+    breaks("oig", name, lambda row, value=value: {"text": value}, reason)
+
+START = "\n\nHuman: Hi\n\nAssistant:"
+for key in ("chosen", "rejected"):
+    break_text("hh_rlhf", key, long=False)
+for name, better, worse, reason in (
+    ("the same answer twice", f"{START} x", f"{START} x", "identical_pair"),
+    ("the same answer but for spaces", f"{START} x", f"{START}  x \n", "identical_pair"),
+    ("other turns before the answers", f"{START} x", f"\n\nHuman: Ho{START} y", "not_alternating"),
+    ("another question", f"{START} x", "\n\nHuman: Ho\n\nAssistant: y", "different_prefix"),
+    ("no markers", "Hi", f"{START} x", "no_marker"),
+    ("text before the first marker", f"Hi{START} x", f"{START} x", "no_marker"),
+    ("the other speaker first", "\n\nAssistant: x", f"{START} x", "no_exchange"),
+    ("no answer at the end", f"{START} x\n\nHuman: y", f"{START} x", "ends_with_user"),
+    ("a marker within a text", f"{START} x. Human: y", f"{START} x", "marker_in_turn"),
+    ("a marker after spaces", f"{START} x {' ' * 5000} Human: y", f"{START} x", "marker_in_turn"),
+    ("an empty turn", f"{START} ", f"{START} x", "empty_text"),
+    ("a text that is too long", f"{START} {TOO_LONG}", f"{START} x", "turn_too_long"),
+    ("half a surrogate pair", f"{START} {HALF}", f"{START} x", "half_surrogate"),
+):
+    breaks("hh_rlhf", name, lambda row, b=better, w=worse: {"chosen": b, "rejected": w}, reason)
+
+break_text("webgpt", "question", "full_text")
+break_text("webgpt", "answer_0")
+for name, value in {"null": None, "a number": 7, "text": "x", "a list": [], "an empty object": {}}.items():
+    breaks("webgpt", f"{name} for an object", lambda row, value=value: put(row, "question", value), "wrong_keys")
+for name, value in NOT_A_NUMBER.items():
+    breaks("webgpt", f"{name} for a number", lambda row, value=value: put(row, "score_1", value), "wrong_type")
+breaks("webgpt", "a key is missing", lambda row: put(row, "score_0", ...), "wrong_keys")
+breaks("webgpt", "a tie", lambda row: {**row, "score_0": 0, "score_1": -0.0}, "tie")
+breaks("webgpt", "the same answer twice", lambda row: {**row, "answer_1": row["answer_0"]}, "identical_pair")
+for name, value, reason in (
+    ("text for an object", "x", "wrong_keys"),
+    ("a key is missing", {"title": []}, "wrong_keys"),
+    ("text for a list", {"title": "x", "extract": ["y"]}, "wrong_type"),
+    ("lists of different lengths", {"title": ["x"], "extract": []}, "wrong_quotes"),
+    ("null for a text", {"title": [None], "extract": ["x"]}, "wrong_type"),
+    ("empty text", {"title": ["x"], "extract": [""]}, "empty_text"),
+):
+    breaks("webgpt", name, lambda row, value=value: put(row, "quotes_0", value), reason)
+
+for key in ("info", "summaries", "choice"):
+    breaks("summarize", "a key is missing", lambda row, key=key: put(row, key, ...), "wrong_keys")
+for name, value in {"null": None, "a number": 7, "text": "x", "a list": []}.items():
+    breaks("summarize", f"{name} for an object", lambda row, value=value: put(row, "info", value), "wrong_type")
+break_text("summarize", "info", "post", missing="null_post", long=True)
+BREAKS["null for a text"] = [each for each in BREAKS["null for a text"] if each[0] != "summarize"]
+breaks("summarize", "null for the only text", lambda row: put(row, "info", "post", None), "null_post")
+for name, value in NOT_A_LIST.items():
+    breaks("summarize", f"{name} for a list", lambda row, value=value: put(row, "summaries", value), "wrong_type")
+for name, value, reason in (
+    ("an empty list", [], "wrong_summaries"),
+    ("one of two", [{"text": "x"}], "wrong_summaries"),
+    ("three of two", [{"text": "x"}, {"text": "y"}, {"text": "z"}], "wrong_summaries"),
+    ("texts for objects", ["x", "y"], "wrong_summaries"),
+    ("a key is missing", [{"text": "x"}, {}], "wrong_summaries"),
+    ("null for a text", [{"text": "x"}, {"text": None}], "wrong_type"),
+    ("empty text", [{"text": "x"}, {"text": ""}], "empty_text"),
+    ("the same answer twice", [{"text": "x"}, {"text": " x"}], "identical_pair"),
+):
+    breaks("summarize", name, lambda row, value=value: put(row, "summaries", value), reason)
+for name, value in {
+    "null": None,
+    "text": "0",
+    "a boolean": True,
+    "a fraction": 0.0,
+    "a number out of range": 2,
+    "a negative number": -1,
+    "a list": [0],
+}.items():
+    breaks("summarize", f"{name} for a choice", lambda row, value=value: put(row, "choice", value), "wrong_choice")
+
+break_list("own", "turns", empty="no_exchange")
+break_text("json_text", "text")
+for name, value, reason in (
+    ("null for a turn", None, "wrong_type"),
+    ("text for a turn", "Hi", "wrong_type"),
+    ("an object for a turn", {"role": "user"}, "wrong_type"),
+    ("a turn with too little", ["user", "Hi", 1.0], "wrong_type"),
+    ("a turn with too much", ["user", "Hi", 1.0, True, 5], "wrong_type"),
+    ("an unknown speaker for a speaker", ["human", "Hi", 1.0, True], "wrong_role"),
+    ("null for a speaker", [None, "Hi", 1.0, True], "wrong_role"),
+    ("a list for a speaker", [["user"], "Hi", 1.0, True], "wrong_role"),
+    ("null for a text", ["user", None, 1.0, True], "wrong_type"),
+    ("empty text", ["user", "", 1.0, True], "empty_text"),
+    ("a text that is too long", ["user", TOO_LONG, 1.0, True], "turn_too_long"),
+    ("half a surrogate pair", ["user", HALF, 1.0, True], "half_surrogate"),
+    ("a negative number for a weight", ["user", "Hi", -0.5, True], "wrong_weight"),
+    ("a number for a switch", ["user", "Hi", 1.0, 1], "wrong_type"),
+    ("null for a switch", ["user", "Hi", 1.0, None], "wrong_type"),
+    *((f"{name} for a weight", ["user", "Hi", value, True], "wrong_type") for name, value in NOT_A_NUMBER.items()),
+):
+    breaks("own", name, lambda row, value=value: put(row, "turns", 0, value), reason)
+breaks("own", "nothing to learn", lambda row: put(row, "turns", [["text", "x", 0, True]]), "nothing_to_learn")
+breaks("own", "the keys of no format", lambda row: {"txet": "x"}, "wrong_keys")
+breaks("json_text", "the keys of no format", lambda row: {}, "wrong_keys")
+
+for name, value, reason in (
+    ("two separators", "a<sep>b[SEP]c", "several_sep"),
+    ("an empty turn", "<n><sep>b", "empty_text"),
+    ("nothing but an end", "<eod>", "empty_text"),
+    ("a text that is too long", TOO_LONG, "turn_too_long"),
+):
+    breaks("yuan", name, lambda row, value=value: {"text": value}, reason)
+breaks("text", "a text that is too long", lambda row: {"text": TOO_LONG}, "turn_too_long")
