@@ -15,7 +15,7 @@ from typing import Any
 from data_pipelines.batch_stats import Item
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.loader import encode_draws
+from data_pipelines.examples import encode_draws
 from data_pipelines.mixture import Draw, permutation_key, permute
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.recipe import Learned, Recipe, learned_by

@@ -13,12 +13,12 @@ from typing import Any
 
 from data_pipelines.batch_stats import Item
 from data_pipelines.datasets import Manifest
-from data_pipelines.errors import InputError
 from data_pipelines.mixture import Mixture
-from data_pipelines.packing import pack_pool
+from data_pipelines.packing import pack
 from data_pipelines.reporting.encoding import encode
 from data_pipelines.reporting.recipe import Recipe, learned_by
 from data_pipelines.reporting.scan import TRAIN, opened
+from data_pipelines.training_data import chosen_sources
 
 WINDOWS, WINDOW = 40, 50  # at most so many, of so many draws at least
 MEASURED = 4096  # draws
@@ -137,24 +137,10 @@ def pack_first(directory: Path, mixture: Mixture, recipe: Recipe, seed: int) -> 
     rows: list[list[Item]] = []
     for start in range(0, len(items), recipe.pool):
         pool = items[start : start + recipe.pool]
-        packed = pack_pool([item.example for item in pool], recipe.length, recipe.packing)
-        rows += [[pool[i] for i in row] for row in packed]
+        packed = pack([item.example.positions for item in pool], recipe.length, recipe.packing)
+        rows += [[pool[piece.example].piece(piece) for piece in row] for row in packed]
     tokens, loss_tokens = Counter[str](), Counter[str]()
     for item in items:
         tokens[mixture.names[item.source]] += item.example.positions
         loss_tokens[mixture.names[item.source]] += item.loss_tokens
     return Packed(recipe.length, number, rows, tokens, loss_tokens, number - len(items))
-
-
-def chosen_sources(wanted: Sequence[str], manifest: Manifest) -> tuple[list[str], dict[str, int] | None]:
-    """ "name" and "name=weight" entries, as in a run's `data.sources` -> (names, weights); all sources with the
-    manifest's own weights where there are none."""
-    known = manifest["sources"]
-    pairs = [item.partition("=") for item in wanted] or [(name, "", "") for name in known]
-    for name, _, weight in pairs:
-        if name not in known:
-            raise InputError(f"sources: found {name!r}; expected one of {', '.join(known)}")
-        if weight and not weight.isdecimal():
-            raise InputError(f"sources: found weight {weight!r} of {name}; expected a whole number")
-    weights = {name: int(weight or known[name].get("weight") or 0) for name, _, weight in pairs}
-    return list(weights), weights if any(weights.values()) else None
