@@ -6,6 +6,7 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
                      mixture; 0: in proportion to the examples), limit (rows kept in reading), max_turn_chars, stages
                      (stage -> options over those of all sources, or False to leave the stage out); for files
                      patterns, repair, separator; the options of the module's `convert` or `generate`
+    weigh            what weights are shares of: "examples" or "tokens"
     stages           stage -> options; a stage that is not named is left out. Besides its own options `decontaminate`
                      has benchmarks (name -> files, see `eval_items`), their folder, and items (see
                      `contamination_index`)
@@ -31,7 +32,7 @@ from data_pipelines.contamination_index import prepared_index
 from data_pipelines.files import Folder
 from data_pipelines.source import COMMON, FOR_FILES, PrepareError, Source, own_options
 
-KEYS = ("sources", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
+KEYS = ("sources", "weigh", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
 MAX_TURN_CHARS = 200_000  # by default
 
 
@@ -41,9 +42,10 @@ def read_settings(config: ConfigDict) -> dict[str, Any]:
     known_key(settings, KEYS, "config")
     if not settings.get("sources"):
         raise PrepareError("config.sources: found none; expected a source or more")
-    for key, default in (("policy", "skip"), ("missing", "error")):
-        if settings.setdefault(key, default) not in ("skip", "error"):
-            raise PrepareError(f"config.{key}: found {settings[key]!r}; expected 'skip' or 'error'")
+    choices = {"policy": ("skip", "error"), "missing": ("error", "skip"), "weigh": ("examples", "tokens")}
+    for key, known in choices.items():
+        if settings.setdefault(key, known[0]) not in known:
+            raise PrepareError(f"config.{key}: found {settings[key]!r}; expected {known[0]!r} or {known[1]!r}")
     heldout = settings.setdefault("heldout", 0.0)
     if not isinstance(heldout, int | float) or not 0 <= heldout < 1:
         raise PrepareError(f"config.heldout: found {heldout!r}; expected a share from 0 to below 1")

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from data_pipelines import datasets
+from data_pipelines import datasets, run_mixture
 from data_pipelines.batch_stats import Batch
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Examples, Source
+from data_pipelines.examples import Source
 from data_pipelines.loader import Loader, evaluation_batches
 from data_pipelines.mixture import Mixture
-from data_pipelines.packing import Packing, count_rows
+from data_pipelines.packing import Packing
 from data_pipelines.template import Template, load_template
 from data_pipelines.text_objective import TextObjective, text_objective
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
@@ -31,7 +31,6 @@ Section = Mapping[str, Any]
 TEXT_OBJECTIVE = (
     "fim_rate", "fim_spm_rate", "corruption", "corruption_rate", "span_length", "sentinels", "mask_token",
 )  # fmt: skip
-LENGTH_SAMPLE = 2048  # examples whose lengths tell how many steps an epoch has
 
 
 class Data(NamedTuple):
@@ -40,6 +39,7 @@ class Data(NamedTuple):
     train: dict[str, Sequence[Conversation]]
     heldout: dict[str, Sequence[Conversation]]
     weights: dict[str, int] | None  # None: in proportion to the examples
+    weigh: str  # what the weights are shares of: "examples" or "tokens"
     tokenizer: Tokenizer
     template: Template
     learned: Template | TextObjective  # what makes training examples of conversations
@@ -87,6 +87,7 @@ def open_data(section: Section) -> Data:
         raise InputError(f"data.packing = 'concat_split': {told}")
     manifest = datasets.read_manifest(section["path"])
     names, weights = chosen_sources(section["sources"], manifest)
+    weigh = manifest["config"].get("weigh") or "examples"
     tokenizer = load_tokenizer(tokenizer_path(section))
     date = template_date(section.get("date", ""))
     of_length = lambda longest: load_template(section["template"], tokenizer, max_length=longest, now=date)
@@ -98,7 +99,7 @@ def open_data(section: Section) -> Data:
     identity = "\n".join((manifest["hash"], tokenizer.fingerprint, learned.fingerprint))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     unused = tuple(name for name in names if name not in tokens and stored(section["path"], name, "train"))
-    opened = (train, heldout, weights, tokenizer, template, learned, judged, digest)
+    opened = (train, heldout, weights, weigh, tokenizer, template, learned, judged, digest)
     return Data(*opened, tokens, heldout_tokens, unused)
 
 
@@ -154,18 +155,19 @@ def chosen_sources(wanted: Sequence[str], manifest: datasets.Manifest) -> tuple[
     """ "name" and "name=weight" entries -> (names, weights); the manifest's own where there are none."""
     known = manifest["sources"]
     pairs = [item.partition("=") for item in wanted] or [(name, "", "") for name in known]
-    for name, _, weight in pairs:
+    for name, equals, weight in pairs:
         if name not in known:
             raise InputError(f"data.sources: found {name!r}, expected one of {', '.join(known)}")
-        if weight and not weight.isdecimal():
+        if equals and not weight.isdecimal():
             raise InputError(f"data.sources: found weight {weight!r} of {name}, expected a whole number")
-    weights = {name: int(weight or known[name].get("weight") or 0) for name, _, weight in pairs}
-    return list(weights), weights if any(weights.values()) else None
+    own = {name: int(known[name].get("weight") or 0) for name, _, _ in pairs}
+    weights = {name: int(weight or own[name]) for name, equals, weight in pairs if equals or own[name]}
+    return list(own), weights if any(weights.values()) else None
 
 
 def make_mixture(section: Section, data: Data, seed: int) -> Mixture:
-    """What the run draws from: the one place that reads the keys of the mixture."""
-    return Mixture({name: len(source) for name, source in data.train.items()}, data.weights, seed)
+    """What the run draws from."""
+    return run_mixture.make_mixture(section, data.examples, data.learned, data.weights, seed, data.weigh)
 
 
 def make_loader(section: Section, data: Data, seed: int, rows: range | None = None) -> Loader:
@@ -209,14 +211,5 @@ def total_steps(section: Section, data: Data, seed: int, *, steps: int, epochs: 
         return math.ceil(tokens / (section["batch_size"] * section["length"]))
     mixture = make_mixture(section, data, seed)
     draws = mixture.draws_for_epochs(epochs)
-    return max(1, math.ceil(draws * _rows_per_draw(mixture, data, section, seed) / section["batch_size"]))
-
-
-def _rows_per_draw(mixture: Mixture, data: Data, section: Section, seed: int) -> float:
-    """Rows that an example takes, padding included: the first draws of the run are packed as they will be."""
-    picked = mixture.draw_many(range(min(LENGTH_SAMPLE, mixture.draws_for_epochs(1))))
-    sizes = Examples(data.examples, data.learned, seed).positions(picked)
-    kept, pool = sizes[sizes > 0].tolist(), section["pool"]
-    pools = [kept[i : i + pool] for i in range(0, len(kept), pool)]
-    rows = sum(count_rows(pool, section["length"], section["packing"]) for pool in pools)
-    return rows / len(picked.source)
+    rows = draws * run_mixture.rows_per_draw(section, data.examples, data.learned, mixture, seed)
+    return max(1, math.ceil(rows / section["batch_size"]))

@@ -39,6 +39,10 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "prepare": "",  # the data config that makes it, for when it is not there yet
                 "prepare_input": "",  # the raw files that config reads; "" where it generates its own
                 "sources": (),  # "name" or "name=weight"; (): all, with the weights of the prepared data
+                "weigh": "",  # what weights are shares of: examples | tokens; "": what the prepared data says
+                "temperature": 1.0,  # above 1 shares are more even (T5)
+                "max_epochs": (),  # "name=epochs": a source is read so often at most
+                "schedule": (),  # "STEP: name=weight, name=weight": the weights from that step on
                 "origin": "",  # where a person gets the raw files, for the message when they are not there
                 "tokenizer_origin": "",  # likewise
                 "tokenizer": "",  # file or folder; "": the one in the data folder

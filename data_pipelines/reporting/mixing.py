@@ -88,14 +88,16 @@ def mix(
     mixture = Mixture(there, weights and {name: weights[name] for name in there}, seed)
     packed = pack_first(directory, mixture, recipe, seed) if recipe else None
     draws, steps = length.draws(mixture, packed)
+    draws = draws if mixture.end is None else min(draws, mixture.end)
     number = max(1, min(WINDOWS, draws // WINDOW))
     ends = [draws * window // number for window in range(1, number + 1)]
     so_far = [mixture.counts(end) for end in (0, *ends)]
-    total = sum(mixture.cycle_weights)
+    expected = [mixture.expected(end) for end in (0, *ends)]
     shares = []
-    for (name, size), weight in zip(there.items(), mixture.cycle_weights):
-        distances = [abs(counts[name] - end * weight / total) for end, counts in zip((0, *ends), so_far)]
-        shares.append(Share(name, size, weight / total, so_far[-1][name], max(distances)))
+    for name, size in there.items():
+        distances = [float(abs(counts[name] - asked[name])) for counts, asked in zip(so_far, expected)]
+        asked_for = float(expected[-1][name] / draws)
+        shares.append(Share(name, size, asked_for, so_far[-1][name], max(distances)))
     windows = {name: [b[name] - a[name] for a, b in itertools.pairwise(so_far)] for name in there}
     left_out = [name for name in names if name not in there]
     return Mixing(shares, draws, ends, windows, packed, steps, left_out)
@@ -137,8 +139,8 @@ def pack_first(directory: Path, mixture: Mixture, recipe: Recipe, seed: int) -> 
     rows: list[list[Item]] = []
     for start in range(0, len(items), recipe.pool):
         pool = items[start : start + recipe.pool]
-        packed = pack([item.example.positions for item in pool], recipe.length, recipe.packing)
-        rows += [[pool[piece.example].piece(piece) for piece in row] for row in packed]
+        for row in pack([item.example.positions for item in pool], recipe.length, recipe.packing):
+            rows.append([pool[piece.example].piece(piece) for piece in row])
     tokens, loss_tokens = Counter[str](), Counter[str]()
     for item in items:
         tokens[mixture.names[item.source]] += item.example.positions

@@ -22,7 +22,7 @@ reason, and is what `dropped` counts by. (Conversations with tools are for the s
                              boilerplate, short_lines, no_sentences, chinese_script
     repetition       False   True: Gopher's rules (see `repetition`), for turns of the role "text": repetition
 
-"flag" keeps the conversation and counts it in the table "refusals". The language is decided on all turns together,
+"flag" counts the conversations that stay in the table "refusals". The language is decided on all turns together,
 without code (`min_letters`, 30, and `language_chars`, 400: how many letters are needed, and characters read); where it
 cannot be told the conversation stays and counts as "und". The table "language" has those that came so far as this
 rule. Of a pair both halves go or none (see `base`), and "flag" may be better than "drop" there: the answer that people
@@ -38,7 +38,6 @@ et al., arXiv 2104.08758).
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -62,6 +61,7 @@ PAGE_ERRORS = (
     "The server had an error while processing your request",
     "Only one message at a time. Please allow any other responses to complete",
 )
+ANSWERS = (("refusals", "refusal", refusals.refusal), ("identity", "ai_identity", refusals.identity))  # option, reason
 _LIMITS = ("min_turns", "max_turns", "min_chars", "max_chars", "min_turn_chars", "max_turn_chars")
 _DIGITS = re.compile(r"(\d)\1{8}")
 
@@ -90,12 +90,12 @@ class Filter(Stage):
         self.check_options()
         self.origins = tuple(phrase.lower() for phrase in self.options["origins"])
         self.phrases = tuple(phrase.lower() for phrase in self.options["phrases"])
-        self.chinese = None if self.options["chinese"] is None else {**chinese.OPTIONS, **self.options["chinese"]}
+        self.chinese = None if self.options["chinese"] is None else chinese.checked(self.options["chinese"])
         given = self.options
         rules: tuple[tuple[Any, Callable[[Conversation, Ledger], None]], ...] = (
             (any(given[key] is not None for key in _LIMITS), self.lengths),
             (self.origins or self.phrases, self.named),
-            (given["refusals"] or given["identity"], self.declines),
+            ("drop" in (given["refusals"], given["identity"]), self.declines),
             (given["broken_lists"] or given["repeated_digits"], self.broken),
             (given["languages"], self.spoken),
             (self.chinese, self.web),
@@ -118,25 +118,19 @@ class Filter(Stage):
         for key in ("refusals", "identity"):
             if self.options[key] not in ("drop", "flag", False):
                 raise InputError(f'{key}: found {self.options[key]!r}; expected "drop", "flag" or False')
-        given = self.options["chinese"]
-        if given is not None and not isinstance(given, Mapping):
-            raise InputError(f"chinese: found {given!r}; expected its options, such as {{}}, or None")
-        for key in given or ():
-            if key not in chinese.OPTIONS:
-                nearest = difflib.get_close_matches(key, chinese.OPTIONS, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InputError(f"chinese: found the key {key!r}; expected one of {', '.join(chinese.OPTIONS)}{hint}")
-        if given and given.get("script") not in (None, "simplified", "traditional"):
-            raise InputError(f'chinese.script: found {given["script"]!r}; expected "simplified", "traditional" or None')
 
     def conversation(self, conversation: Conversation, ledger: Ledger) -> Conversation:
-        if self.options["page_errors"]:
-            conversation = _before_error(conversation, ledger)
+        kept = _before_error(conversation) if self.options["page_errors"] else conversation
         for rule in self.rules:
-            rule(conversation, ledger)
+            rule(kept, ledger)
         if self.chinese is not None and self.chinese["drop_lines"]:
-            conversation = self.without_boilerplate(conversation, ledger)
-        return conversation
+            kept = self.without_boilerplate(kept, ledger)
+        if len(kept.turns) < len(conversation.turns):
+            ledger.change("page_error")
+        for option, reason, found in ANSWERS:
+            if self.options[option] == "flag" and any(found(t.text) for t in kept.turns if t.role == "assistant"):
+                ledger.see("refusals", reason)
+        return kept
 
     def lengths(self, conversation: Conversation, ledger: Ledger) -> None:
         sizes = {number: len(turn.text) for number, turn in _texts(conversation)}
@@ -161,21 +155,10 @@ class Filter(Stage):
                         raise Dropped(reason, f"the phrase {phrase!r}", number)
 
     def declines(self, conversation: Conversation, ledger: Ledger) -> None:
-        flagged = set()
         for number, turn in enumerate(conversation.turns, start=1):
-            if turn.role != "assistant":
-                continue
-            for option, reason, rule in (
-                ("refusals", "refusal", refusals.refusal),
-                ("identity", "ai_identity", refusals.identity),
-            ):
-                if not self.options[option] or (found := rule(turn.text)) is None:
-                    continue
-                if self.options[option] == "drop":
+            for option, reason, rule in ANSWERS if turn.role == "assistant" else ():
+                if self.options[option] == "drop" and (found := rule(turn.text)) is not None:
                     raise Dropped(reason, repr(found), number)
-                flagged.add(reason)
-        for reason in sorted(flagged):
-            ledger.see("refusals", reason)
 
     def broken(self, conversation: Conversation, ledger: Ledger) -> None:
         for number, turn in _texts(conversation):
@@ -206,11 +189,11 @@ class Filter(Stage):
         """Raises Dropped for what is too short without it."""
         kept = map_texts(conversation, lambda turn: chinese.cleaned(turn.text) if turn.role == "text" else turn.text)
         if kept is not conversation:
-            ledger.change("boilerplate_lines")
             self.lengths(kept, ledger)
             for number, turn in enumerate(kept.turns, start=1):
                 if not turn.text.strip():
                     raise Dropped("boilerplate", "nothing but boilerplate", number)
+            ledger.change("boilerplate_lines")
         return kept
 
 
@@ -224,7 +207,7 @@ def _documents(conversation: Conversation) -> list[tuple[int, Turn]]:
     return [(number, turn) for number, turn in enumerate(conversation.turns, start=1) if turn.role == "text"]
 
 
-def _before_error(conversation: Conversation, ledger: Ledger) -> Conversation:
+def _before_error(conversation: Conversation) -> Conversation:
     """The exchanges before the first answer that is an error of the page. Raises Dropped where there are none."""
     turns = conversation.turns
     for number, turn in enumerate(turns, start=1):
@@ -234,7 +217,6 @@ def _before_error(conversation: Conversation, ledger: Ledger) -> Conversation:
                 kept = kept[:-1]
             if not kept:
                 raise Dropped("page_error", repr(turn.text[:60]), number)
-            ledger.change("page_error")
             return dataclasses.replace(conversation, turns=kept)
     return conversation
 

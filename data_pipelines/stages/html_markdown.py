@@ -24,7 +24,7 @@ _ATTRIBUTE = r"""\s{}\s*=\s*(?:"([^"]*)"|'([^']*)')"""
 _ATTRIBUTES = {name: re.compile(_ATTRIBUTE.format(name)) for name in ("class", "href", "src", "alt", "start")}
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _LANGUAGE = re.compile(r"\blanguage-([\w+#.-]{1,30})")
-_LABEL = re.compile(r"\s*([\w+#.-]{0,30})\s*(?:Copy code)?\s*")
+_LABEL = re.compile(r"([\w+#.-]{0,30})\s{0,9}(?:Copy code)?")
 
 _KEPT = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "strong", "b", "em", "i", "del", "s", "code", "a"}
 _KEPT |= {"blockquote", "table", "tr", "th", "td", "div"}
@@ -103,7 +103,7 @@ class _Canonical:
         self.stack: list[str] = []
         self.items: list[int] = []
         self.written = 0
-        self.formulas = True  # until one is not closed
+        self.formulas = True  # until one is not as KaTeX has it, since looking for its end takes time
 
     def read(self) -> str:
         i = end = 0
@@ -197,7 +197,7 @@ class _Canonical:
         code = next((i for i, tag in enumerate(within) if tag[2].lower() == "code" and not tag[1]), None)
         if code is not None:
             named = _LANGUAGE.search(_attribute("class", within[code][3]))
-            label = _LABEL.fullmatch(_text(self.page, within[:code], start, within[code].start()))
+            label = _LABEL.fullmatch(_text(self.page, within[:code], start, within[code].start()).strip())
             language = named[1] if named else label[1] if label else ""
             start, within = within[code].end(), within[code + 1 :]
             ends = [i for i, tag in enumerate(within) if tag[2].lower() == "code" and tag[1]]
@@ -225,6 +225,7 @@ class _Canonical:
             return i + 1
         note = next((j for j in range(i, last) if self.tags[j][2].lower() == "annotation"), None)
         if note is None:
+            self.formulas = False
             return i + 1
         tex = self.page[self.tags[note].end() : self.tags[note + 1].start()].strip()
         self.say(f"$${tex}$$" if display else f"${tex}$")

@@ -87,11 +87,11 @@ class CodeRoute:
     """The work on one prompt; a function of its number and of the answers. May be used by several threads at once."""
 
     def __init__(self, settings: Mapping[str, Any], topics: Sequence[str], sandbox: Sandbox | None):
-        """`settings`: the section `code` of the configuration. Without a `sandbox` nothing is run. Raises InputError
-        for settings that do not fit."""
+        """`settings`: the configuration. Without a `sandbox` nothing is run. Raises InputError for what does not
+        fit."""
         self.settings, self.topics, self.sandbox = settings, topics, sandbox
         self.seed, self.repair_rounds = settings["seed"], settings["repair_rounds"]
-        (self.least_words, self.most_words), (self.least, self.most) = settings["words"], settings["tests"]
+        (self.least_words, self.most_words), (self.least, self.most) = (pair(settings, k) for k in ("words", "tests"))
         if settings["require"] not in ("all", "any"):
             raise InputError(f"config.require: found {settings['require']!r}; expected all or any")
         if not 1 <= self.least_words <= self.most_words <= len(topics):
@@ -163,6 +163,14 @@ class CodeRoute:
             "tests": list(tests or candidate.tests),
         }
         return Row(record, fingerprint(candidate.code), repaired)
+
+
+def pair(settings: Mapping[str, Any], key: str) -> tuple[int, int]:
+    try:
+        least, most = map(int, settings[key])
+    except (TypeError, ValueError):
+        raise InputError(f"config.{key}: found {settings[key]!r}; expected two numbers, such as (3, 5)") from None
+    return least, most
 
 
 def repaired(text: str) -> str:

@@ -151,9 +151,9 @@ def ask_all(
     done = sum(at >= 0 for at in log.at)
     missing: dict[int, Unanswered] = {}
     in_a_row = 0
+    running: dict[Future[Row], int] = {}
     pool = ThreadPoolExecutor(concurrency)
     try:
-        running: dict[Future[Row], int] = {}
         while True:
             on_done(done)
             for index in waiting:
@@ -164,30 +164,34 @@ def ask_all(
                 return missing
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 index = running.pop(future)
-                line, unanswered = ending(future)
-                if unanswered is None:
-                    log.write({"index": index, **line})
-                    in_a_row = 0
-                else:
+                unanswered = record(log, index, future)
+                in_a_row = in_a_row + 1 if unanswered else 0
+                if unanswered:
                     missing[index] = unanswered
-                    in_a_row += 1
-                    if in_a_row >= PATIENCE:
-                        raise EndpointError(f"found no reply to {in_a_row} prompts in a row: {unanswered.found}")
+                if unanswered and in_a_row >= PATIENCE:
+                    raise EndpointError(f"found no reply to {in_a_row} prompts in a row: {unanswered.found}")
                 done += 1
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        for future, index in running.items():  # what was under way has been paid for
+            if not future.cancelled() and isinstance(future.exception(), Rejected | Unanswered | None):
+                record(log, index, future)
 
 
-def ending(future: Future[Row]) -> tuple[dict[str, Any], Unanswered | None]:
-    """What came of a prompt, as the log has it; or that there was no reply."""
+def record(log: Log, index: int, future: Future[Row]) -> Unanswered | None:
+    """Writes what came of a prompt to the log; or returns that there was no reply."""
     try:
         row = future.result()
     except Unanswered as error:
-        return {"reason": error.reason, "found": error.found[:FOUND]}, None if error.final else error
+        if not error.final:
+            return error
+        log.write({"index": index, "reason": error.reason, "found": error.found[:FOUND]})
     except Rejected as error:
-        return {"reason": error.reason, "found": error.found[:FOUND]}, None
-    return {"record": row.record, "key": row.key.hex(), "repaired": row.repaired}, None
+        log.write({"index": index, "reason": error.reason, "found": error.found[:FOUND]})
+    else:
+        log.write({"index": index, "record": row.record, "key": row.key.hex(), "repaired": row.repaired})
+    return None
 
 
 def write_rows(

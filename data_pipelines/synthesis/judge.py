@@ -123,7 +123,8 @@ def said(error: Mapping[str, Any]) -> str:
 
 
 def shown(value: object) -> str:
-    return value[:SHOWN] if isinstance(value, str) else ""
+    """Text that can be written to a file: half a surrogate pair, which code may well make, becomes "?"."""
+    return value[:SHOWN].encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def of_end(run: Run, loaded: bool) -> Failure:

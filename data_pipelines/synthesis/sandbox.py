@@ -1,8 +1,8 @@
 """Where generated code runs: two sandboxes of bubblewrap, one for the code and one for its tests.
 
 What the code finds in there: the Python of this process and its libraries, read-only, /dev/null and /dev/urandom. No
-place to write to (unless `tmp_mb` says so), no other program, no home, no /etc, no /proc, no environment, no terminal,
-no network, no other process, no rights (user nobody, no capabilities, no way to get any: no_new_privs, no user
+place to write to (unless `tmp_mb` says so), no /bin, no home, no /etc, no /proc, no environment, no terminal, no
+network, no other process, no rights (user nobody, no capabilities, no way to get any: no_new_privs, no user
 namespaces), and the system calls that `seccomp` leaves. One process of limited CPU time, memory and files; both
 sandboxes are killed when the wall time is over, when their report is too long, and when this process ends.
 
@@ -18,6 +18,7 @@ some systems and most containers forbid them, which `Sandbox` finds out before a
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import selectors
@@ -51,13 +52,15 @@ class SandboxError(InputError):
 class Limits:
     """Of each of the two sandboxes; the wall time is that of a whole candidate, in as many runs as it takes."""
 
-    cpu_s: int = 5
+    cpu_s: float = 5.0
     wall_s: float = 20.0
-    memory_mb: int = 512  # address space
-    tmp_mb: int = 0  # size of /tmp; 0: there is none, and nothing at all can be written
+    memory_mb: float = 512.0  # address space
+    tmp_mb: float = 0.0  # size of /tmp; 0: there is none, and nothing at all can be written
 
     def job(self) -> dict[str, int]:
-        return {"cpu_s": self.cpu_s, "memory_bytes": self.memory_mb << 20, "file_bytes": self.tmp_mb << 20}
+        """As `inside` wants them: whole seconds, and bytes."""
+        megabytes = {"memory_bytes": self.memory_mb, "file_bytes": self.tmp_mb}
+        return {"cpu_s": math.ceil(self.cpu_s), **{key: math.ceil(mb * (1 << 20)) for key, mb in megabytes.items()}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class Sandbox:
                 pass_fds=(*ends, filter_file.fileno()),
                 env={},
                 cwd="/",
+                start_new_session=True,  # a Ctrl-C is for us, and says nothing about the code
             )
         try:
             yield process
@@ -152,7 +156,7 @@ class Sandbox:
             options += ["--dev-bind", device, device]
         options += ["--ro-bind", str(PROGRAM), "/inside.py"]
         if self.limits.tmp_mb:
-            options += ["--size", str(self.limits.tmp_mb << 20), "--tmpfs", "/tmp"]
+            options += ["--size", str(self.limits.job()["file_bytes"]), "--tmpfs", "/tmp"]
         options += ["--chdir", "/", "--remount-ro", "/"]
         return [self.bwrap, *options, "--", executable, "-s", "-S", "-P", "-B", "-X", "utf8", "/inside.py"]
 

@@ -72,6 +72,7 @@ def test_an_answer_in_another_form(text, reason):
     assert isinstance(error.value, Failed) == (reason == "does_not_compile")
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")  # about the text that is made up
 @given(st.text(alphabet="`python \ndefassert_()=:\"'#1[]\\\x00\ud800é", max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_no_text_breaks_the_reading(text):

@@ -1,7 +1,9 @@
 """HTML of chat pages to Markdown: as it was written, with its code as it was; and what is no page stays."""
 
+import contextlib
 import html
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -194,7 +196,27 @@ def test_canonical_html_is_well_formed(parts):
         else:
             stack.append(name)
     assert not stack
-    assert set(re.findall(r"<(\w+)", written)) <= {"p", "ul", "li", "pre", "code"}
+    assert set(re.findall(r"<(\w+)", written)) <= {"p", "ul", "li", "pre", "code", "b"}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    (
+        '<span class="katex">' * 40_000 + "</span>" * 40_000,
+        f"<pre>{' ' * 400_000}! x<code>y</code></pre>",
+        f"<pre><code class='{'language-' * 50_000}'>y</code></pre>",
+        f"<a href={'x ' * 200_000}>y</a>",
+        "<ol>" + "<li>x</li>" * 19_000 + "</ol>",
+        "<table><thead>" + "<tr><td>x</td></tr>" * 9_000 + "</thead></table>",
+        "<p>" * 50 + "x y " * 100_000 + "</p>" * 50,
+    ),
+)
+def test_large_pages_take_seconds(inner):
+    """Not hours, as in quadratic time; some are too large, and dropped."""
+    start = time.process_time()
+    with contextlib.suppress(Dropped):
+        markdown(inner)
+    assert time.process_time() - start < 20
 
 
 def test_is_answer_looks_at_both_ends():

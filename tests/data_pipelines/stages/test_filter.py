@@ -110,6 +110,15 @@ def test_tables():
     assert ledger.drops[0]["found"] == "de; expected en"
 
 
+def test_only_what_stays_counts_as_changed():
+    ledger = Ledger()
+    stage = Filter({"page_errors": True, "languages": ("en",), "identity": "flag"})
+    for i, text in enumerate((ENGLISH, GERMAN)):
+        stage.sample(Sample(str(i), (chat(text, f"{text} As an AI, I agree.", text, ERROR),)), ledger)
+    assert (ledger.changed, ledger.dropped) == ({"page_error": 1}, {"language": 1})
+    assert ledger.seen["refusals"] == {"ai_identity": 1}
+
+
 def test_a_pair_goes_as_a_whole():
     halves = tuple(
         Conversation("s", f"i:{end}", chat("x", text).turns) for end, text in (("chosen", "a"), ("rejected", "ChatGPT"))
@@ -131,6 +140,7 @@ def test_a_pair_goes_as_a_whole():
         ({"chinese": True}, "chinese: found True; expected its options"),
         ({"chinese": {"min_hann": 1}}, "chinese: found the key 'min_hann'"),
         ({"chinese": {"script": "han"}}, "chinese.script: found 'han'"),
+        ({"chinese": {"min_han": "30 %"}}, "chinese.min_han: found '30 %'; expected a number"),
     ),
 )
 def test_wrong_options(options, message):

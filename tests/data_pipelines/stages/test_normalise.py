@@ -206,8 +206,8 @@ def test_chinese_without_opencc_says_what_to_install(monkeypatch):
 
 def test_chinese_is_converted_by_words():
     pytest.importorskip("opencc")
-    assert one("這裏的頭髮乾了，皇后在後面。", chinese="simplified") == ("这里的头发干了，皇后在后面。", {"chinese"})
-    assert one("这里的头发干了，皇后在后面。", chinese="traditional")[0] == "這裏的頭髮乾了，皇后在後面。"
+    assert one("這裏的頭髮，皇后在後面。", chinese="simplified") == ("这里的头发，皇后在后面。", {"chinese"})
+    assert one("这里的头发，皇后在后面。", chinese="traditional")[0] == "這裏的頭髮，皇后在後面。"
 
 
 # --- twice is once ---
