@@ -188,9 +188,10 @@ class Loader:
 
     def _rows_of_pools(self, shard: int, pool: int) -> Iterator[int]:
         """How many rows this pool of a shard and the ones after it have."""
-        together = 1
+        together, fruitless = 1, 0
         while pools := list(itertools.takewhile(len, (self._order.blocks(shard, pool + i) for i in range(together)))):
             sizes = self._examples.positions(self._draws(shard, range(pools[0].start, pools[-1].stop)))
+            fruitless = 0 if sizes.any() else _fruitless(fruitless + len(sizes))
             for own in np.split(sizes, np.cumsum([len(blocks) for blocks in pools])[:-1]):
                 yield count_rows(own[own > 0].tolist(), self.length, self._packing)
             pool += len(pools)
@@ -208,9 +209,7 @@ class Loader:
             if at.row > 0 and at.row >= len(at.rows):
                 raise InputError(f"shard {shard}: the state is at row {at.row} of a pool of {len(at.rows)}")
             if not at.rows:
-                at.pool, at.rows, fruitless = at.pool + 1, None, fruitless + len(blocks)
-                if fruitless >= _FRUITLESS_DRAWS:
-                    raise InputError(f"{fruitless} draws in a row left nothing that carries loss")
+                at.pool, at.rows, fruitless = at.pool + 1, None, _fruitless(fruitless + len(blocks))
         return True
 
     def _take_row(self, shard: int) -> list[tuple[Handle, Piece]]:
@@ -235,6 +234,13 @@ class Loader:
 
     def _draws(self, shard: int, blocks: range) -> Draws:
         return self.mixture.draw_many(self._order.draws(shard, blocks))
+
+
+def _fruitless(draws: int) -> int:
+    """So many draws in a row, unless there are too many of them."""
+    if draws >= _FRUITLESS_DRAWS:
+        raise InputError(f"{draws} draws in a row left nothing that carries loss")
+    return draws
 
 
 def _changes(mixture: Mixture) -> list[list[Any]]:

@@ -4,17 +4,17 @@ It comes from flags or from the configuration of a run, and can be sent to anoth
 """
 
 import dataclasses
-import datetime
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.corruption import SENTINELS
-from data_pipelines.errors import InputError
+from data_pipelines.loader import POOL
 from data_pipelines.packing import Packing
 from data_pipelines.template import Template, load_template
-from data_pipelines.text_objective import TextObjective, text_objective
+from data_pipelines.text_objective import TextObjective
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
+from data_pipelines.training_data import learned_of, longest, template_date
 
 Learned = Template | TextObjective
 
@@ -28,7 +28,7 @@ class Recipe:
     template: str
     length: int = 2048
     packing: Packing = "best_fit"
-    pool: int = 256
+    pool: int = POOL
     date: str = ""
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.5
@@ -47,21 +47,9 @@ class Recipe:
 @functools.lru_cache(maxsize=8)
 def learned_by(recipe: Recipe) -> Learned:
     """What makes training examples. Raises InputError or FileNotFoundError for what does not fit."""
-    try:
-        now = datetime.datetime.fromisoformat(recipe.date) if recipe.date else None
-    except ValueError:
-        raise InputError(f"data.date = {recipe.date!r}: expected YYYY-MM-DD") from None
-    template = load_template(recipe.template, load_tokenizer(recipe.tokenizer), max_length=recipe.length + 1, now=now)
-    return text_objective(
-        template,
-        fim_rate=recipe.fim_rate,
-        fim_spm_rate=recipe.fim_spm_rate,
-        corruption=recipe.corruption,
-        corruption_rate=recipe.corruption_rate,
-        span_length=recipe.span_length,
-        sentinels=recipe.sentinels,
-        mask_token=recipe.mask_token,
-    )
+    now, max_length = template_date(recipe.date), longest(recipe.packing, recipe.length)
+    template = load_template(recipe.template, load_tokenizer(recipe.tokenizer), max_length=max_length, now=now)
+    return learned_of(dataclasses.asdict(recipe), template)
 
 
 def tokenizer_of(learned: Learned) -> Tokenizer:

@@ -362,6 +362,8 @@ def test_what_carries_no_loss_is_dropped_and_counted():
     assert list(loader(draws=66, encode=lambda c: None)) == []
     with pytest.raises(ValueError, match="draws in a row left nothing that carries loss"):
         next(loader(encode=lambda c: None, pool=1000))
+    with pytest.raises(ValueError, match="draws in a row left nothing that carries loss"):
+        loader(encode=lambda c: None, pool=1000).seek(3)
 
 
 def test_later_epochs_come_from_the_cache():
