@@ -9,7 +9,8 @@
 The order of examples is one of draws, of which rows take as many as fit. What is said in steps or tokens is brought to
 draws by measuring lengths on the first examples, with the run's own tokenizer, template and packing, so it is the same
 in every process and after every resumption. Weights therefore change at the step asked for to within what the lengths
-of 2,048 examples tell, about one step in a hundred; the draw at which they change is exact, and is logged.
+of 2,048 examples tell, about one step in a hundred, and within the few steps in which one shard after the other comes
+to the change. The draw at which they change is exact, and the banner names it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -206,12 +206,12 @@ def heldout_batches(section: Section, data: Data, examples: int, rows: range | N
 def total_steps(section: Section, data: Data, seed: int, *, steps: int, epochs: float, tokens: int) -> int:
     """The run's length in steps, of which one is given. Tokens count positions, padding included; epochs are measured
     on a sample. Raises InputError for more steps than `max_epochs` leave examples for."""
+    wanted = steps or math.ceil(tokens / (section["batch_size"] * section["length"]))
+    if wanted and not section.get("max_epochs"):
+        return wanted
     mixture = make_mixture(section, data, seed)
-    if mixture.end is None and not epochs:
-        return steps or math.ceil(tokens / (section["batch_size"] * section["length"]))
     rows_per_draw = run_mixture.rows_per_draw(section, data.examples, data.learned, mixture, seed)
     per_step = section["batch_size"] / rows_per_draw
-    wanted = steps or math.ceil(tokens / (section["batch_size"] * section["length"]))
     wanted = wanted or max(1, math.ceil(mixture.draws_for_epochs(epochs) / per_step))
     if mixture.end is None:
         return wanted

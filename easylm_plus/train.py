@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from data_pipelines.prefetch import Prefetch
+from data_pipelines.run_mixture import phase_lines
 from easylm_plus import config as configs
 from easylm_plus.door import console
 from easylm_plus.door import run as door
@@ -87,6 +88,8 @@ def main() -> int:
         if shares := sharding.cut_shares(run.axes, run.shapes, mesh):
             banner.add_row("weights", ", ".join(f"{share:.1%} cut over {axis}" for axis, share in shares.items()))
         banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
+        for line in phase_lines(loader.mixture):
+            banner.add_row("mixture", line)
         if data.tokens or data.unused_tokens:
             banner.add_row("tokens", data_module.where_tokens_are(data))
         banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
