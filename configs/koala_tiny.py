@@ -24,12 +24,13 @@ SIZES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Arguments: size (1m | 10m), data (embedded | koala), steps, shuffle_answers (a control: nothing to learn)."""
+    """Arguments: size (1m | 10m), data (embedded | koala | koala_distill: ShareGPT and HC3 alone), steps,
+    shuffle_answers (a control: nothing to learn)."""
     args = parse_arg(arg, size="1m", data="embedded", steps=2000, shuffle_answers=False)
     if args.size not in SIZES:
         raise UserError(f"config argument size={args.size}: expected one of {', '.join(SIZES)}")
-    if args.data not in ("embedded", "koala"):
-        raise UserError(f"config argument data={args.data}: expected embedded or koala")
+    if args.data not in ("embedded", "koala", "koala_distill"):
+        raise UserError(f"config argument data={args.data}: expected embedded, koala or koala_distill")
     config = base("tiny", init="fan_in", **SIZES[args.size])
     config.numerics.precision = "float32"
     if args.data == "embedded":
@@ -38,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.prepare = "configs/data/embedded.py" + (":shuffle_answers=true" if shuffled else "")
         config.data.template = "chat"
     else:
-        config.data.path = "data/koala"
-        config.data.prepare = "configs/data/koala.py"
+        config.data.path = f"data/{args.data}"
+        config.data.prepare = "configs/data/koala.py" + (":distill" if args.data == "koala_distill" else "")
         config.data.prepare_input = "data/raw"
         config.data.template = "koala"
         config.data.tokenizer = "weights/llama-7b/tokenizer.model"
