@@ -58,8 +58,8 @@ def unit(suffix, row, ascii_only=True):
     if suffix == "txt":
         return row["text"].encode()
     file = io.StringIO()
-    csv.writer(file, lineterminator="").writerow(row[key] for key in COLUMNS)
-    return file.getvalue().encode()
+    csv.writer(file, lineterminator="\n").writerow(row[key] for key in COLUMNS)
+    return file.getvalue().removesuffix("\n").encode()
 
 
 COLUMNS = ("text", "question", "label")
