@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.tokenizer_origin = "LLaMA's tokenizer.model: https://huggingface.co/huggyllama/llama-7b"
     config.data.length = 256
     config.data.batch_size = 4
+    config.data.pool = 256
     config.train.steps = args.steps
     config.optimizer.learning_rate = 2e-3
     config.optimizer.end_learning_rate = 2e-4

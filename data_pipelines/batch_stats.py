@@ -1,30 +1,54 @@
 """What a batch is made of, and the counts of what has been handed out."""
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.packing import Arrays, empty_arrays, fill_row
+import numpy as np
+
+from data_pipelines.packing import Arrays, Piece, empty_arrays, fill_row, part
 from data_pipelines.template import Example
+
+# Of a row's segment: (source name, conversation id), and (..., start, stop) where it is a part of an example.
+Segment = tuple[str, str] | tuple[str, str, int, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """`arrays` as in packing.empty_arrays; `examples`: (source name, conversation id) of each row's segments."""
+    """`arrays` as in packing.empty_arrays; `examples`: what each row's segments are."""
 
     arrays: Arrays
-    examples: list[list[tuple[str, str]]]
+    examples: list[list[Segment]]
+
+
+def digest(batch: Batch) -> str:
+    """A short hash of which examples are in which row: equal runs log equal hashes."""
+    return hashlib.sha256(repr(batch.examples).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """An encoded example with its source's position and its conversation's id."""
+    """An encoded example with its source's position and its conversation's id; `span`: which of its positions these
+    are, if packing has split it."""
 
     source: int
     id: str
     example: Example
     loss_tokens: int
+    span: tuple[int, int] | None = None
+
+    def piece(self, piece: Piece) -> "Item":
+        """Some positions of it, or all of them."""
+        start, stop = piece[1:]
+        if (start, stop) == (0, self.example.positions):
+            return self
+        example = part(self.example, start, stop)
+        return Item(self.source, self.id, example, int(np.count_nonzero(example.row()[2])), (start, stop))
+
+    def segment(self, names: Sequence[str]) -> Segment:
+        return (names[self.source], self.id) if self.span is None else (names[self.source], self.id, *self.span)
 
 
 def make_batch(rows: Sequence[Sequence[Item]], length: int, names: Sequence[str]) -> Batch:
@@ -32,14 +56,15 @@ def make_batch(rows: Sequence[Sequence[Item]], length: int, names: Sequence[str]
     arrays = empty_arrays(len(rows), length)
     for place, items in enumerate(rows):
         fill_row(arrays, place, [(item.example, item.source) for item in items])
-    return Batch(arrays, [[(names[item.source], item.id) for item in items] for items in rows])
+    return Batch(arrays, [[item.segment(names) for item in items] for items in rows])
 
 
 class Statistics:
-    """Examples, tokens (positions with a target), loss tokens, examples that were cut and the tokens that cost,
-    examples dropped by reason, all also by source; the padding's share of all positions."""
+    """Examples (counted with their first piece), tokens (positions with a target), loss tokens, examples that were cut
+    and the tokens that cost, examples that were split over rows, examples dropped by reason, all also by source; the
+    padding's share of all positions."""
 
-    _KINDS = ("examples", "tokens", "loss_tokens", "examples_cut", "tokens_cut")
+    _KINDS = ("examples", "tokens", "loss_tokens", "examples_cut", "tokens_cut", "examples_split")
 
     def __init__(self, names: Sequence[str]):
         self._names = names
@@ -52,9 +77,13 @@ class Statistics:
         self._positions += len(rows) * length
         for items in rows:
             for item in items:
-                self._counts["examples", item.source] += 1
                 self._counts["tokens", item.source] += item.example.positions
                 self._counts["loss_tokens", item.source] += item.loss_tokens
+                if item.span and item.span[0]:
+                    continue
+                self._counts["examples", item.source] += 1
+                if item.span:
+                    self._counts["examples_split", item.source] += 1
                 if item.example.cut:
                     self._counts["examples_cut", item.source] += 1
                     self._counts["tokens_cut", item.source] += item.example.cut

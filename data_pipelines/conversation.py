@@ -1,7 +1,12 @@
 """The one record that every source becomes and everything downstream reads, and the error for what does not fit.
 
-A plain document is a conversation of one turn with the role "text". A turn's weight multiplies the loss of its
-tokens: 0 for what is read but not learned (questions, system prompts, tool results), 1 for what is learned.
+A turn's weight multiplies the loss of its tokens: 0 for what is read but not learned (questions, system prompts, tool
+results), 1 for what is learned. Two roles stand for something else than a person's words:
+
+* `text`: a plain document, a conversation of this one turn. A document of which parts carry loss is several turns of
+  `text`, each tokenised on its own, among which `special` ("<|eos|>" or "<|bos|>") puts a token by its name.
+* `call`: the assistant calls tools; the text is JSON, see `tool_calls`. What they answer is a turn of the `tool`. The
+  tools there are, as JSON, are the conversation's `tools`.
 """
 
 import dataclasses
@@ -12,7 +17,9 @@ from typing import Any
 
 from data_pipelines.errors import InputError
 
-ROLES = ("system", "user", "assistant", "tool", "text")
+ROLES = ("system", "user", "assistant", "call", "tool", "text", "special")
+ANSWERS = ("assistant", "call")  # what the assistant says and does, which is what can be learned of a chat
+SPECIAL = ("<|bos|>", "<|eos|>")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,11 +38,13 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order, with the name of their source and an id that is unique within it."""
+    """Turns in order, with the name of their source and an id that is unique within it. `tools`: those that may be
+    called, as `tool_calls.tools_text` writes them, or nothing."""
 
     source: str
     id: str
     turns: tuple[Turn, ...]
+    tools: str = ""
 
     def to_json(self) -> str:
         """One line of JSON; keys in a fixed order, so equal conversations are equal bytes."""
@@ -46,12 +55,18 @@ class Conversation:
         return cls.from_dict(json.loads(line))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {"source": self.source, "id": self.id, "turns": [turn.to_list() for turn in self.turns]}
+        """As JSON has it; without the key "tools" where there are none."""
+        record: dict[str, Any] = {
+            "source": self.source,
+            "id": self.id,
+            "turns": [turn.to_list() for turn in self.turns],
+        }
+        return record | {"tools": self.tools} if self.tools else record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Conversation":
-        return cls(record["source"], record["id"], tuple(Turn(*turn) for turn in record["turns"]))
+        turns = tuple(Turn(*turn) for turn in record["turns"])
+        return cls(record["source"], record["id"], turns, record.get("tools", ""))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +89,10 @@ class DataError(InputError):
         super().__init__(f"{where}: found {found}; expected {expected}")
         self.where, self.found, self.expected = where, found, expected
         self.reason = reason  # a short name such as "wrong_keys", which counts are kept by
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is sent to another process as its arguments; by default that would be the message alone."""
+        return type(self), (self.where, self.found, self.expected, self.reason)
 
     def to_dict(self) -> Mapping[str, str | int | None]:
         return {

@@ -8,11 +8,13 @@ A record has one feature, "conversation": the text of `Conversation.to_json`. `t
 data_dir=DIR)` reads it as well. TFDS would hash and shuffle the keys of its examples; its SequentialWriter does not:
 records stay in the order in which they came.
 
-The manifest, per source: kind, weight, files (path, bytes, sha256), rows = kept_rows + the sum of `rejected` (reason
--> rows), repaired (reason -> rows), and per split: examples, characters, sha256 (of the records, each with a line
-break behind it, so `sha256sum` of the exported JSON lines gives the same), shards (file -> bytes). A row may give
-several conversations: the examples of all splits count these. "hash" covers all of that except the shards, whose
-bytes depend on the version of the compression.
+The manifest, per source: kind, licence, weight, files (path, bytes, sha256); of reading, in rows: rows = kept_rows +
+the sum of `rejected` (reason -> rows), repaired (reason -> rows); per stage, in conversations, of which a row may give
+several: entered = left + the sum of `dropped` (reason -> conversations), changed, seen (see `chunk.Ledger`); and per
+split: examples, characters, sha256 (of the records, each with a line break behind it, so `sha256sum` of the exported
+JSON lines gives the same), shards (file -> bytes). What leaves a stage enters the next, and what leaves the last are
+the examples of the splits. "hash" covers all of that except the shards, whose bytes depend on the version of the
+compression.
 """
 
 import difflib
@@ -32,7 +34,7 @@ from data_pipelines.errors import InputError
 
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 DATASET_VERSION = "1.0.0"
 FEATURE = "conversation"
 SHARD = 65_536  # examples
@@ -156,14 +158,27 @@ def manifest_hash(manifest: Manifest) -> str:
 def write_manifest(directory: Path | str, manifest: Manifest) -> Manifest:
     """Checks the accounts, adds version and hash, writes. Written last: a folder with a manifest is complete."""
     for name, entry in manifest["sources"].items():
-        rejected = sum(entry["rejected"].values())
-        if entry["rows"] != entry["kept_rows"] + rejected:
-            raise AssertionError(f"{name}: {entry['rows']} rows, {entry['kept_rows']} kept, {rejected} rejected")
+        check_accounts(name, entry)
     complete = {"version": MANIFEST_VERSION, **manifest}
     complete["hash"] = manifest_hash(complete)
     text = json.dumps(complete, indent=1, ensure_ascii=False)
     (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return complete
+
+
+def check_accounts(name: str, entry: Mapping[str, Any]) -> None:
+    """Raises AssertionError if anything came from nowhere, or went there."""
+    rows, kept, rejected = entry["rows"], entry["kept_rows"], sum(entry["rejected"].values())
+    assert rows == kept + rejected, f"{name}: {rows} rows, {kept} kept, {rejected} rejected"
+    for stage, accounts in entry["stages"].items():
+        entered, left, dropped = accounts["entered"], accounts["left"], sum(accounts["dropped"].values())
+        assert entered == left + dropped, f"{name}, {stage}: {entered} entered, {left} left, {dropped} dropped"
+    examples = sum(split["examples"] for split in entry["splits"].values())
+    for (stage, before), (following, after) in itertools.pairwise(
+        [*entry["stages"].items(), ("write", {"entered": examples})]
+    ):
+        left, entered = before["left"], after["entered"]
+        assert left == entered, f"{name}: {left} left {stage}, {entered} entered {following}"
 
 
 def read_manifest(directory: Path | str) -> Manifest:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipelines.conversation import DataError, Where
 from data_pipelines.errors import InputError
-from data_pipelines.records import Rows, read_rows
+from data_pipelines.records import Row, read_rows
 from data_pipelines.sources import row_id, shown
 
 CHOICES = ("{question} {A} {B} {C} {D}", "{question} A {A} B {B} C {C} D {D}")
@@ -126,7 +126,7 @@ def benchmark_files(name: str, options: Any, folder: Path) -> list[Path]:
     return found
 
 
-def rows_of(path: Path, name: str, layout: Layout) -> Rows:
+def rows_of(path: Path, name: str, layout: Layout) -> Iterator[Row]:
     """The rows of a file, or of the members of a .zip."""
     if path.suffix.lower() != ".zip":
         with open(path, "rb", buffering=0) as file:
@@ -145,7 +145,7 @@ def rows_of(path: Path, name: str, layout: Layout) -> Rows:
         raise InputError(f"{path}: found an archive that cannot be read ({error}); expected an intact .zip") from error
 
 
-def rows_of_one(name: str, layout: Layout, raw: BinaryIO) -> Rows:
+def rows_of_one(name: str, layout: Layout, raw: BinaryIO) -> Iterator[Row]:
     try:
         for where, row in read_rows(name, raw=raw, separator="\n", columns=layout.columns or None):
             if name.removesuffix(".gz").endswith(".txt"):

@@ -5,19 +5,20 @@ no imports), and its output is bounded, as are the products and powers it may fo
 writing anything is not stopped.
 
 Marks. Three private-use characters carry what plain text cannot say: _INERT breaks up special tokens that occur in
-the content of a turn, so that only those the template writes are taken for real; _OPEN and _CLOSE surround what
-`{% generation %}` produces. Content that happens to hold a mark has it swapped for an unused character on the way in
-and swapped back on the way out.
+the content of a turn, in a call or in the description of a tool, so that only those the template writes are taken for
+real; _OPEN and _CLOSE surround what `{% generation %}` produces. Content that happens to hold a mark has it swapped for
+an unused character on the way in and swapped back on the way out.
 """
 
 import datetime
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
@@ -25,6 +26,7 @@ from jinja2.parser import Parser
 from data_pipelines.errors import InputError
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
+_NOT_ASCII = re.compile("[^\x00-\x7f\ue000-\ue002\U000f0000-\U000ffffd]")  # but for marks and their stand-ins
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
 _FAILURES = (
@@ -92,7 +94,8 @@ class Rendered(NamedTuple):
 
 
 class ChatRenderer:
-    """A compiled chat template. `has_generation` tells whether it marks the assistant's text.
+    """A compiled chat template. `has_generation` tells whether it marks the assistant's text, `takes_tools` whether it
+    asks for the list of tools.
 
     `now` is what strftime_now writes; without it there is no such function, which templates may ask with `is defined`.
     """
@@ -112,19 +115,28 @@ class ChatRenderer:
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"the chat template does not compile: line {error.lineno}: {error}") from error
         self.has_generation = any(data.data == _OPEN for data in tree.find_all(nodes.TemplateData))
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
         pieces = sorted(special_tokens)
-        self._starts = re.compile(f"(?={'|'.join(map(re.escape, pieces))}).", re.DOTALL) if pieces else None
+        self._starts = _first_characters(pieces) if pieces else None
         self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
+        self._suffixes = {piece[n:] for piece in pieces for n in range(1, len(piece))}
         self._longest = max(map(len, self._prefixes), default=0)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Rendered:
-        """Renders messages ({"role", "content", …}); raises ChatTemplateError for whatever goes wrong in it."""
-        swap = _unused([m["content"] for m in messages])
-        swapped = [m["content"].translate(swap) if swap else m["content"] for m in messages]
-        inert = [{**m, "content": self._inert(content)} for m, content in zip(messages, swapped)]
-        limit = (1 << 20) + 10 * sum(len(m["content"]) for m in messages)
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> Rendered:
+        """Renders messages ({"role", "content", …}); raises ChatTemplateError for whatever goes wrong in it.
+
+        Everything in them but the roles is taken for text of strangers, the names of keys included.
+        """
+        texts = list(_strings([messages, tools]))
+        swap = _unused(texts)
+        changed = lambda text: self._inert(text.translate(swap) if swap else text)
+        inert = [{**_changed(message, changed), "role": message["role"]} for message in messages]
+        limit = (1 << 20) + 10 * sum(map(len, texts))
         try:
-            parts = self._template.generate(messages=inert, tools=None, documents=None, **variables)
+            offered = None if tools is None else _changed(list(tools), changed)
+            parts = self._template.generate(messages=inert, tools=offered, documents=None, **variables)
             marked = "".join(_at_most(limit, parts))
         except jinja2.exceptions.SecurityError as error:
             raise ChatTemplateError(f"the chat template tries something that is not allowed: {error}") from error
@@ -134,8 +146,8 @@ class ChatRenderer:
         return Rendered(text, spans, {ord(new): chr(old) for old, new in swap.items()})
 
     def _inert(self, content: str) -> str:
-        """Puts a mark after the first character of every special token in the content, also of one that only
-        begins at its end and that the next text could complete."""
+        """Puts a mark after the first character of every special token in the content, after one that only begins at
+        its end and that the next text could complete, and before one that its beginning could complete."""
         if self._starts is None:
             return content
         tail = content.rstrip()
@@ -143,7 +155,42 @@ class ChatRenderer:
             if tail[-size:] in self._prefixes:
                 at = len(tail) - size + 1
                 content = content[:at] + _INERT + content[at:]
+        head = content.lstrip()
+        if any(head[:size] in self._suffixes for size in range(1, self._longest + 1)):
+            at = len(content) - len(head)
+            content = content[:at] + _INERT + head
         return self._starts.sub(lambda match: match[0] + _INERT, content)
+
+
+def _first_characters(pieces: Sequence[str]) -> re.Pattern[str]:
+    """Finds the first character of any piece where the rest of it follows; with the characters outside the look ahead
+    a text is searched for them, and 256 pieces are tried only where one of them stands."""
+    rests: dict[str, list[str]] = {}
+    for piece in pieces:
+        rests.setdefault(piece[0], []).append(re.escape(piece[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield key
+            yield from _strings(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _strings(each)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _changed(each, change) for key, each in value.items()}
+    return [_changed(each, change) for each in value] if isinstance(value, Sequence) else value
 
 
 def _at_most(limit: int, parts: Iterable[str]) -> Iterator[str]:
@@ -181,7 +228,9 @@ def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
     """As in Hugging Face: plain JSON, where jinja2's own filter would escape <, >, & and quotes for HTML."""
-    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options)
+    ascii_only = options.pop("ensure_ascii", False)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text) if ascii_only else text
 
 
 def _raise(message: str) -> NoReturn:

@@ -1,23 +1,22 @@
-"""Batches of packed rows, tokenised on the fly, in an order that is a function of the seed alone.
+"""Batches of packed rows, in an order that is a function of the seed alone.
 
-S shards share the draws of the mixture: of each block of S consecutive draws every shard takes one. Which one rotates
-by a hash of the block: with "shard s takes the draws k = s (mod S)" and a cycle length that has a divisor in common
-with S, a shard would see some sources only, and since sources fill rows at different speeds their proportions in
-the batches would go wrong. A shard packs pools of P of its own draws, each on its own (the first pool of shard s
-is short by s/S of a pool, so that shards do not all tokenise in the same step); the rows of a pool are shuffled,
-since packing sorts by length. Row r of step n is the next row of shard (n·B + r) mod S, B being the batch size.
+S shards share the draws of the mixture, and each packs pools of P of its own draws (order.py); the rows of a pool are
+shuffled, since packing sorts by length. Row r of step n is the next row of shard (n·B + r) mod S, B being the batch
+size. Which examples are in a row follows from their lengths alone, so with a store of tokens (tokens.py) a pool costs
+next to nothing, and `seek` goes to any step of a run; without one, examples are tokenised as pools are made.
 
 A process that makes the rows `rows` of each batch follows only the shards they come from: its own share, if S is a
 multiple of B, as it is by default. The state has a (pool, row) for each shard it follows; `merge_states` joins those
 of all processes, and the result continues on any number of processes.
 
-With `draws` the data ends. The last batches are filled up with empty rows, so nothing is lost. A loader of whole
-batches then raises StopIteration; a loader of a part of the rows cannot know whether others still have some: it
-sets `exhausted` and goes on with empty batches, and the run is over when the global sum of loss weights has been 0
-for S/B steps in a row (one, by default).
+With `draws`, or where the mixture ends, the data end. The last batches are filled up with empty rows, so nothing is
+lost. A loader of whole batches then raises StopIteration; a loader of a part of the rows cannot know whether others
+still have some: it sets `exhausted` and goes on with empty batches, and the run is over when the global sum of loss
+weights has been 0 for S/B steps in a row (one, by default).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,68 +24,73 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.batch_stats import Batch, Item, Statistics, make_batch
-from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.mixture import Draw, Mixture, draw_rng, permutation_key, permute
-from data_pipelines.packing import Packing, pack_pool
+from data_pipelines.examples import Encode, Examples, Handle, Source
+from data_pipelines.mixture import Draws, Mixture
+from data_pipelines.order import Order
+from data_pipelines.packing import Packing, Piece, count_rows, pack
+from data_pipelines.permutation import permutation_key, permute
 from data_pipelines.prefetch import Prefetch as Prefetch
-from data_pipelines.template import Example
-from data_pipelines.text_objective import TextObjective
 
-Encode = Callable[[Conversation], Example | None] | TextObjective
 State = dict[str, Any]
+POOL = 1024
 _VERSION = 1
 _FRUITLESS_DRAWS = 100_000
+_SEEK = 1 << 15  # draws of a shard looked at together
 
 
 @dataclasses.dataclass(slots=True)
 class _Shard:
-    """Where a shard stands: the next row is rows[row] of the pool; rows is None until it is needed."""
+    """Where a shard stands: the next row is rows[row] of the pool, pieces of `handles`; rows is None until needed."""
 
     pool: int = 0
     row: int = 0
-    rows: list[list[Item]] | None = None
+    rows: list[list[Piece]] | None = None
+    handles: Sequence[Handle] = ()
 
 
 class Loader:
     """An iterator of batches; see above for their order.
 
-    sources: name -> conversations; its order gives the source ids. weights, seed: see Mixture. encode: usually a
-    Template with max_length = length + 1, or a TextObjective of one, whose examples differ from epoch to epoch and are
-    not cached. batch_size: rows of a whole batch. rows: those that this process makes.
-    shards: S, by default the batch size. pool: P, draws packed together. manifest_hash: names the data, the
-    tokenizer and the template; it is compared on resuming. draws: the data ends after so many. cache_bytes: encoded
-    examples are kept up to this size (and not replaced: in shuffled epochs of more data than fits, an LRU cache
-    would be hit less often than one that stays as it is).
+    sources, encode, cache_bytes: see Examples; the order of sources gives the source ids. mixture: a Mixture of the
+    sources, or the weights (or None) of one with this seed. batch_size: rows of a whole batch. rows: those that this
+    process makes. shards: S, by default the batch size. pool: P, draws packed together. manifest_hash: names the data,
+    the tokenizer and the template; it is compared on resuming. draws: the data ends after so many.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Sequence[Conversation]],
-        weights: Mapping[str, float] | None,
+        sources: Mapping[str, Source],
+        mixture: Mixture | Mapping[str, float] | None,
         encode: Encode,
         *,
         batch_size: int,
         length: int,
         packing: Packing = "best_fit",
         shards: int | None = None,
-        pool: int = 256,
+        pool: int = POOL,
         seed: int = 0,
         rows: range | None = None,
         manifest_hash: str = "",
         draws: int | None = None,
         cache_bytes: int = 1 << 29,
     ):
-        self._sources, self._encode = dict(sources), encode
-        self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
+        sizes = {name: len(source) for name, source in sources.items()}
+        self.mixture = mixture if isinstance(mixture, Mixture) else Mixture(sizes, mixture, seed)
+        if dict(zip(self.mixture.names, self.mixture.sizes)) != sizes or self.mixture.names != list(sizes):
+            raise InputError(f"the mixture: found one of other sources; expected one of {sizes}")
         self.batch_size, self.length = batch_size, length
         self.rows = range(batch_size) if rows is None else rows
-        self._packing, self._pool, self._draws, self._seed = packing, pool, draws, seed
         self.shards = shards or batch_size
         if min(batch_size, length, pool, self.shards) < 1:
             raise InputError("batch_size, length, pool and shards: expected 1 or more of each")
         if not self.rows or not set(self.rows) <= set(range(batch_size)):
             raise InputError(f"rows: found {self.rows}; expected a part of range({batch_size})")
+        self._packing, self._seed = packing, seed
+        self._examples = Examples(sources, encode, seed, cache_bytes)
+        ends = [end for end in (draws, self.mixture.end) if end is not None]
+        starts = [phase.start for phase in self.mixture.phases]
+        self._order = Order(seed, self.shards, pool, starts, min(ends, default=None))
         common = math.gcd(batch_size, self.shards)
         mine = {row % common for row in self.rows}
         self._local = {s: _Shard() for s in range(self.shards) if s % common in mine}
@@ -102,29 +106,35 @@ class Loader:
             "weights": [[n, w] for n, w in zip(self.mixture.names, self.mixture.cycle_weights)],
             "draws": draws,
         }
+        if changes := _changes(self.mixture):
+            self._identity["changes"] = changes
         self.step = 0
         self.exhausted = False
-        self._cache: dict[tuple[int, int], Item | None] = {}
-        self._cache_room = cache_bytes
         self._statistics = Statistics(self.mixture.names)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        return make_batch(self.next_rows(), self.length, self.mixture.names)
+
+    def next_rows(self) -> list[list[Item]]:
+        """What the next batch is made of: the segments of each of this process's rows. Raises StopIteration."""
         self.exhausted = not any(self._has_row(shard) for shard in self._local)
         if self.exhausted and len(self.rows) == self.batch_size:
             raise StopIteration
-        own: list[list[Item]] = [[] for _ in self.rows]
+        own: list[list[tuple[Handle, Piece]]] = [[] for _ in self.rows]
         for row in range(self.batch_size):
             shard = (self.step * self.batch_size + row) % self.shards
             if shard in self._local and self._has_row(shard):
-                items = self._take_row(shard)
+                pieces = self._take_row(shard)
                 if row in self.rows:
-                    own[self.rows.index(row)] = items
-        self._statistics.add(own, self.length)
+                    own[self.rows.index(row)] = pieces
+        items = iter(self._examples.fetch([handle for pieces in own for handle, _ in pieces]))
+        made = [[next(items).piece(piece) for _, piece in pieces] for pieces in own]
+        self._statistics.add(made, self.length)
         self.step += 1
-        return make_batch(own, self.length, self.mixture.names)
+        return made
 
     def stats(self) -> dict[str, Any]:
         """Counts of what this loader has handed out; see Statistics.summary. Dropped examples count as their pool
@@ -139,13 +149,11 @@ class Loader:
 
     def set_state(self, state: State) -> None:
         """Continues exactly where the state was taken. Raises InputError naming every field that differs."""
-        expected = self._identity
-        differing = [key for key in expected if state.get(key, "nothing") != expected[key]]
-        if differing:
-            found = "; ".join(
-                f"{key}: found {state.get(key, 'nothing')}, expected {expected[key]}" for key in differing
-            )
-            raise InputError(f"the state is of another data order: {found}")
+        expected, found = self._identity, {k: v for k, v in state.items() if k not in ("step", "positions")}
+        show = lambda of, key: of.get(key, "nothing")
+        if differing := [key for key in {**expected, **found} if show(found, key) != show(expected, key)]:
+            told = "; ".join(f"{key}: found {show(found, key)}, expected {show(expected, key)}" for key in differing)
+            raise InputError(f"the state is of another data order: {told}")
         if missing := [shard for shard in self._local if state["positions"][shard] is None]:
             raise InputError(f"the state has no positions for shards {missing}; merge the states of all processes")
         self.step = state["step"]
@@ -153,90 +161,92 @@ class Loader:
             pool, row = state["positions"][shard]
             self._local[shard] = _Shard(pool, row)
 
+    def seek(self, step: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Continues with the batch after `step` batches, from here if that is ahead, else from the beginning.
+
+        Packs all pools on the way by the lengths of their examples; without a store of tokens these are tokenised for
+        it. progress: told how many of all rows on the way are found.
+        """
+        if step < self.step:
+            self.step, self._local = 0, {shard: _Shard() for shard in self._local}
+        taken = lambda shard, step: (step * self.batch_size - shard + self.shards - 1) // self.shards
+        ahead = {shard: taken(shard, step) - taken(shard, self.step) for shard in self._local}
+        done, total = 0, sum(ahead.values())
+        for shard, count in ahead.items():
+            at = self._local[shard]
+            pool, row = at.pool, at.row + count
+            for rows in self._rows_of_pools(shard, pool):
+                if row < rows:
+                    break
+                pool, row = pool + 1, row - rows
+                progress(max(0, done + count - row), total)
+            else:
+                row = 0  # the data end before
+            self._local[shard] = _Shard(pool, row)
+            done += count
+        self.step = step
+
+    def _rows_of_pools(self, shard: int, pool: int) -> Iterator[int]:
+        """How many rows this pool of a shard and the ones after it have."""
+        together, fruitless = 1, 0
+        while pools := list(itertools.takewhile(len, (self._order.blocks(shard, pool + i) for i in range(together)))):
+            sizes = self._examples.positions(self._draws(shard, range(pools[0].start, pools[-1].stop)))
+            fruitless = 0 if sizes.any() else _fruitless(fruitless + len(sizes))
+            for own in np.split(sizes, np.cumsum([len(blocks) for blocks in pools])[:-1]):
+                yield count_rows(own[own > 0].tolist(), self.length, self._packing)
+            pool += len(pools)
+            together = min(2 * together, 1 + _SEEK // len(pools[-1]))  # arrays are the faster the longer they are
+
     def _has_row(self, shard: int) -> bool:
         """Makes the shard's current pool if need be, going on past pools without a row; False at its end."""
         at = self._local[shard]
         fruitless = 0
         while at.rows is None:
-            first, last = self._pool_range(shard, at.pool)
-            if first >= last:
+            blocks = self._order.blocks(shard, at.pool)
+            if not blocks:
                 return False
-            at.rows = self._make_rows(shard, at.pool, range(first, last))
+            at.rows, at.handles = self._make_rows(shard, at.pool, blocks)
             if at.row > 0 and at.row >= len(at.rows):
                 raise InputError(f"shard {shard}: the state is at row {at.row} of a pool of {len(at.rows)}")
             if not at.rows:
-                at.pool, at.rows, fruitless = at.pool + 1, None, fruitless + last - first
-                if fruitless >= _FRUITLESS_DRAWS:
-                    raise InputError(f"{fruitless} draws in a row left nothing that carries loss")
+                at.pool, at.rows, fruitless = at.pool + 1, None, _fruitless(fruitless + len(blocks))
         return True
 
-    def _take_row(self, shard: int) -> list[Item]:
+    def _take_row(self, shard: int) -> list[tuple[Handle, Piece]]:
         at = self._local[shard]
         assert at.rows is not None
-        items = at.rows[at.row]
+        pieces = [(at.handles[piece.example], piece) for piece in at.rows[at.row]]
         at.row += 1
         if at.row == len(at.rows):
             self._local[shard] = _Shard(at.pool + 1)
-        return items
+        return pieces
 
-    def _pool_range(self, shard: int, pool: int) -> tuple[int, int]:
-        """First and last + 1 of the shard's own draws that are in its pool; equal past the end of the data."""
-        short = shard * self._pool // self.shards
-        first, last = max(0, pool * self._pool - short), (pool + 1) * self._pool - short
-        if self._draws is not None:
-            blocks, rest = divmod(self._draws, self.shards)
-            own = blocks + (self._place(shard, blocks) < rest)
-            first, last = min(first, own), min(last, own)
-        return first, last
-
-    def _place(self, shard: int, block: int) -> int:
-        return (shard + permutation_key(self._seed, "rotation", block)) % self.shards
-
-    def _make_rows(self, shard: int, pool: int, blocks: range) -> list[list[Item]]:
-        draws = [self.mixture.draw(block * self.shards + self._place(shard, block)) for block in blocks]
-        kept = []
-        for draw, item in zip(draws, self._items(draws)):
-            if item is None:
-                self._statistics.drop("no loss tokens", draw.source)
-            else:
-                kept.append(item)
-        rows = pack_pool([item.example for item in kept], self.length, self._packing)
+    def _make_rows(self, shard: int, pool: int, blocks: range) -> tuple[list[list[Piece]], list[Handle]]:
+        draws = self._draws(shard, blocks)
+        sizes, handles = self._examples.open(draws)
+        for source in draws.source[sizes == 0].tolist():
+            self._statistics.drop("no loss tokens", source)
+        kept = np.flatnonzero(sizes).tolist()
+        rows = pack(sizes[kept].tolist(), self.length, self._packing)
         key = permutation_key(self._seed, f"rows of shard {shard}", pool)
-        return [[kept[i] for i in rows[permute(place, len(rows), key)]] for place in range(len(rows))]
+        shuffled = [rows[permute(place, len(rows), key)] for place in range(len(rows))]
+        return shuffled, [handles[i] for i in kept]
 
-    def _items(self, draws: Sequence[Draw]) -> list[Item | None]:
-        """The drawn examples, encoded together as far as they are not in the cache."""
-        if isinstance(self._encode, TextObjective):
-            return encode_draws(self._encode, self._sources, draws, self._seed)
-        keys = [(draw.source, draw.example) for draw in draws]
-        items = {key: self._cache[key] for key in keys if key in self._cache}
-        new = [key for key in dict.fromkeys(keys) if key not in items]
-        for key, item in zip(new, encode_draws(self._encode, self._sources, [Draw(s, 0, i) for s, i in new])):
-            items[key] = item
-            size = 500 if item is None else 500 + item.example.ids.nbytes + item.example.weights.nbytes
-            if size <= self._cache_room:
-                self._cache_room -= size
-                self._cache[key] = item
-        return [items[key] for key in keys]
+    def _draws(self, shard: int, blocks: range) -> Draws:
+        return self.mixture.draw_many(self._order.draws(shard, blocks))
 
 
-def encode_draws(
-    encode: Encode, sources: Mapping[str, Sequence[Conversation]], draws: Sequence[Draw], seed: int = 0
-) -> list[Item | None]:
-    """The example of each draw; None where no token carries loss. Only a TextObjective looks at seed and epoch. Uses
-    `encode.encode_many` where there is one, as a Template has: one call of the tokenizer for all texts."""
-    names, sequences = list(sources), list(sources.values())
-    conversations = [sequences[draw.source][draw.example] for draw in draws]
-    if isinstance(encode, TextObjective):
-        examples = encode.encode_drawn(conversations, [draw_rng(seed, names[draw.source], draw) for draw in draws])
-    else:
-        many = getattr(encode, "encode_many", None)
-        examples = many(conversations) if many else [encode(conversation) for conversation in conversations]
-    items: list[Item | None] = []
-    for draw, conversation, example in zip(draws, conversations, examples):
-        loss_tokens = 0 if example is None else int(np.count_nonzero(example.row()[2]))
-        items.append(None if example is None else Item(draw.source, conversation.id, example, loss_tokens))
-    return items
+def _fruitless(draws: int) -> int:
+    """So many draws in a row, unless there are too many of them."""
+    if draws >= _FRUITLESS_DRAWS:
+        raise InputError(f"{draws} draws in a row left nothing that carries loss")
+    return draws
+
+
+def _changes(mixture: Mixture) -> list[list[Any]]:
+    """[first draw, weights] of the mixture's phases after the first, and [end, []], as JSON has them."""
+    later: list[list[Any]] = [[phase.start, list(phase.weights.values())] for phase in mixture.phases[1:]]
+    return later if mixture.end is None else [*later, [mixture.end, []]]
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -254,7 +264,7 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def evaluation_batches(
-    sources: Mapping[str, Sequence[Conversation]],
+    sources: Mapping[str, Source],
     encode: Encode,
     *,
     batch_size: int,
@@ -267,14 +277,17 @@ def evaluation_batches(
     """The first `limit_per_source` examples of every source, each once and in order, packed by pools; the last
     batch is filled up with empty rows. Of each batch the rows `rows` are made, so all processes see the same
     number of batches (each tokenises everything). Examples in which nothing carries loss are left out."""
-    sequences = list(sources.values())
     rows = range(batch_size) if rows is None else rows
-    todo = [Draw(s, 0, i) for s, source in enumerate(sequences) for i in range(len(source))[:limit_per_source]]
+    examples = Examples(sources, encode)
+    todo = [(s, i) for s, source in enumerate(sources.values()) for i in range(len(source))[:limit_per_source]]
     waiting: list[list[Item]] = []
     for start in range(0, len(todo), pool):
-        items = [item for item in encode_draws(encode, sources, todo[start : start + pool]) if item is not None]
-        packed = pack_pool([item.example for item in items], length, packing)
-        waiting += [[items[i] for i in row] for row in packed]
+        source, example = np.array(todo[start : start + pool], np.int64).T
+        sizes, handles = examples.open(Draws(source, np.zeros_like(source), example))
+        kept = np.flatnonzero(sizes).tolist()
+        items = examples.fetch([handles[i] for i in kept])
+        packed = pack(sizes[kept].tolist(), length, packing)
+        waiting += [[items[piece.example].piece(piece) for piece in row] for row in packed]
         while len(waiting) >= batch_size or (waiting and start + pool >= len(todo)):
             whole = waiting[:batch_size] + [[] for _ in range(batch_size - len(waiting))]
             yield make_batch([whole[row] for row in rows], length, list(sources))

@@ -1,15 +1,12 @@
 """Which example comes as the k-th draw: a function of (sizes, weights, seed, k), with no state.
 
-Sources take turns in a repeating cycle that holds source i exactly w_i times (integer weights, W in all). Within the
-cycle the turns are spread by Tijdeman's algorithm for the chairman assignment problem (R. Tijdeman, "The chairman
-assignment problem", Discrete Mathematics 32 (1980) 323-330), so that after any number of draws n every source has
-had n·w_i/W turns to within 1 - 1/(2k-2) of an example, k being the number of sources. All of it is integer
-arithmetic. The j-th turn of a source is the example permutation(epoch)(j mod size) of epoch j // size.
+Sources take turns so that after any number of draws each has had its share to within less than one example
+(data_pipelines/turns.py). The j-th turn of a source is the example permutation(epoch)(j mod size) of epoch j // size.
+Turns are counted over the whole run: where weights change nothing is shuffled again, and what a source has left of its
+epoch comes next.
 """
 
-import functools
-import hashlib
-import heapq
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import InputError
+from data_pipelines.permutation import permutation_key, permute, permute_many
+from data_pipelines.shares import integer_weights, turn_limits
+from data_pipelines.turns import Ideal, plan
 
-MAX_CYCLE = 1 << 20
-_ROUNDED_CYCLE = 100_000
-_ROUNDS = 8  # with 6, pairs of neighbours in 30 examples were still measurably uneven (chi² 1.7 per degree)
-_MASK = (1 << 64) - 1
+_BLOCK = 1 << 16  # draws whose arrays stay in a core's cache
+
+Integers = npt.NDArray[np.int64]
 
 
 class Draw(NamedTuple):
@@ -34,142 +33,160 @@ class Draw(NamedTuple):
     example: int
 
 
-class Mixture:
-    """Draws from named sources. `weights` are relative numbers of examples; without any (absent or 0 for every
-    source) a source weighs its size, so that all of them are read once in the same number of draws. Weights for some
-    sources only are an error, since no common scale is given.
+class Draws(NamedTuple):
+    """The same of n draws."""
 
-    Weights are taken as the decimal numbers they are written as and brought to integers exactly (0.3 and 0.7 become
-    3 and 7); if the cycle would be longer than MAX_CYCLE they are rounded to shares of 1/100,000, and none to zero.
-    `cycle_weights` holds the integers. The longest cycle takes 16 MiB and about a second to make.
+    source: npt.NDArray[np.int32]
+    epoch: Integers
+    example: Integers
+
+
+class Phase(NamedTuple):
+    """What is drawn from the draw `start` on: integer weights, 0 for a source that is not; used_up: the sources that
+    have by then come as often as they may."""
+
+    start: int
+    weights: dict[str, int]
+    used_up: tuple[str, ...]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
+
+
+class Mixture:
+    """Draws from named sources.
+
+    sizes: name -> examples. weights: relative numbers of examples; without any (absent or 0 for every source) a source
+    weighs its size. temperature: makes shares more even; see `shares`. max_epochs: a source is drawn at most
+    floor(epochs * size) times in all, and exactly so often if the run is long enough; the others then go on in their
+    proportions. schedule: (first draw, weights), ascending: the weights from that draw on, {} for the sizes.
+
+    Weights for some sources only are an error. With a schedule a source may wait, or leave: its weight in a phase is
+    then written as 0 (what is absent is still an error), but above 0 in some phase. A source that leaves has been drawn
+    its share to within less than one example like every other, and may therefore come once more.
+
+    `cycle_weights` holds the integers of the weights given first, `phases` all of them and where they begin, `limits`
+    name -> draws of sources with max_epochs, `end` how many draws there are: None, unless everything that may still be
+    drawn is used up. (If a source has left before that, one of the others may lack its last example.) A phase keeps
+    at most a few cycles in memory, one if it is the only one: 9 MiB for the longest, made in a third of a second.
     """
 
-    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        *,
+        temperature: float = 1.0,
+        max_epochs: Mapping[str, float] | None = None,
+        schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ):
         self.names, self.sizes, self.seed = list(sizes), list(sizes.values()), seed
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"source {name!r}: found {size} examples; expected at least one")
         if not sizes:
             raise InputError("found no sources; expected at least one")
-        self.cycle_weights = _integer_weights(_numbers(sizes, weights or {}))
-        self._cycle = tijdeman(self.cycle_weights)
-        turns = [np.flatnonzero(self._cycle == source) for source in range(len(sizes))]
-        self._turn = np.empty(len(self._cycle), np.int32)
-        for positions in turns:
-            self._turn[positions] = np.arange(len(positions))
-        self._turns = turns
+        phases = _phase_weights(sizes, weights or {}, temperature, schedule)
+        self.limits = turn_limits(sizes, max_epochs or {})
+        limits = [self.limits.get(name) for name in sizes]
+        self.cycle_weights = phases[0][1]
+        self._ideal = Ideal(phases, limits)
+        self.end = None if self._ideal.end is None else math.floor(self._ideal.end)
+        if self.end == 0:
+            raise InputError(f"max_epochs: found {dict(max_epochs or {})}, which leave nothing to draw")
+        self.phases = self._phases(limits)
+        self._segments = plan(self._ideal)
+        self._starts = [segment.start for segment in self._segments]
+
+    def _phases(self, limits: Sequence[int | None]) -> list[Phase]:
+        phases: dict[int, Phase] = {}
+        for stretch in self._ideal.stretches:
+            used_up = tuple(name for name, r, limit in zip(self.names, stretch.reached, limits) if r == limit)
+            start = math.ceil(stretch.start)
+            phases[start] = Phase(start, dict(zip(self.names, stretch.weights)), used_up)
+        return [phase for start, phase in phases.items() if start != self.end]
 
     def draw(self, k: int) -> Draw:
-        """The k-th draw, k >= 0."""
-        cycle, position = divmod(k, len(self._cycle))
-        source = int(self._cycle[position])
-        turn = cycle * self.cycle_weights[source] + int(self._turn[position])
+        """The k-th draw, 0 <= k < end."""
+        self._check(k, k)
+        segment = self._segments[bisect.bisect_right(self._starts, k) - 1]
+        cycle, position = divmod(k - segment.start, len(segment.sources))
+        source = int(segment.sources[position])
+        turn = segment.given[source] + cycle * segment.weights[source] + int(segment.turn[position])
         epoch, index = divmod(turn, self.sizes[source])
         key = permutation_key(self.seed, self.names[source], epoch)
         return Draw(source, epoch, permute(index, self.sizes[source], key))
 
+    def draw_many(self, draws: range | npt.ArrayLike) -> Draws:
+        """`draw` of many at once, in their order."""
+        exact = np.arange(draws.start, draws.stop, draws.step) if isinstance(draws, range) else draws
+        steps: Integers = np.asarray(exact, np.int64)
+        if len(steps):
+            self._check(int(np.min(steps)), int(np.max(steps)))
+        blocks = [self._draw_block(steps[at : at + _BLOCK]) for at in range(0, max(1, len(steps)), _BLOCK)]
+        return Draws(*map(np.concatenate, zip(*blocks)))
+
+    def _draw_block(self, steps: Integers) -> Draws:
+        source, turn = np.empty(len(steps), np.int32), np.empty(len(steps), np.int64)
+        which = np.searchsorted(self._starts, steps, side="right") - 1
+        for number in np.unique(which):
+            at = np.flatnonzero(which == number)
+            source[at], turn[at] = self._segments[number].turns(steps[at])
+        epoch, example = np.empty_like(turn), np.empty_like(turn)
+        order = np.argsort(source.astype(np.min_scalar_type(len(self.sizes) - 1)), kind="stable")
+        for at in np.split(order, np.cumsum(np.bincount(source, minlength=len(self.sizes)))[:-1]):
+            if len(at):
+                epoch[at], example[at] = self._examples(int(source[at[0]]), turn[at])
+        return Draws(source, epoch, example)
+
+    def _examples(self, source: int, turn: Integers) -> tuple[Integers, Integers]:
+        """Epochs and examples of turns of one source."""
+        epoch = turn // self.sizes[source]
+        distinct, which = np.unique(epoch, return_inverse=True)
+        keys = [permutation_key(self.seed, self.names[source], number) for number in distinct.tolist()]
+        index = turn - epoch * self.sizes[source]
+        return epoch, permute_many(index, self.sizes[source], np.array(keys, np.uint64)[which])
+
     def counts(self, draws: int) -> dict[str, int]:
         """How many of the first `draws` draws each source has."""
-        cycles, rest = divmod(draws, len(self._cycle))
-        within = [int(np.searchsorted(positions, rest)) for positions in self._turns]
-        return {n: cycles * w + more for n, w, more in zip(self.names, self.cycle_weights, within)}
+        self._check(draws, draws - 1)
+        return dict(zip(self.names, self._segments[bisect.bisect_right(self._starts, draws) - 1].counts(draws)))
+
+    def _check(self, first: int, last: int) -> None:
+        if first < 0 or (self.end is not None and last >= self.end):
+            has = "and so on" if self.end is None else f"to {self.end - 1}"
+            raise IndexError(f"found draws {first} to {last}; expected some of 0 {has}")
+
+    def expected(self, draws: int) -> dict[str, Fraction]:
+        """The sum of each source's shares in the first `draws` draws, from which `counts` is less than one away."""
+        return dict(zip(self.names, self._ideal.turns(draws)))
 
     def draws_for_epochs(self, epochs: float) -> int:
-        """As many draws as `epochs` times the examples of all sources. Without weights that reads every example
-        `epochs` times; with weights `counts` tells how often a source is read."""
-        return math.ceil(Fraction(str(epochs)) * sum(self.sizes))
+        """As many draws as `epochs` times the examples of all sources, or all there are. Without weights that reads
+        every example `epochs` times; with weights `counts` tells how often a source is read."""
+        draws = math.ceil(Fraction(str(epochs)) * sum(self.sizes))
+        return draws if self.end is None else min(draws, self.end)
 
 
-def _numbers(sizes: Mapping[str, int], weights: Mapping[str, float]) -> list[Fraction]:
-    """Weights in the order of the sources, or their sizes where no source has one."""
-    if unknown := [name for name in weights if name not in sizes]:
-        raise InputError(f"weights: found {unknown}; expected names among {list(sizes)}")
-    if wrong := {name: w for name, w in weights.items() if not (0 <= w < math.inf)}:
-        raise InputError(f"weights: found {wrong}; expected finite numbers of at least 0")
-    if not any(weights.values()):
-        return [Fraction(size) for size in sizes.values()]
-    if missing := [name for name in sizes if not weights.get(name)]:
-        raise InputError(f"weights: found none for {missing}; expected one for every source, or for none")
-    return [Fraction(str(weights[name])) for name in sizes]
-
-
-def _integer_weights(numbers: Sequence[Fraction]) -> list[int]:
-    scale = math.lcm(*(number.denominator for number in numbers))
-    exact = [int(number * scale) for number in numbers]
-    if sum(exact) // math.gcd(*exact) > MAX_CYCLE:
-        total = sum(exact)
-        exact = [max(1, round(Fraction(weight * _ROUNDED_CYCLE, total))) for weight in exact]
-    divisor = math.gcd(*exact)
-    return [weight // divisor for weight in exact]
-
-
-def tijdeman(weights: Sequence[int]) -> npt.NDArray[np.int32]:
-    """int32[sum(weights)]: the source of each turn of one cycle.
-
-    With share s = w/W, turn j (from 0) of a source may be given from step n on once n·s - j >= 1/(2k-2), and has to
-    be given while n·s - j <= 1 - 1/(2k-2). Tijdeman proves that giving each step to the admissible turn with the
-    earliest last step meets every one of them.
-    """
-    total, parts = sum(weights), 2 * len(weights) - 2
-    cycle = np.zeros(total, np.int32)
-    if parts == 0:
-        return cycle
-    given = [0] * len(weights)
-
-    def first_step(source: int) -> int:
-        return -(-(given[source] * parts + 1) * total // (parts * weights[source]))
-
-    def last_step(source: int) -> int:
-        return ((given[source] + 1) * parts - 1) * total // (parts * weights[source])
-
-    waiting = [(first_step(source), source) for source in range(len(weights))]
-    heapq.heapify(waiting)
-    ready: list[tuple[int, int]] = []
-    for step in range(1, total + 1):
-        while waiting and waiting[0][0] <= step:
-            source = heapq.heappop(waiting)[1]
-            heapq.heappush(ready, (last_step(source), source))
-        source = heapq.heappop(ready)[1]
-        cycle[step - 1] = source
-        given[source] += 1
-        if given[source] < weights[source]:
-            heapq.heappush(waiting, (first_step(source), source))
-    return cycle
-
-
-@functools.lru_cache(maxsize=4096)
-def permutation_key(seed: int, name: str, number: int) -> int:
-    """64 bits that look random: a function of the seed, of what is permuted and of a running number."""
-    digest = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _phase_weights(
+    sizes: Mapping[str, int],
+    weights: Mapping[str, float],
+    temperature: float,
+    schedule: Sequence[tuple[int, Mapping[str, float]]],
+) -> list[tuple[int, list[int]]]:
+    """The first draw of every phase and its whole weights."""
+    starts = [start for start, _ in schedule]
+    if any(start != int(start) or before >= start for before, start in zip([0, *starts], starts)):
+        raise InputError(f"schedule: found phases from draws {starts}; expected whole numbers above 0, ascending")
+    partial = bool(schedule)
+    phases = [(int(at), integer_weights(sizes, each, temperature, partial)) for at, each in [(0, weights), *schedule]]
+    if never := [name for i, name in enumerate(sizes) if not any(each[i] for _, each in phases)]:
+        raise InputError(f"weights: found 0 for {never} in every phase; expected one above 0, or no such source")
+    return phases
 
 
 def draw_rng(seed: int, name: str, draw: Draw) -> np.random.Generator:
     """Random numbers of a draw: a function of the seed, of its source's name, its epoch and its example."""
     return np.random.default_rng((permutation_key(seed, f"text of {name}", draw.epoch), draw.example))
-
-
-def permute(index: int, size: int, key: int) -> int:
-    """Image of index (0 <= index < size) under a permutation of range(size) that the 64-bit key selects.
-
-    The generalised Feistel network on a x b >= size with cycle walking of J. Black and P. Rogaway, "Ciphers with
-    arbitrary finite domains" (CT-RSA 2002), with the finaliser of SplitMix64 (Steele, Lea, Flood 2014) as its round
-    function. Not for secrets. grain's index_shuffle does the same, but importing grain imports JAX.
-    """
-    left_size = math.isqrt(size - 1) + 1
-    right_size = -(-size // left_size)
-    while True:
-        left, right = index % left_size, index // left_size
-        for rounds in range(0, _ROUNDS, 2):
-            left = (left + _mix(key + rounds, right)) % left_size
-            right = (right + _mix(key + rounds + 1, left)) % right_size
-        index = right * left_size + left
-        if index < size:
-            return index
-
-
-def _mix(key: int, value: int) -> int:
-    mixed = (key * 0x9E3779B97F4A7C15 + value * 0xD1B54A32D192ED03) & _MASK
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-    return mixed ^ (mixed >> 31)

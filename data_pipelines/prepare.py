@@ -1,208 +1,247 @@
 """Prepare data: `python -m data_pipelines.prepare --config=configs/data/koala.py --input DIR --output DIR`.
 
-Reads the files of every source in the configuration, checks every row, splits, and writes one TFDS dataset a source:
+Samples go through a graph of stages, from the files of every source to one TFDS dataset a source:
+
+    read → normalise → filter → dedupe → decontaminate → redact → split → write
 
     OUTPUT/manifest.json        counts, hashes and the configuration (see `datasets`)
     OUTPUT/<source>/1.0.0/      the conversations, splits "train" and "heldout"
-    OUTPUT/rejects.jsonl        every row that was left out, with file, row, turn, reason, found and expected
+    OUTPUT/rejects.jsonl        all that was left out: source, stage, place, reason, what was found
     OUTPUT/tokenizer/           tokenizer.json, if the configuration trains one
+    OUTPUT.cache/               what every stage made of every chunk (see `store`); may be deleted
 
-A row that does not fit stops the run with `--policy error`, or is counted and left out with `--policy skip`. The same
-input and configuration give the same manifest hash on every machine. Everything is written to OUTPUT.tmp, which
-becomes OUTPUT at the end; a complete OUTPUT is left alone, unless `--force` has it replaced after success.
-
-The configuration (see configs/data/koala.py for one):
-
-    sources.<name>   kind (the module in data_pipelines/sources, by default the name), weight (a whole number for the
-                     mixture; 0: in proportion to the examples), limit (rows kept), drop_phrases (left out if one occurs
-                     in a turn, whatever the case), max_turn_chars; for files patterns, repair, separator; for sources
-                     that make their text up the arguments of their `generate`
-    heldout          share of the rows that is held out
-    policy           "skip" or "error"
-    missing          "error", or "skip" to go on without the sources that have no file
-    max_turn_chars   characters of a turn, at most
-    tokenizer        train, vocab_size, special_tokens: trained on the train splits of all sources
+The configuration (`settings` says what it may hold) names the stages and their options, and may change them for a
+source. What a stage made is kept: a stage that changed runs again, and so does what follows it, and nothing else; so
+does a run that was killed go on. A row that does not fit stops the run with `--policy error`, or is counted and left
+out with `--policy skip`. The same input and configuration give the same manifest hash on every machine, with any number
+of processes. A complete OUTPUT is left alone if it is of this configuration and these files; if it is of others, that
+is an error, unless `--force` has it replaced.
 """
 
 import errno
-import hashlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from data_pipelines import datasets, sources
-from data_pipelines.conversation import Conversation, DataError
-from data_pipelines.datasets import DatasetError, Manifest
+from data_pipelines import datasets, graph
+from data_pipelines.chunk import Ledger
+from data_pipelines.datasets import Manifest
+from data_pipelines.errors import InputError
+from data_pipelines.files import Folder
+from data_pipelines.graph_dedupe import dedupe
 from data_pipelines.inspect import manifest_table
-from data_pipelines.intake import KEYS, Accounts, Intake, PrepareError, Source, plan, read_settings
+from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
+from data_pipelines.source import PrepareError, Source
+from data_pipelines.store import Made, Store, read_drops
+from data_pipelines.workers import Workers
 
 
 def prepare(
-    config: ConfigDict, input_dir: Path | str | None, output_dir: Path | str, *, force: bool = False
+    config: ConfigDict,
+    input_dir: Path | str | None,
+    output_dir: Path | str,
+    *,
+    force: bool = False,
+    workers: int = 1,
+    runner: str = "local",
+    runner_flags: Sequence[str] = (),
 ) -> Manifest:
     """Prepares what `config` says, and returns the manifest; that of a complete `output_dir` if there is one.
 
-    `input_dir` may be None if no source reads files. Raises PrepareError for a configuration or folder that does not
-    fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the disk.
+    `input_dir` is a path or a URL; it may be None if no source reads files. `runner`: "local" for `workers` processes
+    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that
+    does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the
+    disk.
     """
     output = Path(output_dir)
+    store = Store(output.with_name(output.name + ".cache"))
     settings = read_settings(config)
-    existing = finished(output, settings, force)
-    if existing is not None:
+    existing = None if nothing_of_ours(output) or force else complete(output, settings)
+    if existing is not None and (input_dir is None or not Folder(str(input_dir)).exists()):
         return existing
-    planned, missing = plan_all(settings, input_dir)
+
+    with Workers(workers) as pool:
+        ################################### What there is to read ####################################
+        planned, missing = plan_all(settings, None if input_dir is None else str(input_dir))
+        files = graph.hashed(store, planned, pool)
+        if existing is not None:
+            check_same(output, existing, files)
+            return existing
+
+        ########################################## Stages ############################################
+        planned = with_indexes(planned, store.folder / "benchmarks")
+        if runner == "local":
+            made = stage_by_stage(store, planned, files, settings, pool)
+        else:
+            made = on_beam(store, planned, settings, [f"--runner={runner}", *runner_flags])
+        check_rows(planned, made["read"])
+        check_left(planned, made)
+
+        ##################################### Datasets, tokenizer ####################################
+        written = graph.write_datasets(store, planned, made["split"], pool)
+        tokenizer = graph.train_tokenizer(store, settings.get("tokenizer") or {}, made["split"])
+
+    ############################################ Output ##############################################
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed left behind
-    (scratch / "spool").mkdir(parents=True)
+    scratch.mkdir(parents=True)
+    parts = {name: folder for name, (folder, _) in written.items()} | ({"tokenizer": tokenizer[0]} if tokenizer else {})
+    for name, folder in parts.items():
+        shutil.copytree(folder, scratch / name, copy_function=link)
+    write_rejects(scratch / "rejects.jsonl", planned, made)
+    entries = {source.name: entry(source, files, made, written[source.name][1]) for source in planned}
+    trained = tokenizer[1] if tokenizer else None
+    manifest = {"sources": entries, "missing": missing, "tokenizer": trained, "config": settings}
+    finished = datasets.write_manifest(scratch, manifest)
+    publish(scratch, output)
+    return finished
+
+
+def stage_by_stage(
+    store: Store, planned: Sequence[Source], files: graph.Files, settings: Mapping[str, Any], pool: Workers
+) -> dict[str, graph.Chunks]:
+    """stage -> the chunks after it, made by the processes of this machine."""
+    made = {"read": graph.read(store, planned, files, settings, pool)}
+    for stage in graph.stages_in_use(planned):
+        before = made[list(made)[-1]]
+        if stage == "dedupe":
+            made[stage] = dedupe(store, planned, settings, before, pool)
+        else:
+            made[stage] = graph.apply(store, stage, planned, before, pool)
+    return made
+
+
+def on_beam(
+    store: Store, planned: Sequence[Source], settings: Mapping[str, Any], flags: Sequence[str]
+) -> dict[str, graph.Chunks]:
+    """The same from Apache Beam. Its chunks are in the cache, where every machine has to reach them."""
     try:
-        entries = read_all(planned, settings, scratch)
-        tokenizer = train_tokenizer(settings.get("tokenizer") or {}, list(entries), scratch)
-        shutil.rmtree(scratch / "spool")
-        manifest = {"sources": entries, "missing": missing, "tokenizer": tokenizer, "config": settings}
-        complete = datasets.write_manifest(scratch, manifest)
-        publish(scratch, output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return complete
+        from data_pipelines import beam_graph
+    except ModuleNotFoundError as error:
+        raise PrepareError(
+            f"--runner: found no {error.name}; expected it installed: pip install easylm_plus[beam]"
+        ) from error
+    folder = store.folder / "beam"
+    shutil.rmtree(folder, ignore_errors=True)
+    return beam_graph.run(planned, settings, str(folder), folder, flags)
 
 
-def finished(output: Path, settings: dict[str, Any], force: bool) -> Manifest | None:
-    """The manifest of a complete `output` to keep. Raises PrepareError for a folder that must not be touched."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not (output / datasets.MANIFEST).exists():
-        raise PrepareError(f"{output}: found other files there; expected prepared data, or no such folder")
-    if force:
-        return None
+def complete(output: Path, settings: Mapping[str, Any]) -> Manifest:
+    """The manifest of what was prepared before. Raises PrepareError if it is of another configuration."""
     manifest = datasets.read_manifest(output)
     differing = [key for key in KEYS if manifest["config"].get(key) != settings.get(key)]
     if differing:
-        was = f"prepared with another configuration (differs in {', '.join(differing)})"
-        raise PrepareError(f"{output}: found data {was}; expected the same, another --output, or --force")
+        raise other(output, f"another configuration (differs in {', '.join(differing)})")
     return manifest
 
 
-def plan_all(settings: dict[str, Any], input_dir: Path | str | None) -> tuple[list[Source], dict[str, Any]]:
-    """The sources that there are, and of the others (name -> patterns, origin)."""
-    folder = Path("." if input_dir is None else input_dir)
-    planned = [plan(name, options, folder) for name, options in settings["sources"].items()]
-    absent = [source for source in planned if not source.generated and (input_dir is None or not source.files)]
-    missing = {source.name: {"patterns": list(source.patterns), "origin": source.module.ORIGIN} for source in absent}
-    present = [source for source in planned if source.name not in missing]
-    if missing and (settings["missing"] == "error" or not present):
-        lines = [f"{name}: {', '.join(m['patterns'])}; from {m['origin']}" for name, m in missing.items()]
-        found = f"found no files for {len(missing)} of {len(planned)} sources; expected"
-        raise PrepareError(f"{'no input folder' if input_dir is None else folder}: {found}\n  " + "\n  ".join(lines))
-    return present, missing
+def nothing_of_ours(output: Path) -> bool:
+    """Whether there is no output yet. Raises PrepareError for a folder that must not be touched."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    if not (output / datasets.MANIFEST).exists():
+        raise PrepareError(f"{output}: found other files there; expected prepared data, or no such folder")
+    return False
 
 
-def read_all(planned: list[Source], settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """Reads and writes one source after the other; returns their entries of the manifest."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    entries = {}
-    with open(scratch / "rejects.jsonl", "w", encoding="utf-8") as rejects, bar:
-        for source in planned:
-            entries[source.name] = read_source(source, settings, scratch, rejects, bar)
-    return entries
+def other(output: Path, what: str) -> PrepareError:
+    return PrepareError(f"{output}: found data prepared with {what}; expected the same, another --output, or --force")
 
 
-def read_source(
-    source: Source, settings: dict[str, Any], scratch: Path, rejects: TextIO, bar: Progress
+def check_same(output: Path, existing: Manifest, files: graph.Files) -> None:
+    """Raises PrepareError if the files are not those that the data was prepared from."""
+    was = {(name, f["path"]): f["sha256"] for name, entry in existing["sources"].items() for f in entry["files"]}
+    now = {(name, path): f["sha256"] for name, each in files.items() for path, f in each.items()}
+    differing = [path for (_, path), digest in {**was, **now}.items() if was.get((_, path)) != now.get((_, path))]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise other(output, f"other files ({', '.join(differing[:3])}{more})")
+
+
+def check_rows(planned: list[Source], read: graph.Chunks) -> None:
+    """Raises PrepareError for a source of which no row fits."""
+    for source in planned:
+        ledger = total(read[source.name])
+        if not ledger.left:
+            drops = (drop for made in read[source.name] for drop in read_drops(made.path, "read"))
+            d = next(drops, {"file": source.name, "row": 0, "found": "nothing", "expected": "a row or more"})
+            first = f"{d['file']}, row {d['row']}: found {d['found']}; expected {d['expected']}"
+            raise PrepareError(f"sources.{source.name}: none of {ledger.entered} rows fits; the first: {first}")
+
+
+def check_left(planned: list[Source], made: Mapping[str, graph.Chunks]) -> None:
+    """Raises PrepareError for a source of which the stages left nothing."""
+    for source in planned:
+        if not total(made["split"][source.name]).left:
+            dropped = {stage: dict(total(made[stage][source.name]).dropped) for stage in source.stages}
+            raise PrepareError(f"sources.{source.name}: the stages left nothing of it; dropped: {dropped}")
+
+
+def total(chunks: list[Made]) -> Ledger:
+    """The accounts of a stage over all chunks of a source."""
+    sum_ = Ledger()
+    for made in chunks:
+        sum_.add(made.ledger)
+    return sum_
+
+
+def entry(
+    source: Source, files: graph.Files, made: Mapping[str, graph.Chunks], splits: dict[str, Any]
 ) -> dict[str, Any]:
-    paths = [source.folder / file for file in source.files]
-    total = sum(path.stat().st_size for path in paths)
-    task = bar.add_task(source.name, total=total or None)
-
-    def open_raw(path: Path) -> BinaryIO:
-        return bar.open(path, "rb", buffering=0, total=total, task_id=task)
-
-    def on_reject(error: DataError) -> None:
-        if settings["policy"] == "error" and not isinstance(error, sources.Filtered):
-            raise error
-        rejects.write(json.dumps({"source": source.name, **error.to_dict()}) + "\n")
-
-    intake = Intake(source, settings["heldout"], settings["max_turn_chars"], on_reject)
-    spools = {split: spool_path(scratch, source.name, split) for split in datasets.SPLITS}
-    with ExitStack() as stack:
-        files = {split: stack.enter_context(open(path, "w", encoding="utf-8")) for split, path in spools.items()}
-        try:
-            for split, conversation in intake(open_raw):
-                files[split].write(conversation.to_json() + "\n")
-        except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, DataError) or not source.generated:
-                raise
-            raise PrepareError(f"sources.{source.name}: {error}") from error
-    accounts = intake.accounts
-    if not accounts.kept_rows:
-        raise PrepareError(f"sources.{source.name}: none of {accounts.rows} rows fits; the first: {accounts.first}")
-    splits = datasets.write_source(scratch, source.name, {split: read_spool(path) for split, path in spools.items()})
-    bar.update(task, total=total or 1, completed=total or 1)
-    return entry(source, accounts, splits)
-
-
-def entry(source: Source, accounts: Accounts, splits: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says about a source."""
+    read = total(made["read"][source.name])
     return {
-        "kind": source.module.__name__.removeprefix(f"{sources.__name__}."),
+        "kind": source.kind,
+        "licence": getattr(source.module, "LICENCE", "not stated"),
         "weight": source.options.get("weight") or 0,
-        "files": [{"path": file.as_posix(), **described(source.folder / file)} for file in source.files],
-        "rows": accounts.rows,
-        "kept_rows": accounts.kept_rows,
-        "rejected": dict(sorted(accounts.rejected.items())),
-        "repaired": dict(sorted(accounts.repaired.items())),
+        "files": [{"path": path, **described} for path, described in files[source.name].items()],
+        "rows": read.entered,
+        "kept_rows": read.left,
+        "rejected": ordered(read.dropped),
+        "repaired": ordered(read.changed),
+        "stages": {stage: stage_entry(total(made[stage][source.name])) for stage in source.stages},
         "splits": splits,
     }
 
 
-def described(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def stage_entry(ledger: Ledger) -> dict[str, Any]:
+    return {
+        "entered": ledger.entered,
+        "left": ledger.left,
+        "dropped": ordered(ledger.dropped),
+        "changed": ordered(ledger.changed),
+        "seen": {table: ordered(counts) for table, counts in sorted(ledger.seen.items())},
+    }
 
 
-def spool_path(scratch: Path, source: str, split: str) -> Path:
-    return scratch / "spool" / f"{source}.{split}.jsonl"
+def ordered(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
-def read_spool(path: Path) -> Iterator[Conversation]:
-    with open(path, "rb") as lines:  # bytes, because text has line breaks other than \n within a line
-        yield from map(Conversation.from_json, lines)
+def write_rejects(path: Path, planned: list[Source], made: Mapping[str, graph.Chunks]) -> None:
+    """All drops, source by source and stage by stage, in the order of the samples."""
+    with open(path, "w", encoding="utf-8") as file:
+        for source in planned:
+            for stage in ("read", *source.stages):
+                for chunk in made[stage][source.name]:
+                    for drop in read_drops(chunk.path, stage) if chunk.ledger.dropped else ():
+                        file.write(json.dumps({"source": source.name, "stage": stage, **drop}) + "\n")
 
 
-def train_tokenizer(options: dict[str, Any], names: list[str], scratch: Path) -> dict[str, Any] | None:
-    if not options.get("train"):
-        return None
-    from data_pipelines import train_tokenizer
-
-    def texts() -> Iterator[str]:
-        for name in names:
-            for conversation in read_spool(spool_path(scratch, name, "train")):
-                yield from (turn.text for turn in conversation.turns)
-
+def link(source: str, target: str) -> None:
+    """A second name for a file of the cache; a copy where the file system has none."""
     try:
-        special_tokens = tuple(options.get("special_tokens") or ())
-        train_tokenizer.train(texts(), options["vocab_size"], special_tokens, scratch / "tokenizer")
-    except ValueError as error:
-        raise PrepareError(f"config.tokenizer: {error}") from error
-    path = "tokenizer/tokenizer.json"
-    return {"path": path, **described(scratch / path)}
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def publish(scratch: Path, output: Path) -> None:
@@ -223,13 +262,16 @@ def main(argv: list[str]) -> None:
         with config.unlocked():
             config.policy = FLAGS.policy
     try:
-        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force)
-    except (PrepareError, DatasetError, DataError) as error:
+        workers = FLAGS.workers or os.cpu_count() or 1
+        where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag}
+        manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, **where)
+    except InputError as error:
         sys.exit(f"{error}")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             sys.exit(
-                f"{output}.tmp: found no space left on the disk; expected more: free some, or choose another --output"
+                f"{output}: found no space left on the disk; expected more for it and {output}.cache: free some, or "
+                "choose another --output"
             )
         sys.exit(f"{error}")
     Console().print(manifest_table(manifest))
@@ -240,9 +282,14 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "What to prepare, such as configs/data/koala.py")
-    flags.DEFINE_string("input", None, "Folder with the files of the sources")
+    flags.DEFINE_string("input", None, "Folder with the files of the sources, a path or a URL")
     flags.DEFINE_string("output", None, "Folder to write")
     flags.DEFINE_enum("policy", None, ["error", "skip"], "What a row that does not fit does; over the configuration's")
     flags.DEFINE_bool("force", False, "Replace prepared data in the output folder")
+    flags.DEFINE_integer("workers", 0, "Processes; 0: as many as there are cores", lower_bound=0)
+    flags.DEFINE_string("runner", "local", "local, or a runner of Apache Beam such as DirectRunner or DataflowRunner")
+    flags.DEFINE_multi_string(
+        "runner_flag", [], "A flag for it, such as --runner_flag=--direct_num_workers=8; repeatable"
+    )
     flags.mark_flags_as_required(["config", "output"])
     app.run(main)

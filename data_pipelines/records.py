@@ -1,16 +1,16 @@
 """Rows out of files: .json, .jsonl, .csv and .txt, each also as .gz, read as a stream.
 
-`read_rows` yields (Where, row); a row is an object with its fields. The row of a `Where` is, from 1:
+`read_items` yields (Where, row); a row is an object with its fields. The row of a `Where` is, from 1:
   .jsonl  the line
   .json   the item of the array; or of the objects that follow one another, since many a .json holds JSON lines
   .csv    the record after the header, whose names become the keys; all values are text
   .txt    the document, as {"text": …}; see `separator`
 
-What does not fit is passed to `on_error` as a DataError; raising it, the default, ends the reading. If `on_error`
-returns, reading goes on with the next row where there is a safe place to go on from: the next line of .jsonl, the next
-record of .csv. After a syntax error within .json, a damaged gzip file or text that is not UTF-8, there is none (in
-.jsonl a line that is not UTF-8 costs that line alone): the rows before it have been yielded, and the message says that
-reading ends there. Each call of `on_error` stands for one row.
+What does not fit is yielded as a DataError in its place; `read_rows` raises it instead. Reading goes on with the next
+row where there is a safe place to go on from: the next line of .jsonl, the next record of .csv. After a syntax error
+within .json, a damaged gzip file or text that is not UTF-8, there is none (in .jsonl a line that is not UTF-8 costs
+that line alone): the rows before it have been yielded, and the message says that reading ends there. Each error stands
+for one row.
 
 Memory: one row at a time, a few times `max_row_bytes` at most. Bytes and lines count in the unpacked file.
 """
@@ -21,7 +21,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -33,8 +33,8 @@ MAX_ROW_BYTES = 64 << 20
 CHUNK = 1 << 20
 CONTROLS = bytes({*range(32)} - {*b"\t\n\r"})
 
-OnError = Callable[[DataError], None]
-Rows = Iterator[tuple[Where, dict[str, Any]]]
+Row = tuple[Where, dict[str, Any]]
+Items = Iterator[Row | DataError]
 
 
 class _Stop(Exception):
@@ -44,27 +44,30 @@ class _Stop(Exception):
         self.error = error
 
 
-def _raise(error: DataError) -> None:
-    raise error
+def read_rows(path: Path | str, **options: Any) -> Iterator[Row]:
+    """`read_items`, but the first error is raised."""
+    for item in read_items(path, **options):
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
-def read_rows(
+def read_items(
     path: Path | str,
     *,
     name: str | None = None,
     raw: BinaryIO | None = None,
-    on_error: OnError = _raise,
     separator: int | str = 1,
     columns: Sequence[str] | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
-) -> Rows:
+) -> Items:
     """Yields the rows of a file; see above for their form and for errors.
 
     `name` is what errors and `Where` call the file, by default its path. `raw` is the file already opened, for a
     caller that watches how far it is read. `separator` ends a document of a .txt file: a run of that many empty lines
     or more, or a mark such as "<|endoftext|>". `columns` are the names of the columns of a .csv file without a header.
     """
-    reader = _Reader(name or str(path), on_error, max_row_bytes)
+    reader = _Reader(name or str(path), max_row_bytes)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
@@ -87,7 +90,7 @@ def read_rows(
     except (gzip.BadGzipFile, zlib.error) as error:
         stopped = reader.error(f"damaged gzip data ({error})", "an intact gzip file", "damaged_gzip")
     if stopped:
-        on_error(stopped)
+        yield stopped
 
 
 class _Reader:
@@ -98,8 +101,8 @@ class _Reader:
     broken: tuple[str, str, str] | None = None  # what is wrong behind what was read
     damaged: Exception | None = None
 
-    def __init__(self, name: str, on_error: OnError, max_row_bytes: int):
-        self.name, self.on_error, self.max_row_bytes = name, on_error, max_row_bytes
+    def __init__(self, name: str, max_row_bytes: int):
+        self.name, self.max_row_bytes = name, max_row_bytes
         self.row = self.rows = 0
         self.decoder = codecs.getincrementaldecoder("utf-8")()
 
@@ -111,17 +114,16 @@ class _Reader:
         """An error after which nothing of the file is read, which the message says."""
         raise _Stop(self.error(found if whole else f"{found}, where reading ends", expected, reason, whole))
 
-    def reject(self, found: str, expected: str, reason: str) -> None:
+    def rejected(self, found: str, expected: str, reason: str) -> DataError:
         """An error in the last row; reading goes on."""
         self.rows += 1
-        self.on_error(DataError(Where(self.name, self.row), found, expected, reason))
+        return DataError(Where(self.name, self.row), found, expected, reason)
 
-    def accept(self, value: object) -> Rows:
-        if isinstance(value, dict):
-            self.rows += 1
-            yield Where(self.name, self.row), value
-        else:
-            self.reject(shown(value), "an object {…}", "not_an_object")
+    def accepted(self, value: object) -> Row | DataError:
+        if not isinstance(value, dict):
+            return self.rejected(shown(value), "an object {…}", "not_an_object")
+        self.rows += 1
+        return Where(self.name, self.row), value
 
     def open(self, file: BinaryIO, packed: bool) -> None:
         buffered = io.BufferedReader(cast(io.RawIOBase, file), CHUNK)
@@ -165,22 +167,22 @@ class _Reader:
     def stop_too_long(self) -> NoReturn:
         self.stop(f"a row of more than {self.max_row_bytes:,} bytes", "shorter rows", "row_too_long")
 
-    def jsonl(self) -> Rows:
+    def jsonl(self) -> Items:
         for offset, line in self.lines():
             self.row += 1
             if len(line) > self.max_row_bytes:
-                self.reject(f"a line of more than {self.max_row_bytes:,} bytes", "shorter rows", "row_too_long")
+                yield self.rejected(f"a line of more than {self.max_row_bytes:,} bytes", "shorter rows", "row_too_long")
                 continue
             try:
                 value = json.loads(text) if (text := line.decode().strip()) else None
             except UnicodeDecodeError as error:
-                self.reject(*not_utf8(error, offset))
+                yield self.rejected(*not_utf8(error, offset))
             except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
                 problem = syntax_error(error, self.row)
-                self.reject(problem.found, problem.expected, problem.reason)
+                yield self.rejected(problem.found, problem.expected, problem.reason)
             else:
                 if text:
-                    yield from self.accept(value)
+                    yield self.accepted(value)
 
     def characters(self, size: int) -> str:
         """About `size` further characters, none at the end. What stands before a byte that is not UTF-8 comes first."""
@@ -215,15 +217,15 @@ class _Reader:
             self.damaged = error
         return b"".join(parts)
 
-    def json(self) -> Rows:
+    def json(self) -> Items:
         try:
             for value in json_values(self.characters, self.max_row_bytes):
                 self.row += 1
-                yield from self.accept(value)
+                yield self.accepted(value)
         except JsonError as error:
             self.stop(error.found, error.expected, error.reason)
 
-    def csv(self) -> Rows:
+    def csv(self) -> Items:
         csv.field_size_limit(self.max_row_bytes)  # for the whole process; its default of 128 kB cuts long answers
         records = csv.reader(self.strings(), strict=True)
         try:
@@ -237,7 +239,7 @@ class _Reader:
                 fields = next(records, None)
             except csv.Error as error:
                 self.row += 1
-                self.reject(f"a record that is not CSV ({error})", "fields with closed quotes", "invalid_csv")
+                yield self.rejected(f"a record that is not CSV ({error})", "fields with closed quotes", "invalid_csv")
                 continue
             if fields is None:
                 return
@@ -245,11 +247,13 @@ class _Reader:
                 continue
             self.row += 1
             if len(fields) == len(header):
-                yield from self.accept(dict(zip(header, fields)))
+                yield self.accepted(dict(zip(header, fields)))
             else:
-                self.reject(f"{len(fields)} fields", f"{len(header)}, as in the header {header}", "wrong_columns")
+                yield self.rejected(
+                    f"{len(fields)} fields", f"{len(header)}, as in the header {header}", "wrong_columns"
+                )
 
-    def text(self, separator: int | str) -> Rows:
+    def text(self, separator: int | str) -> Items:
         split = self.marked(separator) if isinstance(separator, str) else self.spaced(separator)
         document: list[str] = []
         size = 0
@@ -264,7 +268,7 @@ class _Reader:
             document, size = [], 0
             if text.strip():
                 self.row += 1
-                yield from self.accept({"text": text})
+                yield self.accepted({"text": text})
 
     def marked(self, mark: str) -> Iterator[str | None]:
         """Pieces of documents, and None at the end of each."""

@@ -2,13 +2,17 @@
 
 A template lays a conversation out as segments: special tokens by id, and texts that are tokenised one by one, each
 with its loss weight. Headers, questions and bos weigh 0; an assistant's text and the token that ends it weigh what
-the turn does; a document (one turn with the role "text") is `bos text eos` whatever the template.
+the turn does; a document (the role "text") is `bos text eos` whatever the template, and one of several parts `bos part
+part … eos`.
 
 * `koala`: the format of Koala, as koala_data_pipeline writes it and EasyLM's TextProcessor reads it.
 * `chat`: <|user|>question<|end|><|assistant|>answer<|end|>, for tokenizers that have these special tokens.
 * `yuan`: question<sep>answer<eod>, the format of Yuan 2.0.
 * `tokenizer`: the chat template that came with the tokenizer; or a .jinja file; or a jinja string.
 * `text`: documents only.
+
+Calls of tools, and a list of tools that may be called, are for templates of Hugging Face that write them; with any
+other they are an error, since leaving them out would teach answers out of nothing.
 
 Too long examples keep their beginning: everything after `max_length` ids is cut off, eos included.
 """
@@ -18,6 +22,7 @@ import dataclasses
 import datetime
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.conversation import ANSWERS, SPECIAL, Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.jinja_chat import ChatRenderer, ChatTemplateError, Rendered
 from data_pipelines.tokenization import Ids, Tokenizer
+from data_pipelines.tool_calls import messages
 
 CHAT = """\
 {{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}
@@ -87,8 +93,10 @@ class Template(abc.ABC):
 
     max_length: longest example in ids (a row of T inputs holds T + 1). ignore_helpful: treat an answer marked
     unhelpful like any other, as preference objectives need; otherwise it gets its marker, or is an error where
-    the template has none.
+    the template has none. takes_tools: whether a list of tools has a place in it.
     """
+
+    takes_tools = False
 
     def __init__(self, tokenizer: Tokenizer, max_length: int | None, ignore_helpful: bool, source: str):
         if tokenizer.eos_id is None:
@@ -108,8 +116,9 @@ class Template(abc.ABC):
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @abc.abstractmethod
-    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
-        """Lays out a chat; with `prompt` up to where the assistant's next answer begins."""
+    def segments(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> list[Segment]:
+        """Lays out a chat; with `prompt` up to where the assistant's next answer begins. `tools` as a conversation has
+        them, only where the template takes them."""
 
     def encode(self, conversation: Conversation) -> Example | None:
         """The example, or None where no token that carries loss is left. Raises InputError naming the conversation."""
@@ -132,7 +141,7 @@ class Template(abc.ABC):
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
         """Ids that the assistant's next answer continues; of a document, its beginning without eos."""
-        if conversation.turns[-1].role == "assistant":
+        if conversation.turns[-1].role in ANSWERS:
             raise InputError(f"{conversation.source}/{conversation.id}: a prompt cannot end with an assistant's turn")
         ids: list[int] = []
         for content, _, _, continued in self._layout(conversation, prompt=True):
@@ -152,16 +161,33 @@ class Template(abc.ABC):
     def _layout(self, conversation: Conversation, prompt: bool) -> list[Segment]:
         turns = conversation.turns
         try:
-            if any(turn.role == "text" for turn in turns):
-                if len(turns) > 1:
-                    raise InputError(f'found {len(turns)} turns; expected a document to be a single turn, role "text"')
-                end = [] if prompt else [Segment(self._eos, turns[0].weight)]
-                return [*self._bos, Segment(turns[0].text, turns[0].weight), *end]
+            if any(turn.role in ("text", "special") for turn in turns):
+                return self._document(turns, prompt)
+            if conversation.tools and not self.takes_tools:
+                raise InputError("found a list of tools, for which this template has no place")
             if self.ignore_helpful:
                 turns = tuple(dataclasses.replace(turn, helpful=True) for turn in turns)
-            return self.segments(turns, prompt=prompt)
+            return self.segments(turns, prompt=prompt, tools=conversation.tools)
         except ValueError as error:
             raise ChatTemplateError(f"{conversation.source}/{conversation.id}: {error}") from error
+
+    def _document(self, turns: Sequence[Turn], prompt: bool) -> list[Segment]:
+        parts = list(self._bos)
+        for turn in turns:
+            if turn.role == "text":
+                parts.append(Segment(turn.text, turn.weight))
+            elif turn.role != "special" or turn.text not in SPECIAL:
+                raise InputError(
+                    f'found {turn.role} {turn.text[:40]!r} in a document; expected parts of the role "text"'
+                )
+            elif turn.text == SPECIAL[1]:
+                parts.append(Segment(self._eos, turn.weight))
+            else:
+                parts += [bos._replace(weight=turn.weight) for bos in self._bos]
+        ended = turns[-1].role == "special" and turns[-1].text == SPECIAL[1]
+        if prompt and ended:
+            return parts[:-1]
+        return parts if prompt or ended else [*parts, Segment(self._eos, turns[-1].weight)]
 
     def _assemble(self, layout: list[Segment], encoded: dict[tuple[bool, bool], Iterator[Any]]) -> Example | None:
         parts = [_ids_and_weights(segment, encoded) for segment in layout]
@@ -196,7 +222,7 @@ def _ids_and_weights(segment: Segment, encoded: dict[tuple[bool, bool], Iterator
 class TextTemplate(Template):
     """Documents only."""
 
-    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> list[Segment]:
         raise InputError(f'found roles {[turn.role for turn in turns]}; template "text" takes one turn, role "text"')
 
 
@@ -210,7 +236,7 @@ class KoalaTemplate(Template):
     are left out of an example.
     """
 
-    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> list[Segment]:
         segments = list(self._bos)
         field = ["BEGINNING OF CONVERSATION:"]
         for turn in turns:
@@ -244,7 +270,7 @@ class YuanTemplate(Template):
         super().__init__(tokenizer, max_length, ignore_helpful, source)
         self._sep = tokenizer.special_tokens["<sep>"]
 
-    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> list[Segment]:
         for turn in turns:
             if turn.role not in ("system", "user", "assistant"):
                 raise InputError(f'template "yuan" has no role {turn.role!r}')
@@ -279,22 +305,25 @@ class JinjaTemplate(Template):
     ):
         super().__init__(tokenizer, max_length, ignore_helpful, f"{source}{now or ''}")
         self._renderer = ChatRenderer(source, tokenizer.special_tokens, now=now)
-        self._marks_unhelpful = "helpful" in source
+        self._marks_unhelpful, self._writes_calls = "helpful" in source, "tool_calls" in source
+        self.takes_tools = self._renderer.takes_tools
         names = {token_id: piece for piece, token_id in tokenizer.special_tokens.items()}
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         self._variables = {key: names[value] for key, value in ids.items() if value is not None}
 
-    def segments(self, turns: Sequence[Turn], *, prompt: bool) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> list[Segment]:
         if not (prompt or self._renderer.has_generation):
             raise ChatTemplateError(
                 "the chat template has no {% generation %} block, so nothing tells which tokens carry loss"
             )
         if not (self._marks_unhelpful or all(turn.helpful for turn in turns)):
             raise ChatTemplateError("found an unhelpful answer; this chat template does not mark it (no `helpful`)")
-        helpful = lambda turn: {"helpful": turn.helpful} if self._marks_unhelpful else {}
-        messages = [{"role": turn.role, "content": turn.text, **helpful(turn)} for turn in turns]
-        rendered = self._renderer.render(messages, add_generation_prompt=prompt, **self._variables)
-        spans = [] if prompt else _weighted(rendered.spans, [t.weight for t in turns if t.role == "assistant"])
+        if not self._writes_calls and any(turn.role == "call" for turn in turns):
+            raise ChatTemplateError("found a call of a tool; this chat template does not write any (no `tool_calls`)")
+        said, weights = messages(turns, self._marks_unhelpful)
+        given = json.loads(tools) if tools else None
+        rendered = self._renderer.render(said, given, add_generation_prompt=prompt, **self._variables)
+        spans = [] if prompt else _weighted(rendered.spans, weights)
         pieces = self.tokenizer.split_special(rendered.text)
         return [segment for piece in pieces if (segment := _segment(rendered, spans, *piece)).content != ""]
 

@@ -1,4 +1,5 @@
-"""Tokenizers behind one interface: sentencepiece (.model), Hugging Face tokenizers (.json), llama2.c (.bin).
+"""Tokenizers behind one interface: sentencepiece (.model), Hugging Face tokenizers (.json), llama2.c (.bin), and Llama
+3's file of tiktoken, which is called .model, too, and told by its content.
 
 Text never becomes a special token, whatever it contains: special tokens are placed by id (data_pipelines/template.py)
 or found in a chat template's own text by `split_special`. Each call encodes one segment on its own, so sentencepiece
@@ -57,7 +58,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer file or a directory with one")
     kinds: dict[str, Callable[[Path], Tokenizer]] = {
         ".json": HuggingFaceTokenizer,
-        ".model": lambda path: SentencePieceTokenizer(path, path.read_bytes()),
+        ".model": _model_file,
         ".bin": lambda path: SentencePieceTokenizer(path, llama2c_model(path)),
     }
     if path.suffix in kinds:
@@ -67,7 +68,13 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             raise
         except Exception as error:  # the libraries raise many kinds for files that they cannot make sense of
             raise InputError(f"{path}: found a damaged tokenizer ({error}); expected another copy of it") from error
-    raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece) or .bin (llama2.c) file")
+    raise InputError(f"{path}: expected a .json (tokenizers), .model (sentencepiece, tiktoken) or .bin (llama2.c) file")
+
+
+def _model_file(path: Path) -> "Tokenizer":
+    from data_pipelines.tiktoken_files import TiktokenTokenizer, is_tiktoken  # which imports this module
+
+    return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, path.read_bytes())
 
 
 class Tokenizer(abc.ABC):
@@ -138,11 +145,17 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
+        """One group where all names are literal: a text is then searched for their first characters."""
         longest_first = sorted(self.special_tokens, key=lambda piece: (-len(piece), piece))
-        return re.compile("|".join(self._special_regex(piece) for piece in longest_first))
+        around = [self._white_space_around(piece) for piece in longest_first]
+        names = [re.escape(piece) for piece in longest_first]
+        if not any(map(any, around)):
+            return re.compile(f"({'|'.join(names)})")
+        return re.compile("|".join(f"{left}({name}){right}" for name, (left, right) in zip(names, around)))
 
-    def _special_regex(self, piece: str) -> str:
-        return f"({re.escape(piece)})"
+    def _white_space_around(self, piece: str) -> tuple[str, str]:
+        """What belongs to a special token before and behind it, as regular expressions."""
+        return "", ""
 
     def _require_inert(self) -> None:
         """Raises if plain text can become a special token (a Unigram or WordLevel vocabulary may hold its name)."""
@@ -221,9 +234,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _special_regex(self, piece: str) -> str:
+    def _white_space_around(self, piece: str) -> tuple[str, str]:
         left, right = ("\\s*" if self._added[piece].get(side) else "" for side in ("lstrip", "rstrip"))
-        return f"{left}({re.escape(piece)}){right}"
+        return left, right
 
 
 def _continued(node: dict[str, Any]) -> dict[str, Any]:

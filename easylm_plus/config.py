@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines.packing import PACKINGS
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.families import preset
@@ -38,6 +39,10 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "prepare": "",  # the data config that makes it, for when it is not there yet
                 "prepare_input": "",  # the raw files that config reads; "" where it generates its own
                 "sources": (),  # "name" or "name=weight"; (): all, with the weights of the prepared data
+                "weigh": "",  # what weights are shares of: examples | tokens; "": what the prepared data says
+                "temperature": 1.0,  # above 1 shares are more even (T5)
+                "max_epochs": (),  # "name=epochs": a source is read so often at most
+                "schedule": (),  # "STEP: name=weight, name=weight": the weights from that step on
                 "origin": "",  # where a person gets the raw files, for the message when they are not there
                 "tokenizer_origin": "",  # likewise
                 "tokenizer": "",  # file or folder; "": the one in the data folder
@@ -52,8 +57,8 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "mask_token": "",  # a special token or an id; "": <mask> or [MASK]
                 "length": 2048,  # tokens a row
                 "batch_size": 8,  # rows a step, over all devices
-                "packing": "best_fit",  # best_fit | none
-                "pool": 256,  # examples packed together
+                "packing": "best_fit",  # best_fit | first_fit | concat_split | none (data_pipelines/packing.py)
+                "pool": 1024,  # examples packed together; padding is about half a row a pool
                 "shards": 0,  # logical shards of the data order; 0: batch_size
                 "workers": 1,  # batches prepared ahead
             },
@@ -208,8 +213,8 @@ def check(config: ConfigDict) -> None:
         section, key = name.split(".")
         if config[section][key] < 1:
             raise UserError(f"{name} = {config[section][key]}: expected a positive number")
-    if config.data.packing not in ("best_fit", "none"):
-        raise UserError(f"data.packing = {config.data.packing!r}: expected best_fit or none")
+    if config.data.packing not in PACKINGS:
+        raise UserError(f"data.packing = {config.data.packing!r}: expected one of {', '.join(PACKINGS)}")
     if (config.data.corruption == "masked") == config.model.causal:
         raise UserError(
             f"model.causal = {config.model.causal}: expected False with data.corruption = 'masked', and only then; "

@@ -16,6 +16,7 @@ from rich.table import Table
 from data_pipelines import datasets
 from data_pipelines.conversation import Conversation
 from data_pipelines.loader import evaluation_batches
+from data_pipelines.training_data import judged_by, learned_of
 from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.exact_match import Answer, answers, exact_match
@@ -23,7 +24,6 @@ from easylm_plus.evaluation.loss import make_evaluate, unigram_entropy
 from easylm_plus.inference.load import Opened, open_model, told
 from easylm_plus.objectives.lm import LanguageModel
 from easylm_plus.parallel import cluster
-from easylm_plus.training.data import judged_by, learned_of
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run folder, Hugging Face folder or llama2.c file", required=True)
 KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["compute", "int8"], "what decoding keeps keys and values as")

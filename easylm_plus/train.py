@@ -87,6 +87,8 @@ def main() -> int:
         if shares := sharding.cut_shares(run.axes, run.shapes, mesh):
             banner.add_row("weights", ", ".join(f"{share:.1%} cut over {axis}" for axis, share in shares.items()))
         banner.add_row("data", ", ".join(f"{n} {len(s):,}" for n, s in data.train.items()))
+        if data.tokens or data.unused_tokens:
+            banner.add_row("tokens", data_module.where_tokens_are(data))
         banner.add_row("batch", f"{config.data.batch_size} rows x {config.data.length} = {tokens:,} tokens a step")
         banner.add_row("run", f"{steps:,} steps, {steps * tokens:,} tokens")
         banner.add_row("memory", f"about {needed} a device")
@@ -210,7 +212,7 @@ def main() -> int:
                 profiler.after(step, state)
                 if config.log.params_hash:
                     metrics["params_hash"] = params_hash(run.named(state.params))
-                meter.push(step, metrics, {"examples": data_module.digest(batch)})
+                meter.push(step, metrics, data_module.told(batch, rows, config.data.batch_size))
                 progress.update(step, meter.last)
                 last, stopped = step == steps, preemption.requested(step)
                 if evaluation_due(step) and not stopped:

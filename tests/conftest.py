@@ -18,8 +18,12 @@ import pytest
 
 CACHE = Path(os.environ.get("EASYLM_PLUS_CACHE") or Path.home() / ".cache" / "easylm_plus") / "xla_tests"
 DATA = Path(__file__).parents[2] / "shared" / "data"
-NO_PEER = "parity tests need EASYLM_PLUS_PEER = a Python interpreter with torch and transformers"
-NO_ENGINE = "engine tests need EASYLM_PLUS_ENGINE = a Python interpreter with llama_cpp (llama-cpp-python)"
+# marker -> the variable that names a Python interpreter with what such tests compare with, and what that is
+PEERS = {
+    "parity": ("EASYLM_PLUS_PEER", "torch and transformers"),
+    "engine": ("EASYLM_PLUS_ENGINE", "llama_cpp (llama-cpp-python)"),
+    "beam": ("EASYLM_PLUS_BEAM", "apache-beam and our requirements"),
+}
 COMPILERS = {"gpu": "jax_cuda13_plugin", "tpu": "libtpu"}
 NO_COMPILER = "compiling for a machine that is not here needs, beside jax: "
 
@@ -38,20 +42,24 @@ for flag, value in XLA.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 
 
-def peer_interpreter(variable: str = "EASYLM_PLUS_PEER") -> Path | None:
-    """The interpreter that parity tests compare with, or engine tests, if there is one."""
-    path = os.environ.get(variable, "")
+def peer_interpreter(marker: str) -> Path | None:
+    """The interpreter that tests so marked compare with, if there is one."""
+    path = os.environ.get(PEERS[marker][0], "")
     return Path(path) if path and os.access(path, os.X_OK) and Path(path).is_file() else None
+
+
+def absent(marker: str) -> str:
+    variable, packages = PEERS[marker]
+    return f"{marker} tests need {variable} = a Python interpreter with {packages}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("real_data") and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no {DATA}"))
-        if item.get_closest_marker("parity") and peer_interpreter() is None:
-            item.add_marker(pytest.mark.skip(reason=NO_PEER))
-        if item.get_closest_marker("engine") and peer_interpreter("EASYLM_PLUS_ENGINE") is None:
-            item.add_marker(pytest.mark.skip(reason=NO_ENGINE))
+        for marker in PEERS:
+            if item.get_closest_marker(marker) and peer_interpreter(marker) is None:
+                item.add_marker(pytest.mark.skip(reason=absent(marker)))
         if (aot := item.get_closest_marker("aot")) and not importlib.util.find_spec(COMPILERS[aot.args[0]]):
             item.add_marker(pytest.mark.skip(reason=NO_COMPILER + COMPILERS[aot.args[0]]))
     if "slow" not in config.option.markexpr:
@@ -62,11 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    if count := sum(NO_PEER in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(f"NOT COMPARED with torch: {count} test(s) skipped; {NO_PEER}", red=True, bold=True)
-    if count := sum(NO_ENGINE in str(report.longrepr) for report in skipped):
-        told = f"NOT COMPARED with llama.cpp: {count} test(s) skipped; {NO_ENGINE}"
-        terminalreporter.write_line(told, red=True, bold=True)
+    for marker, (_, packages) in PEERS.items():
+        if count := sum(absent(marker) in str(report.longrepr) for report in skipped):
+            told = f"NOT COMPARED with {packages}: {count} test(s) skipped; {absent(marker)}"
+            terminalreporter.write_line(told, red=True, bold=True)
     for platform, package in COMPILERS.items():
         if count := sum(NO_COMPILER + package in str(report.longrepr) for report in skipped):
             told = f"NOT COMPILED for a {platform.upper()}: {count} test(s) skipped; {NO_COMPILER}{package}"
@@ -81,22 +88,29 @@ def real_data() -> Path:
     return DATA
 
 
+def interpreter(marker: str) -> Path:
+    path = peer_interpreter(marker)
+    if path is None:
+        pytest.skip(absent(marker))
+    return path
+
+
 @pytest.fixture(scope="session")
 def peer() -> Path:
     """The interpreter with torch and transformers; a test that takes it is marked `parity`."""
-    path = peer_interpreter()
-    if path is None:
-        pytest.skip(NO_PEER)
-    return path
+    return interpreter("parity")
 
 
 @pytest.fixture(scope="session")
 def engine_python() -> Path:
     """The interpreter with llama.cpp; a test that takes it is marked `engine`."""
-    path = peer_interpreter("EASYLM_PLUS_ENGINE")
-    if path is None:
-        pytest.skip(NO_ENGINE)
-    return path
+    return interpreter("engine")
+
+
+@pytest.fixture(scope="session")
+def beam_python() -> Path:
+    """The interpreter with Apache Beam; a test that takes it is marked `beam`."""
+    return interpreter("beam")
 
 
 CACHED = type(functools.cache(len))

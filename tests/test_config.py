@@ -198,7 +198,7 @@ def test_no_config_is_ignored_by_git():
 
 @pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.stem)
 def test_data_configs(path):
-    from data_pipelines.intake import read_settings
+    from data_pipelines.settings import read_settings
 
     assert read_settings(module(path).get_config(""))["sources"]
     assert f"configs/data/{path.name}" in module(path).__doc__

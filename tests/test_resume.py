@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+from data_pipelines import replay
 from easylm_plus.training.checkpoint import steps as checkpoint_steps
 from easylm_plus.training.metrics import read_rows
 from easylm_plus.training.preemption import Preemption
@@ -205,6 +206,13 @@ def close_to(found, wanted):
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in wanted], rtol=0, atol=1e-5)
 
 
+def seen_again(folder, numbers):
+    """Whether each of these steps, made again from the configuration, has the examples that the run logged."""
+    run = replay.open_run(folder)
+    section, data = replay.open_run_data(run)
+    return [replay.agrees(replay.at_step(run, section, data, number, lambda *_: None)) for number in numbers]
+
+
 CALM = {"optimizer__learning_rate": 1e-3, "optimizer__schedule": "constant", "train__steps": 12, "eval__every": 12}
 
 
@@ -227,12 +235,18 @@ def test_two_processes_and_then_one(tmp_path):
         assert [p.returncode for p in both] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert "2 x cpu" in outputs[0]
     close_to(training(shared), training(alone))
+    assert all(row["examples_rows"] == "0:4" for row in training(shared)), "the first process logs its own"
+    assert seen_again(shared, range(1, 13)) == [True] * 12
     evaluations = [[r["eval/loss"] for r in rows(f) if "eval/loss" in r] for f in (shared, alone)]
     np.testing.assert_allclose(*evaluations, rtol=0, atol=1e-5)
 
     shutil.rmtree(shared / "checkpoints/12")
     finish(shared)
     close_to(training(shared), training(alone))
+    assert ["examples_rows" in row for row in training(shared)] == [True] * 6 + [False] * 6
+    assert seen_again(shared, (1, 6, 7, 12)) == [True] * 4
+    examples = lambda folder: [row["examples"] for row in training(folder)]
+    assert examples(shared)[6:] == examples(alone)[6:] and examples(shared)[:6] != examples(alone)[:6]
 
 
 def test_a_job_leaves_signals_to_jax(monkeypatch):

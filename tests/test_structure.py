@@ -6,6 +6,7 @@ Floors, top to bottom: a package imports from its own floor and from those below
 """
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -182,7 +183,9 @@ def test_importing_the_package_does_not_load_jax(package):
 
 
 def test_importing_every_data_module_does_not_load_jax():
-    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in DATA]
+    beam = importlib.util.find_spec("apache_beam")
+    paths = [path for path in DATA if path.name != "beam_graph.py" or beam]
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
     script = f"import sys, {', '.join(modules)}; print('jax' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert run.stdout.strip() == "False", run.stderr

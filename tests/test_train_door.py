@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from data_pipelines.batch_stats import digest
 from data_pipelines.datasets import read_manifest
+from data_pipelines.errors import InputError
 from data_pipelines.tokenization import load_tokenizer
-from easylm_plus.errors import UserError
+from data_pipelines.training_data import chosen_sources
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.training import data as data_module
 from easylm_plus.training.checkpoint import read_meta, steps
@@ -136,8 +138,8 @@ def test_a_batch_arrives_whole_on_any_mesh():
 def test_the_hash_of_examples_tells_batches_apart():
     data = data_module.open_data(config())
     first, again = (data_module.make_loader(config(), data) for _ in range(2))
-    hashes = [data_module.digest(next(first)) for _ in range(4)]
-    assert hashes == [data_module.digest(next(again)) for _ in range(4)] and len(set(hashes)) == 4
+    hashes = [digest(next(first)) for _ in range(4)]
+    assert hashes == [digest(next(again)) for _ in range(4)] and len(set(hashes)) == 4
 
 
 def test_the_length_of_a_run():
@@ -155,12 +157,12 @@ def test_the_length_of_a_run():
 
 def test_sources_and_weights():
     manifest = read_manifest(tiny.data())
-    chosen = lambda *wanted: dict(zip(("names", "weights"), data_module.chosen_sources(wanted, manifest)))
+    chosen = lambda *wanted: dict(zip(("names", "weights"), chosen_sources(wanted, manifest)))
     assert chosen() == {"names": ["letters", "sums"], "weights": {"letters": 1, "sums": 2}}
     assert chosen("sums") == {"names": ["sums"], "weights": {"sums": 2}}
     assert chosen("sums=5", "letters") == {"names": ["sums", "letters"], "weights": {"sums": 5, "letters": 1}}
-    with pytest.raises(UserError, match=r"data.sources: found 'sum', expected one of letters, sums"):
-        data_module.chosen_sources(("sum",), manifest)
+    with pytest.raises(InputError, match=r"data.sources: found 'sum', expected one of letters, sums"):
+        chosen_sources(("sum",), manifest)
 
 
 def test_the_data_hash_names_data_tokenizer_and_template():

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from data_pipelines.batch_stats import Item, make_batch
-from data_pipelines.packing import pack_pool
+from data_pipelines.packing import Packing, pack
 from data_pipelines.prepare import prepare
 from data_pipelines.template import Example
 from data_pipelines.train_tokenizer import CHAT_TOKENS
@@ -212,12 +212,12 @@ def under_their_names(tree: dict, config: ModelConfig, family: str = "LlamaForCa
     return names
 
 
-def documents_batch(packing: str, vocab: int = 50, length: int = 24) -> dict[str, np.ndarray]:
+def documents_batch(packing: Packing, vocab: int = 50, length: int = 24) -> dict[str, np.ndarray]:
     """The same ten documents of two sources, packed or one a row."""
     rng = np.random.default_rng(0)
     documents = []
     for i in range(10):
         ids = rng.integers(0, vocab, 4 + 2 * i, np.int32)
         documents.append(Item(i % 2, str(i), Example(ids, (rng.random(len(ids)) < 0.7).astype(np.float32)), len(ids)))
-    rows = pack_pool([d.example for d in documents], length, packing)
-    return make_batch([[documents[i] for i in row] for row in rows], length, ["a", "b"]).arrays
+    rows = pack([document.example.positions for document in documents], length, packing)
+    return make_batch([[documents[piece.example].piece(piece) for piece in row] for row in rows], length, "ab").arrays

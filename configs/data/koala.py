@@ -8,7 +8,14 @@ Any of them may be left out with --config.missing=skip. It takes about a minute 
 core, and writes about as much.
 
 Koala mixed its sources in proportion to their examples (weight 0) and trained for two epochs. The sizes below are
-those of Koala's announcement. Koala-Distill is ShareGPT and HC3 alone; Koala-All is all of them.
+those of Koala's announcement (bair.berkeley.edu/blog/2023/04/03/koala). Koala-Distill is ShareGPT and HC3 alone;
+Koala-All is all of them.
+
+The stages are those that Koala is known to have used: for ShareGPT dropping chats that name their origin, "Copy code",
+English alone and one chat a query (announcement, and koala_data_pipeline of young-geng), for the others none. What we
+add: all text is normalised (HC3 was learned with the spaces of its tokenizer in it), chats end before an error of the
+page (Vicuna), and tools have no place in Koala's prompt format. What Koala did in reading its sources is said in
+data_pipelines/sources.
 """
 
 from typing import Any
@@ -16,23 +23,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import InputError
-
-# Koala left a conversation out if any turn named its origin.
-ORIGINS = ("openai", "open-ai", "open ai", "chatgpt", "chat-gpt", "chadgpt", "gpt-3", "gpt3")
+from data_pipelines.stages.filter import ORIGINS
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is "" or "all" for Koala-All, "distill" for Koala-Distill."""
     sources: dict[str, dict[str, Any]] = {
-        # 30,000 conversations after removing repeated queries and other languages than English
+        # 30,000 of about 60,000 conversations, after removing repeated queries and other languages than English
         "sharegpt": {
             # identity and oasst_* have other formats; tool calls have no place in Koala's prompt format
             "patterns": ("sharegpt/*.json*", "!sharegpt/identity*", "!sharegpt/oasst_*", "!sharegpt/*toolcall*"),
-            "drop_phrases": ORIGINS,
+            "stages": {
+                "tools": {},
+                "normalise": {"page_leftovers": True},
+                "filter": {"origins": ORIGINS, "languages": ("en",), "page_errors": True},
+                "dedupe": {"exact": "query", "near": ""},
+            },
         },
         # 60,000 answers of people and 27,000 of ChatGPT, to 24,000 questions
         "hc3": {
-            "patterns": ("hc3/*.jsonl*", "hc3/*.csv*", "!hc3/hc3plus_*", "!hc3/upstream_*")  # no questions; repeats
+            "patterns": ("hc3/*.jsonl*", "hc3/*.csv*", "!hc3/hc3plus_*", "!hc3/upstream_*"),  # no questions; repeats
+            "stages": {"normalise": {"detokenise": True, "escaped_newlines": True}},
         },
         # 30,000: unified_basic, grade_school_math_instructions, plot_screenplay_books_dialog, poetry_2_song
         "oig": {},
@@ -51,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "sources": {name: {"kind": name, "weight": 0, "limit": 0, **sources[name]} for name in chosen},
+            "stages": {"normalise": {}},
             "heldout": 0.05,
             "policy": "skip",
             "missing": "error",

@@ -1,7 +1,8 @@
 """Sources: one module per data set, each turning rows of its files into conversations.
 
 A module that reads files has a docstring (format, origin, licence, what Koala did), `FORMAT` (the expected shape in
-one line), `ORIGIN` (where a person gets the files), `PATTERNS` (globs under the input folder; "!glob" leaves out) and
+one line), `ORIGIN` (where a person gets the files), `LICENCE`, `PATTERNS` (globs under the input folder; "!glob"
+leaves out) and
 
     convert(row: Row, where: Where) -> list[Conversation]    # DataError where the row does not fit
 
@@ -27,11 +28,12 @@ from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
-from data_pipelines.conversation import Conversation, DataError, Turn, Where
+from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
 from data_pipelines.errors import InputError
 
 Row = Mapping[str, Any]
 
+READ = ("system", "user", "tool")  # roles of which nothing can be learned
 SHOWN = 60  # characters of a value that an error message quotes
 
 
@@ -131,43 +133,60 @@ def exchange(question: str, answer: str, helpful: bool = True) -> tuple[Turn, Tu
     return Turn("user", question, 0.0), Turn("assistant", answer, 1.0, helpful)
 
 
-def preference(source: str, where: Where, better: tuple[str, str], worse: tuple[str, str]) -> list[Conversation]:
-    """Two (question, answer) pairs as a helpful and an unhelpful conversation; the same answer twice does not fit."""
-    if better[1] == worse[1]:
+def comparison(
+    source: str, where: Where, better: Sequence[Turn], worse: Sequence[Turn], tools: str = ""
+) -> list[Conversation]:
+    """Two chats that differ in their last answer as a helpful and an unhelpful conversation; the same answer twice does
+    not fit.
+
+    Only the last answers were compared. So the last answer alone of the worse one is unhelpful, and the answers before
+    it, which both have, get the weight 0 there: they are learned from the other.
+    """
+    if better[-1].text == worse[-1].text:
         found = "the same text as the better and the worse answer"
         raise DataError(where, found, "two different answers", "identical_pair")
     return [
-        Conversation(source, f"{row_id(where)}:chosen", exchange(*better)),
-        Conversation(source, f"{row_id(where)}:rejected", exchange(*worse, helpful=False)),
+        Conversation(source, f"{row_id(where)}:chosen", tuple(better), tools),
+        unhelpful(Conversation(source, f"{row_id(where)}:rejected", tuple(worse), tools)),
     ]
 
 
-def alternate(roles: Sequence[str], where: Where, expected: str) -> None:
-    """Checks the order of turns: [system] user [tool…] assistant [tool…] [assistant] user … assistant.
+def unhelpful(conversation: Conversation) -> Conversation:
+    """The conversation with its last answer as an unhelpful one, of which nothing else is learned."""
+    *before, last = conversation.turns
+    read = [dataclasses.replace(turn, weight=0.0) for turn in before]
+    return dataclasses.replace(conversation, turns=(*read, dataclasses.replace(last, helpful=False)))
+
+
+def alternate(roles: Sequence[str], where: Where, expected: str, numbers: Sequence[int] | None = None) -> None:
+    """Checks the order of turns: [system] user [tools] assistant [tools] [assistant] user … assistant, where tools are
+    a call and what comes back, any number of times. The last may be a call. `numbers`: of the turns in the file.
 
     What stands in the middle is checked before the ends, so that a repair of an end (dropping a turn) can only be
     followed by an error about the other end, and turn numbers always count the turns of the file.
     """
     follows = {
-        "system": {"user", "assistant"},  # system, assistant: an end to repair
-        "user": {"assistant", "tool"},
-        "tool": {"assistant", "tool"},
-        "assistant": {"user", "tool"},
+        "system": {"user", "assistant", "call"},  # system, assistant: an end to repair
+        "user": {"assistant", "call"},
+        "call": {"tool"},
+        "tool": {"assistant", "call", "tool"},
+        "assistant": {"user", "call", "tool"},
     }
-    for number, (before, after) in enumerate(itertools.pairwise(roles), start=2):
+    place = lambda index: at(where, numbers[index] if numbers else index + 1)
+    for index, (before, after) in enumerate(itertools.pairwise(roles), start=1):
         if after not in follows[before]:
             found = f"a turn of the {after} after a turn of the {before}"
-            raise DataError(at(where, number), found, expected, "not_alternating")
+            raise DataError(place(index), found, expected, "not_alternating")
     spoken = [role for role in roles if role != "system"]
-    if "user" not in spoken or "assistant" not in spoken:
+    if "user" not in spoken or not {*ANSWERS} & {*spoken}:
         found = f"only turns of {' and '.join(sorted(set(roles)))}" if roles else "no turns"
         raise DataError(where, found, expected, "no_exchange")
     if spoken[0] != "user":
-        first = len(roles) - len(spoken) + 1
-        raise DataError(at(where, first), f"a first turn of the {spoken[0]}", expected, f"starts_with_{spoken[0]}")
-    if spoken[-1] != "assistant":
+        first = len(roles) - len(spoken)
+        raise DataError(place(first), f"a first turn of the {spoken[0]}", expected, f"starts_with_{spoken[0]}")
+    if spoken[-1] not in ANSWERS:
         found = f"a last turn of the {spoken[-1]}"
-        raise DataError(at(where, len(roles)), found, expected, f"ends_with_{spoken[-1]}")
+        raise DataError(place(-1 + len(roles)), found, expected, f"ends_with_{spoken[-1]}")
 
 
 def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None:
@@ -179,15 +198,26 @@ def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None
         if len(turn.text) > max_turn_chars:
             found = f"a turn of {len(turn.text):,} characters"
             raise DataError(here, found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long")
-        try:
-            turn.text.encode()
-        except UnicodeEncodeError as error:
-            found = f"half a surrogate pair (U+{ord(turn.text[error.start]):04X}) at character {error.start}"
-            raise DataError(here, found, "text that UTF-8 can hold", "half_surrogate") from None
+        writable(turn.text, here)
         if not (math.isfinite(turn.weight) and turn.weight >= 0):
             raise DataError(here, f"the weight {turn.weight}", "a finite weight, 0 or more", "wrong_weight")
+        if turn.weight and turn.role in READ:
+            found = f"the weight {turn.weight:g} of a turn of the {turn.role}"
+            raise DataError(here, found, "0: templates learn what the assistant says", "wrong_weight")
+    if len(conversation.tools) > max_turn_chars:
+        found = f"a list of tools of {len(conversation.tools):,} characters"
+        raise DataError(where, found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long")
+    writable(conversation.tools, where)
     if not any(turn.weight for turn in conversation.turns):
         raise DataError(where, "no turn with a weight above 0", "something to learn", "nothing_to_learn")
+
+
+def writable(text: str, where: Where) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
+        raise DataError(where, found, "text that UTF-8 can hold", "half_surrogate") from None
 
 
 def stable_hash(key: str) -> int:

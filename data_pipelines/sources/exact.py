@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.conversation import Conversation, Turn
 
+LICENCE = "Apache-2.0"
+
 Instance = tuple[str, str, str]  # key, question, answer
 
 HELDOUT_PERCENT = 10  # of all instances of a task; a constant, because changing it would move instances across

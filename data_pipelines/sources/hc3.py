@@ -21,6 +21,7 @@ from data_pipelines.sources import Row, exchange, items, need, row_id, shown, st
 
 FORMAT = '{"question": …, "human_answers": […], "chatgpt_answers": […]}, or columns text, source, question, label'
 ORIGIN = "https://huggingface.co/datasets/Hello-SimpleAI/HC3, all.jsonl"
+LICENCE = "CC-BY-SA-4.0; parts of it are stricter"
 PATTERNS = ("hc3/*.jsonl", "hc3/*.jsonl.gz", "hc3/*.csv", "hc3/*.csv.gz")
 
 AUTHORS = {"human_answers": "human", "chatgpt_answers": "chatgpt"}

@@ -22,10 +22,11 @@ not_alternating (the same speaker twice), ends_with_user, empty_text, marker_in_
 import re
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, alternate, at, need, row_id, shown, string
+from data_pipelines.sources import Row, alternate, at, comparison, need, shown, string
 
 FORMAT = '{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}, alike up to the last answer'
 ORIGIN = "https://github.com/anthropics/hh-rlhf"
+LICENCE = "MIT"
 PATTERNS = ("hh_rlhf/*/*.jsonl", "hh_rlhf/*/*.jsonl.gz", "!hh_rlhf/red-team-attempts/*")
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -36,18 +37,11 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 def convert(row: Row, where: Where) -> list[Conversation]:
     need(row, ("chosen", "rejected"), where, FORMAT)
     chosen, rejected = (transcript(row[key], key, where) for key in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise DataError(where, "the same text as chosen and rejected", "two different answers", "identical_pair")
     if chosen[:-1] != rejected[:-1]:
         found = f"{len(chosen)} and {len(rejected)} turns that differ before the last one"
         raise DataError(where, found, FORMAT, "different_prefix")
-    good = tuple(Turn(role, said, float(role == "assistant")) for role, said in chosen)
-    prefix = tuple(Turn(role, said, 0.0) for role, said in rejected[:-1])
-    bad = (*prefix, Turn("assistant", rejected[-1][1], 1.0, helpful=False))
-    return [
-        Conversation("hh_rlhf", f"{row_id(where)}:chosen", good),
-        Conversation("hh_rlhf", f"{row_id(where)}:rejected", bad),
-    ]
+    good, bad = ([Turn(role, said, float(role == "assistant")) for role, said in side] for side in (chosen, rejected))
+    return comparison("hh_rlhf", where, good, bad)
 
 
 def transcript(value: object, name: str, where: Where) -> list[tuple[str, str]]:

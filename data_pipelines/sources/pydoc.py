@@ -24,6 +24,7 @@ from data_pipelines.conversation import Conversation, Turn
 log = logging.getLogger(__name__)
 
 SOURCE = "pydoc"
+LICENCE = "PSF-2.0"
 KINDS = ("function", "class", "module", "topic", "code")
 SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 ANSWER = 600  # characters of an answer, at most

@@ -4,11 +4,16 @@ Format. A row is an object with its turns under "conversations", "messages" or "
 
     {"id": "a1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!", "train": true}]}
+    {"conversations": [{"from": "human", "value": "Time?"}, {"from": "function_call", "value": "{\"name\": …}"},
+                       {"from": "observation", "value": "12:00"}, {"from": "gpt", "value": "Noon."}], "tools": "[…]"}
+    {"messages": […, {"role": "assistant", "tool_calls": [{"id": …, "function": {"name": …, "arguments": "{…}"}}]},
+                  {"role": "tool", "tool_call_id": …, "content": "12:00"}, …], "tools": […]}
 
-The speakers are human or user, gpt, assistant, chatgpt, bing or bard, system, and function_call, function,
-observation or tool. A system prompt is the first turn or stands under "system". A turn may say how much it is
-learned: "train": true or false, or "loss_weight" or "weight" as a number; without that the assistant's turns weigh 1
-and all others 0. The content may be a list of parts, as long as all are text.
+The speakers are human or user, gpt, assistant, chatgpt, bing or bard, system or developer, function_call or tool_call,
+and function, observation, tool or tool_response. A system prompt is the first turn or stands under "system". A turn may
+say how much it is learned: "train": true or false, or "loss_weight" or "weight" as a number; without that what the
+assistant says or calls weighs 1 and everything else 0. The content may be a list of parts, as long as all are text.
+Answers of tools that name their call ("tool_call_id") are put into the order of the calls.
 
 Origin and licence. The Koala authors collected about 60,000 chats through an interface of sharegpt.com, of which
 30,000 were left after removing repeated queries and languages other than English. Neither these nor the interface are
@@ -19,55 +24,94 @@ What Koala did: any conversation that names OpenAI, ChatGPT or GPT-3 was dropped
 does that), and the page's "Copy code" was removed from answers. What Vicuna did, and we do (`REPAIRS`, counted): a
 leading answer without a question and a trailing question without an answer are cut off. Where we depart: turns that
 do not alternate and empty turns are errors, not silently dropped. HTML is left as it is; cleaning it is a stage of its
-own. A function call is read as a turn of the tool, so it is not learned unless the row gives it a weight; the list of
-tools ("tools") is not kept.
+own.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_pipelines.conversation import Conversation, DataError, Turn, Where
+from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
 from data_pipelines.sources import Row, alternate, at, items, number, row_id, shown, string
+from data_pipelines.tool_calls import calls_text, tools_text
 
 FORMAT = '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}'
 ORIGIN = "your own or a community copy of ShareGPT chats as JSON; or OASST, UltraChat and others in this format"
+LICENCE = "that of the copy; the texts belong to the people who shared them"
 PATTERNS = ("sharegpt/*.json", "sharegpt/*.json.gz", "sharegpt/*.jsonl", "sharegpt/*.jsonl.gz")
 
 TURN_KEYS = ("conversations", "messages", "items")
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("function_call", "function", "observation", "tool"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("function", "observation", "tool", "tool_response"), "tool"),
 }
 ORDER = "the user and the assistant in turns, the user first and the assistant last"
+CALLS = ("tool_calls", "function_call")  # of an assistant's message as OpenAI has it
 
 
 def convert(row: Row, where: Where) -> list[Conversation]:
+    return [Conversation("sharegpt", row_id(where), chat(row, where), tools_text(row.get("tools"), where))]
+
+
+def chat(row: Row, where: Where, order: str = ORDER) -> tuple[Turn, ...]:
+    """The turns of a row, in an order that fits."""
     key = next((key for key in TURN_KEYS if key in row), None)
     if key is None:
         raise DataError(where, shown(row), FORMAT, "wrong_keys")
-    turns = [turn(item, at(where, i)) for i, item in enumerate(items(row[key], f'"{key}"', where), start=1)]
-    alternate([turn.role for turn in turns], where, ORDER)
+    messages = in_order_of_calls(items(row[key], f'"{key}"', where), where)
+    numbered = [(here, turn) for here, item in messages for turn in message(item, at(where, here))]
+    alternate([turn.role for _, turn in numbered], where, order, [here for here, _ in numbered])
+    turns = [turn for _, turn in numbered]
     if row.get("system") is not None and string(row["system"], '"system"', where, empty=None).strip():
         if turns[0].role == "system":
             raise DataError(where, 'a system turn beside "system"', "one system prompt", "two_systems")
         turns.insert(0, Turn("system", row["system"], 0.0))
-    return [Conversation("sharegpt", row_id(where), tuple(turns))]
+    return tuple(turns)
 
 
-def turn(item: Any, where: Where) -> Turn:
+def message(item: Any, where: Where) -> list[Turn]:
+    """The turn of a message; two where the assistant says something and calls tools."""
     if not isinstance(item, Mapping):
         raise DataError(where, shown(item), '{"from": …, "value": …}', "wrong_type")
+    called = next((item[key] for key in CALLS if item.get(key)), None)
     pairs = (("from", "value"), ("role", "content"))
-    names = next((pair for pair in pairs if all(key in item for key in pair)), None)
+    names = next((pair for pair in pairs if pair[0] in item and (called or pair[1] in item)), None)
     if names is None:
         raise DataError(where, shown(item), '"from" and "value", or "role" and "content"', "wrong_keys")
-    speaker, content = item[names[0]], item[names[1]]
+    speaker, content = item[names[0]], item.get(names[1])
     role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise DataError(where, f"the speaker {shown(speaker)}", f"one of {', '.join(SPEAKERS)}", "wrong_role")
-    return Turn(role, said(content, names[1], where), weight(item, role, where))
+    learned = weight(item, role, where)
+    if role == "call":
+        return [Turn(role, calls_text(content, where), learned)]
+    if not called:
+        return [Turn(role, said(content, names[1], where), learned)]
+    if role != "assistant":
+        raise DataError(where, f"a call of the {role}", "calls of the assistant", "wrong_call")
+    words = [] if content in (None, "", []) else [Turn(role, said(content, names[1], where), learned)]
+    return [*words, Turn("call", calls_text(called, where), learned)]
+
+
+def in_order_of_calls(messages: list[Any], where: Where) -> list[tuple[int, Any]]:
+    """(number in the row, message), the answers of tools in the order of the calls before them that they name."""
+    numbered = list(enumerate(messages, start=1))
+    places: dict[int, tuple[int, int]] = {}
+    called, ids = 0, list[Any]()
+    for here, item in numbered:
+        fields = item if isinstance(item, Mapping) else {}
+        answered = fields.get("tool_call_id")
+        places[here] = (called, 1 + ids.index(answered)) if answered in ids else (here, 0)
+        if answered is None:
+            calls = fields.get("tool_calls")
+            calls = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+            called, ids = here, [call["id"] for call in calls if call.get("id") is not None]
+        elif ids and answered not in ids:
+            found = f"an answer to the call {shown(answered)}"
+            raise DataError(at(where, here), found, "one of the calls before it", "wrong_call")
+    return sorted(numbered, key=lambda pair: places[pair[0]])
 
 
 def said(content: Any, name: str, where: Where) -> str:
@@ -86,7 +130,7 @@ def weight(item: Row, role: str, where: Where) -> float:
     """What the turn says about itself, or 1 for the assistant and 0 for the others."""
     given = [key for key in ("train", "loss_weight", "weight") if item.get(key) is not None]
     if not given:
-        return 1.0 if role == "assistant" else 0.0
+        return 1.0 if role in ANSWERS else 0.0
     if len(given) > 1:
         raise DataError(where, f"{' and '.join(given)} in one turn", "one of them", "wrong_weight")
     value = item[given[0]]
@@ -102,7 +146,7 @@ def _without(keep: slice) -> Callable[[Row], Row]:
         """Called only for rows whose turns were read, so the list is there; a leading system turn stays."""
         key = next(key for key in TURN_KEYS if key in row)
         turns = row[key]
-        system = [item for item in turns[:1] if turn(item, Where("")).role == "system"]
+        system = [item for item in turns[:1] if message(item, Where(""))[0].role == "system"]
         return {**row, key: system + turns[len(system) :][keep]}
 
     return repair

@@ -17,10 +17,11 @@ that has neither.
 from collections.abc import Mapping
 
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.sources import Row, items, need, preference, row_id, shown, stable_hash, string
+from data_pipelines.sources import Row, comparison, exchange, items, need, row_id, shown, stable_hash, string
 
 FORMAT = '{"info": {"post": … or "article": …}, "summaries": [{"text": …}, {"text": …}], "choice": 0 or 1}'
 ORIGIN = "https://huggingface.co/datasets/openai/summarize_from_feedback, comparisons/*.json"
+LICENCE = "none stated"
 FOLDERS = ("summarize", "summarize_from_feedback")
 PATTERNS = tuple(f"{folder}/*.{end}" for folder in FOLDERS for end in ("json", "json.gz", "jsonl", "jsonl.gz"))
 
@@ -52,4 +53,4 @@ def convert(row: Row, where: Where) -> list[Conversation]:
     phrase = PHRASES[stable_hash(str(info.get("id") or row_id(where))) % len(PHRASES)]
     question = f"{phrase} {string(post, 'the post', where).strip()}"
     answers = [string(each["text"], f"summary {i}", where).strip() for i, each in enumerate(summaries)]
-    return preference("summarize", where, (question, answers[choice]), (question, answers[1 - choice]))
+    return comparison("summarize", where, exchange(question, answers[choice]), exchange(question, answers[1 - choice]))

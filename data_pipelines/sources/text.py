@@ -12,6 +12,7 @@ from data_pipelines.sources import Row, need, row_id, string
 
 FORMAT = 'a text file in UTF-8, or {"text": …}'
 ORIGIN = "any text files, .txt or .txt.gz"
+LICENCE = "yours"
 PATTERNS = ("text/*.txt", "text/*.txt.gz")
 
 

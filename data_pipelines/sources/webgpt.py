@@ -18,10 +18,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.sources import Filtered, Row, items, need, number, preference, row_id, shown, stable_hash, string
+from data_pipelines.sources import (
+    Filtered,
+    Row,
+    comparison,
+    exchange,
+    items,
+    need,
+    number,
+    row_id,
+    shown,
+    stable_hash,
+    string,
+)
 
 FORMAT = '{"question": {"full_text": …}, "answer_0": …, "score_0": …, "quotes_0": …, "answer_1": …, …}'
 ORIGIN = "https://huggingface.co/datasets/openai/webgpt_comparisons, comparisons.jsonl"
+LICENCE = "none stated"
 PATTERNS = ("webgpt/*.json", "webgpt/*.json.gz", "webgpt/*.jsonl", "webgpt/*.jsonl.gz")
 
 PHRASES = (
@@ -47,9 +60,9 @@ def convert(row: Row, where: Where) -> list[Conversation]:
     for i in (0, 1):
         quotes = rendered(row.get(f"quotes_{i}"), f"quotes_{i}", where)
         answer = string(row[f"answer_{i}"], f'"answer_{i}"', where).strip()
-        pairs.append((f"{asked} {phrase} {quotes}" if quotes else asked, answer))
+        pairs.append(exchange(f"{asked} {phrase} {quotes}" if quotes else asked, answer))
     better = 0 if scores[0] > scores[1] else 1
-    return preference("webgpt", where, pairs[better], pairs[1 - better])
+    return comparison("webgpt", where, pairs[better], pairs[1 - better])
 
 
 def rendered(quotes: Any, name: str, where: Where) -> str:

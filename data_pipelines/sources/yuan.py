@@ -16,6 +16,7 @@ from data_pipelines.sources import Row, exchange, need, row_id, string
 
 FORMAT = 'a line "question<sep>answer" or a document, with <n> for line breaks'
 ORIGIN = "any .txt files in the form of Yuan's tools/preprocess_data_yuan.py"
+LICENCE = "yours"
 PATTERNS = ("yuan/*.txt", "yuan/*.txt.gz")
 SEPARATOR = "\n"
 

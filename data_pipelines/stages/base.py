@@ -9,6 +9,7 @@ is an option, by path and hash.
 import abc
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 
 HALF = "other_half_of_pair"
+NOT_TEXT = ("call", "special")  # roles
 
 
 class Dropped(Exception):
@@ -69,6 +71,15 @@ class Stage(abc.ABC):
 
 
 def map_texts(conversation: Conversation, change: Callable[[Turn], str]) -> Conversation:
-    """The conversation with the texts that `change` gives for its turns; the same object if none differs."""
-    turns = tuple(t if (text := change(t)) == t.text else dataclasses.replace(t, text=text) for t in conversation.turns)
+    """The conversation with the texts that `change` gives for its turns; the same object if none differs. What is not
+    text, calls of tools and special tokens, stays as it is."""
+    turns = tuple(
+        t if t.role in NOT_TEXT or (text := change(t)) == t.text else dataclasses.replace(t, text=text)
+        for t in conversation.turns
+    )
     return conversation if turns == conversation.turns else dataclasses.replace(conversation, turns=turns)
+
+
+def normal(text: str) -> str:
+    """The text as it is compared: Unicode's NFKC, cases folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

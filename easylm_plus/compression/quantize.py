@@ -20,6 +20,7 @@ from data_pipelines import datasets
 from data_pipelines.loader import Loader, evaluation_batches
 from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.training_data import chosen_sources, judged_by, learned_of, template_date
 from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, walk
 from easylm_plus.errors import UserError
@@ -30,7 +31,6 @@ from easylm_plus.numerics.leaves import KEPT
 from easylm_plus.numerics.precision import precision
 from easylm_plus.planning.memory import human
 from easylm_plus.training.checkpoint import locate, read_meta, steps, write_parameters
-from easylm_plus.training.data import chosen_sources, judged_by, learned_of, template_date
 from easylm_plus.training.source import open_source
 from easylm_plus.training.stream import write_checkpoint
 

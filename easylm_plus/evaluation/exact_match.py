@@ -1,5 +1,6 @@
 """Exact match: the share of questions whose greedy answer is, letter for letter, the right one."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Answer(NamedTuple):
 
 def answers(chatter: Chatter, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Answer]:
     """Greedy answers to conversations that end with the right one."""
-    asked = [Conversation(c.source, c.id, c.turns[:-1]) for c in conversations]
+    asked = [dataclasses.replace(c, turns=c.turns[:-1]) for c in conversations]
     given = chatter.reply(asked, max_new_tokens)
     return [Answer(c.turns[-2].text, g, c.turns[-1].text.strip()) for c, g in zip(conversations, given)]
 

@@ -1,5 +1,6 @@
 """A few answers of the model in training: what a loss curve does not show."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def make_sampler(
             return {}
         generator.params = params
         chatter = Chatter(generator, tokenizer, template)
-        asked = [Conversation(c.source, c.id, c.turns[:-1]) for c in chosen]
+        asked = [dataclasses.replace(c, turns=c.turns[:-1]) for c in chosen]
         answers = chatter.reply(asked, max_new_tokens)
         return {
             f"{c.source}/{i}": f"{c.turns[-2].text}\n-> {answer}\n(expected: {c.turns[-1].text})"
@@ -58,4 +59,4 @@ def _suits(conversation: Conversation, template: Template, longest: int) -> bool
     turns = conversation.turns
     if len(turns) < 2 or turns[-1].role != "assistant":
         return False
-    return len(template.render_prompt(Conversation(conversation.source, conversation.id, turns[:-1]))) <= longest
+    return len(template.render_prompt(dataclasses.replace(conversation, turns=turns[:-1]))) <= longest

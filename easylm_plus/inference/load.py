@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from data_pipelines.template import Template, load_template
 from data_pipelines.tokenization import Tokenizer, load_tokenizer
+from data_pipelines.training_data import template_date
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator
@@ -24,7 +25,6 @@ from easylm_plus.numerics.kernels import choice
 from easylm_plus.numerics.precision import precision
 from easylm_plus.numerics.rules import attach, for_use
 from easylm_plus.training.checkpoint import locate, read_meta, read_parameters
-from easylm_plus.training.data import template_date
 
 
 class Opened(NamedTuple):

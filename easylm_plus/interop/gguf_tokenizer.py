@@ -60,7 +60,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """
     found = load_tokenizer(path)
     model = found.path.with_name("tokenizer.model")
-    if isinstance(found, SentencePieceTokenizer) or not read_json(found.path)["model"].get("byte_fallback"):
+    if not isinstance(found, HuggingFaceTokenizer) or not read_json(found.path)["model"].get("byte_fallback"):
         return found
     if not model.is_file():
         raise UserError(f"{found.path}: found pieces of a sentencepiece model without it; expected {model.name} beside")
@@ -113,8 +113,9 @@ def tokenizer_keys(
 def _parts(tokenizer: Tokenizer) -> Parts:
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece(tokenizer)
-    assert isinstance(tokenizer, HuggingFaceTokenizer), "the two kinds that there are"
-    return _byte_level(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _byte_level(tokenizer)
+    raise UserError(f"{tokenizer.path}: found a file of tiktoken; expected the tokenizer.json of the same model")
 
 
 def _pad(pieces: list[str], types: list[PieceType], scores: list[float], size: int) -> None:

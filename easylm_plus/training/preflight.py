@@ -5,9 +5,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.training_data import tokenizer_path
 from easylm_plus.errors import UserError
 from easylm_plus.training.checkpoint import steps
-from easylm_plus.training.data import ensure_prepared, tokenizer_path
+from easylm_plus.training.data import ensure_prepared
 
 
 def preflight(config: ConfigDict) -> None:
@@ -24,7 +25,7 @@ def preflight(config: ConfigDict) -> None:
     if not ensure_prepared(config):
         missing.append(_entry("data", "data.path", config.data.path, config.data.origin or _prepare(config)))
     if not missing or config.data.tokenizer:
-        path = tokenizer_path(config)
+        path = tokenizer_path(config.data)
         if not path.exists():
             missing.append(_entry("tokenizer", "data.tokenizer", str(path), config.data.tokenizer_origin))
         else:

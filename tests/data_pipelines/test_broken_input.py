@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from broken_rows import BREAKS, GRAMMARS, JSON
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from data_pipelines import sources
-from data_pipelines.conversation import DataError
+from data_pipelines.chunk import Ledger
 from data_pipelines.datasets import SPLITS, open_source
 from data_pipelines.errors import InputError
-from data_pipelines.intake import Intake, Source
 from data_pipelines.prepare import prepare
+from data_pipelines.source import Source
+from data_pipelines.stages.read import Reader
 
 LONGEST = 200  # characters of a turn
 FUZZED = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -30,19 +32,23 @@ Read = namedtuple("Read", "rows kept rejected conversations")
 
 def read(kind, suffix, data, **options):
     """What is read of a file, after checking that the accounts add up and every message says what it should."""
-    errors = []
-    source = Source("s", sources.load(kind), options, Path("."), [Path(f"f.{suffix}")])
-    intake = Intake(source, 0.0, LONGEST, errors.append)
-    made = [(c.id, [turn.to_list() for turn in c.turns]) for _, c in intake(lambda path: io.BytesIO(data))]
-    accounts = intake.accounts
-    assert accounts.rows == accounts.kept_rows + sum(accounts.rejected.values())
-    assert Counter(error.reason for error in errors) == accounts.rejected
-    for error in errors:
-        assert isinstance(error, DataError) and "\n" not in str(error) and str(error).isprintable()
-        assert f"f.{suffix}" in str(error) and "found" in str(error) and "expected" in str(error)
+    folder = SimpleNamespace(open=lambda name: io.BytesIO(data))
+    source = Source("s", kind, options, {}, folder, (f"f.{suffix}",))
+    accounts, samples, drops = Ledger(), [], []
+    for chunk, ledger in Reader(source, LONGEST, strict=False).chunks():
+        samples += chunk
+        drops += ledger.drops
+        accounts.add(ledger)
+    assert accounts.entered == accounts.left + sum(accounts.dropped.values())
+    assert Counter(drop["reason"] for drop in drops) == accounts.dropped
+    for drop in drops:
+        told = f"{drop['found']}; {drop['expected']}"
+        assert "\n" not in told and told.isprintable() and drop["file"] == f"f.{suffix}"
+        assert drop["found"] and drop["expected"]
+    made = [(c.id, [turn.to_list() for turn in c.turns]) for sample in samples for c in sample.conversations]
     if kind == "summarize":
         made = [(name, [[role, said_of(text), *rest] for role, text, *rest in turns]) for name, turns in made]
-    return Read(accounts.rows, accounts.kept_rows, dict(accounts.rejected), made)
+    return Read(accounts.entered, accounts.left, dict(accounts.dropped), made)
 
 
 def said_of(text):

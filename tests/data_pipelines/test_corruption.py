@@ -12,7 +12,7 @@ from tiny_tokenizers import EXTRA, tiny
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.corruption import _lengths
 from data_pipelines.loader import Loader, evaluation_batches
-from data_pipelines.packing import empty_arrays, fill_row, pack_pool
+from data_pipelines.packing import empty_arrays, fill_row, pack, part
 from data_pipelines.template import Example, load_template
 from data_pipelines.text_objective import text_objective
 
@@ -133,9 +133,11 @@ def test_masked_tokens_are_learned_where_they_stand(n, seed):
         n + 2
     )
     assert packed["positions"][0].tolist() == [*range(4), *range(n + 2)]
-    assert pack_pool([made], n + 2, "best_fit") == [[0]]
+    assert pack([made.positions], n + 2, "best_fit") == [[(0, 0, n + 2)]]
     with pytest.raises(ValueError, match="found examples of"):
-        pack_pool([made], n + 1, "best_fit")
+        pack([made.positions], n + 1, "best_fit")
+    pieces = [part(made, 0, 3).row(), part(made, 3, n + 2).row()]
+    assert all((np.concatenate(both) == whole).all() for both, whole in zip(zip(*pieces), made.row()))
 
 
 def test_eight_in_ten_are_masked_and_one_is_random():
@@ -191,6 +193,9 @@ def test_resuming_is_exact_and_epochs_differ(kind):
         taken(first, at)
         second.set_state(json.loads(json.dumps(first.get_state())))
         assert same(taken(second, 12 - at), expected[at:])
+        sought = loader()
+        sought.seek(at)
+        assert same(taken(sought, 12 - at), expected[at:])
     assert not same(taken(loader(seed=6), 12), expected) and not same(taken(loader(rate=0.3), 12), expected)
     seen, learned = {}, 0
     one = Loader(SOURCES, None, objective(kind, 200), batch_size=2, length=199, packing="none", pool=7)

@@ -26,6 +26,8 @@ def conversations(count, text="tell é"):
 def prepared(folder, splits):
     entry = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 2}, "repaired": {}, "weight": 0, "files": []}
     entry["splits"] = write_source(folder, "chat", splits)
+    left = sum(split["examples"] for split in entry["splits"].values())
+    entry["stages"] = {"split": {"entered": left, "left": left, "dropped": {}}}
     return write_manifest(folder, {"sources": {"chat": entry}, "tokenizer": None})
 
 
@@ -98,9 +100,25 @@ def test_many_shards_are_one_sequence(tmp_path, monkeypatch):
 
 
 def test_accounts_must_add_up(tmp_path):
-    entry = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 1}, "splits": {}}
-    with pytest.raises(AssertionError, match="chat: 9 rows, 7 kept, 1 rejected"):
-        write_manifest(tmp_path, {"sources": {"chat": entry}})
+    filtered = {"entered": 9, "left": 6, "dropped": {"short": 3}}
+    right = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 2}, "splits": {"train": {"examples": 6}}}
+    right |= {"stages": {"filter": filtered, "split": {"entered": 6, "left": 6, "dropped": {}}}}
+    datasets.check_accounts("chat", right)
+    wrong = {
+        "9 rows, 7 kept, 1 rejected": {**right, "rejected": {"tie": 1}},
+        "filter: 9 entered, 6 left, 2 dropped": {
+            **right,
+            "stages": {**right["stages"], "filter": {**filtered, "dropped": {"short": 2}}},
+        },
+        "6 left split, 5 entered write": {**right, "splits": {"train": {"examples": 5}}},
+        "6 left filter, 7 entered split": {
+            **right,
+            "stages": {**right["stages"], "split": {"entered": 7, "left": 7, "dropped": {}}},
+        },
+    }
+    for message, entry in wrong.items():
+        with pytest.raises(AssertionError, match=f"chat: {message}|chat, {message}"):
+            write_manifest(tmp_path, {"sources": {"chat": entry}})
 
 
 def test_what_is_not_there(folder, tmp_path):
@@ -120,7 +138,7 @@ def test_what_is_not_there(folder, tmp_path):
         (lambda text: text[:-30], "damaged manifest"),
         (lambda text: "[]", "damaged manifest"),
         (lambda text: text.replace('"rows": 9', '"rows": 10'), "found the hash"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "found version 2; expected 1"),
+        (lambda text: text.replace('"version": 2', '"version": 1'), "found version 1; expected 2"),
     ],
 )
 def test_damaged_manifest(tmp_path, change, message):

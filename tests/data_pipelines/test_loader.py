@@ -1,21 +1,28 @@
 """The stream of batches is the same however often it is interrupted and on however many processes it is made."""
 
-import gzip
 import json
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from tiny_tokenizers import REAL, real_data, tiny
 
+from data_pipelines import tokenize
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.loader import Loader, Prefetch, evaluation_batches, merge_states
+from data_pipelines.loader import POOL, Loader, Prefetch, evaluation_batches, merge_states
+from data_pipelines.mixture import Mixture
+from data_pipelines.order import Order
+from data_pipelines.packing import PACKINGS
+from data_pipelines.prepare import prepare
 from data_pipelines.template import Example, load_template
-from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.training_data import make_loader, open_data
+from data_pipelines.workers import Workers
 
 LENGTH = 32
 
@@ -35,6 +42,7 @@ def encode(conversation):
 
 
 SOURCES = {"a": source("a", 47, 9), "b": source("b", 19, 3)}
+SIZES = {"a": 47, "b": 19}
 
 
 def loader(**options):
@@ -70,7 +78,17 @@ def rows_of(batch_size, processes):
     return [range(i * share, (i + 1) * share) for i in range(processes)]
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": "none"}, {"shards": 8, "pool": 5}, {"weights": {"a": 2, "b": 3}}])
+ORDERS = {
+    "plain": {},
+    "shards": {"shards": 8, "pool": 5},
+    "weights": {"weights": {"a": 2, "b": 3}},
+    "phases": {"weights": Mixture(SIZES, {"a": 1, "b": 1}, 5, schedule=[(61, {"a": 4, "b": 1}), (150, {})])},
+    "used up": {"weights": Mixture(SIZES, {"a": 1, "b": 3}, 5, max_epochs={"b": 1.5})},
+    **{packing: {"packing": packing} for packing in PACKINGS[1:]},
+}
+
+
+@pytest.mark.parametrize("options", ORDERS.values(), ids=ORDERS)
 def test_resuming_is_exact(options):
     expected = take(loader(**options), 12)
     for at in (0, 1, 4, 7, 11):
@@ -83,10 +101,63 @@ def test_resuming_is_exact(options):
         require_same(take(second, 12 - at), expected[at:])
 
 
+@pytest.mark.parametrize("options", ORDERS.values(), ids=ORDERS)
+def test_any_step_is_found_by_lengths_alone(options):
+    """From the beginning, from before, from after; also past the end of the data."""
+    options = {"draws": 500, "pool": 8, **options}
+    walking, expected = loader(**options), []
+    states = [walking.get_state()]
+    for batch in walking:
+        expected.append(batch)
+        states.append(walking.get_state())
+    for start, step in [(0, 0), (0, 1), (0, 13), (5, 6), (3, len(expected)), (9, 4), (2, len(expected) - 1)]:
+        seeking = loader(**options)
+        seeking.set_state(json.loads(json.dumps(states[start])))
+        told = []
+        seeking.seek(step, lambda *counts, told=told: told.append(counts))
+        assert seeking.get_state() == states[step]
+        require_same(take(seeking, len(expected) - step), expected[step:])
+        assert all(done <= total for done, total in told)
+    past = loader(**options)
+    past.seek(len(expected) + 5)
+    assert next(past, None) is None
+
+
+def test_seeking_tokenises_only_what_it_must():
+    seen, counted = [], lambda c: seen.append(c.id) or encode(c)
+    walking, seeking = loader(batch_size=2), loader(batch_size=2, encode=counted, cache_bytes=0)
+    take(walking, 60)
+    seeking.seek(60)
+    passed = len(seen)
+    assert passed <= 66, "each example once, however often it is drawn"
+    require_same(take(seeking, 1), take(walking, 1))
+    assert len(seen) - passed <= 2 * 12
+
+
+@settings(max_examples=8, deadline=None)
+@given(step=st.integers(0, 40), processes=st.sampled_from([1, 2, 4]))
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_seeking_on_any_number_of_processes(packing, step, processes):
+    options = {"packing": packing, "pool": 8}
+    expected = take(loader(**options), step + 2)[step:]
+    parts = [loader(rows=rows, **options) for rows in rows_of(4, processes)]
+    for part in parts:
+        part.seek(step)
+    require_same(joined([take(part, 2) for part in parts]), expected)
+    merged = merge_states([part.get_state() for part in parts])
+    whole = loader(**options)
+    take(whole, step + 2)
+    assert merged == whole.get_state()
+
+
 @settings(max_examples=20, deadline=None)
-@given(shards=st.sampled_from([1, 2, 3, 8, 12, 16, 24]), counts=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4))
-def test_any_number_of_processes_makes_the_same_stream(shards, counts):
-    options = {"batch_size": 8, "shards": shards, "pool": 6}
+@given(
+    shards=st.sampled_from([1, 2, 3, 8, 12, 16, 24]),
+    counts=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4),
+    order=st.sampled_from(list(ORDERS)),
+)
+def test_any_number_of_processes_makes_the_same_stream(shards, counts, order):
+    options = {**ORDERS[order], "batch_size": 8, "shards": shards, "pool": 6}
     expected = take(loader(**options), 3 * len(counts))
     state = loader(**options).get_state()
     for i, processes in enumerate(counts):
@@ -118,6 +189,12 @@ def test_a_state_of_another_order_is_refused_field_by_field():
         loader(packing="none").set_state(state)
     with pytest.raises(ValueError, match="version: found 0, expected 1"):
         loader().set_state({**state, "version": 0})
+    for name, told in (("phases", r"\[\[61, \[4, 1\]\], \[150, \[47, 19\]\]\]"), ("used up", r"\[\[\d+, \[1, 0\]\]\]")):
+        changed = loader(**ORDERS[name])
+        with pytest.raises(ValueError, match=f"weights: found .*; changes: found nothing, expected {told}"):
+            changed.set_state(state)
+        with pytest.raises(ValueError, match=f"weights: found .*; changes: found {told}, expected nothing"):
+            loader().set_state(changed.get_state())
 
 
 def test_states_that_do_not_belong_together_are_refused():
@@ -137,7 +214,8 @@ def test_states_that_do_not_belong_together_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"packing": "none"}, {"shards": 8}, {"shards": 3}, {"pool": 1000}, {"pool": 1}]
+    "options",
+    [{}, {"packing": "none"}, {"packing": "first_fit"}, {"shards": 8}, {"shards": 3}, {"pool": 1000}, {"pool": 1}],
 )
 def test_an_epoch_reads_everything_once_and_fills_up_with_empty_rows(options):
     whole = loader(draws=66, **options)
@@ -153,6 +231,72 @@ def test_an_epoch_reads_everything_once_and_fills_up_with_empty_rows(options):
     assert stats["loss_tokens"] == sum(np.count_nonzero(b.arrays["loss_weights"]) for b in batches)
     assert stats["sources"]["b"]["examples"] == 19
     assert stats["examples_cut"] == sum(encode(c).cut > 0 for s in SOURCES.values() for c in s)
+
+
+def whole_example(conversation):
+    """Nothing is cut: for rows that split."""
+    n = 2 + len(conversation.turns[-1].text.split())
+    ids = np.arange(10_000 * (conversation.source == "b") + 40 * int(conversation.id), 10**6, dtype=np.int32)[:n]
+    return Example(ids, (np.arange(n) > 1).astype(np.float32))
+
+
+def test_splitting_loses_nothing_and_says_what_it_split():
+    """Rows of 7 of examples of 4 to 28 positions: every target once, in order, whatever row its piece is in."""
+    batches = list(whole := loader(draws=66, length=7, packing="concat_split", encode=whole_example))
+    found, pieces = Counter(), {}
+    for batch in batches:
+        for row, examples in enumerate(batch.examples):
+            for segment, (name, number, *span) in enumerate(examples, start=1):
+                here = batch.arrays["segment_ids"][row] == segment
+                start, stop = span or (0, int(here.sum()))
+                assert stop - start == here.sum()
+                pieces.setdefault((name, number), []).append((start, stop))
+                targets, weights = (batch.arrays[key][row, here].tolist() for key in ("targets", "loss_weights"))
+                found.update(zip([name] * len(targets), targets, weights))
+    expected = Counter()
+    for conversations in SOURCES.values():
+        for conversation in conversations:
+            _, targets, weights = (array.tolist() for array in whole_example(conversation).row())
+            expected.update(zip([conversation.source] * len(targets), targets, weights))
+            own = sorted(pieces[conversation.source, conversation.id])
+            assert [a for a, _ in own] == [0, *(b for _, b in own[:-1])] and own[-1][1] == len(targets)
+    assert found == expected
+    stats, split = whole.stats(), sum(len(own) > 1 for own in pieces.values())
+    assert (stats["examples"], stats["examples_split"], stats["examples_cut"]) == (66, split, 0) and split > 20
+    assert stats["loss_tokens"] == sum(weight > 0 for _, _, weight in expected.elements())
+    parts = [
+        loader(draws=66, length=7, packing="concat_split", encode=whole_example, rows=rows) for rows in rows_of(4, 2)
+    ]
+    require_same(joined([take(part, len(batches)) for part in parts]), batches)
+    assert sum(part.stats()["examples_split"] for part in parts) == split
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_phases_do_not_mix_in_rows_and_come_in_proportion(packing, monkeypatch):
+    """Up to draw 200 there is no b, from then on nothing else: no row has both, and none of the second comes early."""
+    mixture = Mixture(SIZES, {"a": 1, "b": 0}, 5, schedule=[(200, {"a": 0, "b": 1})])
+    made = lambda: loader(weights=mixture, draws=400, packing=packing, batch_size=1, shards=1, pool=32)
+    sources = lambda of: ["".join(sorted({name for name, *_ in row})) for batch in of for row in batch.examples]
+    names = sources(rows := made())
+    assert names == sorted(names) and set(names) == {"a", "b"}
+    counts = rows.stats()["sources"]
+    assert all(counts[name]["examples"] == pytest.approx(200, abs=1) for name in "ab")
+    monkeypatch.setattr(mixture, "phases", mixture.phases[:1])  # control: pools that know of no phases
+    names = sources(made())
+    assert names != sorted(names)
+
+
+def test_the_data_end_where_the_mixture_does():
+    mixture = Mixture(SIZES, None, 5, max_epochs={"a": 2, "b": 1})
+    whole = loader(weights=mixture)
+    seen = Counter(example for batch in whole for row in batch.examples for example in row)
+    assert seen == Counter({(c.source, c.id): 2 if name == "a" else 1 for name, s in SOURCES.items() for c in s})
+    assert whole.exhausted and whole.get_state()["changes"][-1] == [2 * 47 + 19, []]
+
+
+def test_a_mixture_of_other_sources_is_refused():
+    with pytest.raises(ValueError, match="found one of other sources"):
+        loader(weights=Mixture({"a": 47, "b": 20}))
 
 
 def test_a_part_of_the_rows_goes_on_with_empty_batches_at_the_end():
@@ -173,7 +317,7 @@ def test_rows_say_where_they_come_from():
                 assert batch.arrays["inputs"][row, here][0] == 10_000 * (name == "b") + 40 * int(number)
 
 
-def test_proportions_hold_although_one_source_fills_rows_faster():
+def test_proportions_hold_although_one_source_fills_rows_faster(monkeypatch):
     sources = {"a": source("a", 40, 1), "b": [Conversation("b", str(i), source("b", 1, 1)[0].turns) for i in range(40)]}
     long = lambda c: Example(np.arange(30, dtype=np.int32), np.ones(30, np.float32)) if c.source == "a" else encode(c)
 
@@ -183,12 +327,10 @@ def test_proportions_hold_although_one_source_fills_rows_faster():
         stats = batches.stats()
         return stats["sources"]["a"]["examples"] / stats["examples"]
 
-    class Aliased(Loader):  # control: shard s takes the draws k = s (mod S)
-        def _place(self, shard, block):
-            return shard
-
     assert share(Loader) == pytest.approx(0.5, abs=0.03)
-    assert share(Aliased) < 0.3
+    unrotated = lambda order, chunk: np.zeros(1024, np.int32)  # control: shard s takes the draws k = s (mod S)
+    monkeypatch.setattr(Order, "_rotations", unrotated)
+    assert share(Loader) < 0.3
 
 
 def test_rows_of_a_pool_are_not_in_the_order_of_their_length():
@@ -219,7 +361,9 @@ def test_what_carries_no_loss_is_dropped_and_counted():
     assert some.stats()["sources"]["b"]["dropped"] == {"no loss tokens": 9}
     assert list(loader(draws=66, encode=lambda c: None)) == []
     with pytest.raises(ValueError, match="draws in a row left nothing that carries loss"):
-        next(loader(encode=lambda c: None))
+        next(loader(encode=lambda c: None, pool=1000))
+    with pytest.raises(ValueError, match="draws in a row left nothing that carries loss"):
+        loader(encode=lambda c: None, pool=1000).seek(3)
 
 
 def test_later_epochs_come_from_the_cache():
@@ -284,7 +428,7 @@ def test_prefetching_passes_errors_on_and_can_be_closed_at_any_time():
 # --- evaluation
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
+@pytest.mark.parametrize("packing", ["best_fit", "first_fit", "none"])
 def test_evaluation_sees_every_example_once_in_every_process(packing):
     options = {"batch_size": 4, "length": LENGTH, "packing": packing, "pool": 7}
     batches = list(evaluation_batches(SOURCES, encode, **options))
@@ -308,16 +452,29 @@ def test_evaluation_of_a_few_and_of_none():
 class TestRealFiles:
     pytestmark = real_data
 
-    def test_alpaca_fills_rows_of_2048(self):
-        with gzip.open(REAL / "koala" / "alpaca" / "alpaca_5000.json.gz") as file:
-            rows = [row for row in json.load(file)[:3000] if row["output"]]
-        alpaca = [
-            Conversation("alpaca", str(i), (Turn("user", f"{r['instruction']} {r['input']}", 0.0),
-                                            Turn("assistant", r["output"], 1.0)))
-            for i, r in enumerate(rows)
-        ]  # fmt: skip
-        tokenizer = load_tokenizer(REAL / "tokenizers" / "llama2_sp32000")
-        template = load_template("koala", tokenizer, max_length=2049)
-        batches = Loader({"alpaca": alpaca}, None, template, batch_size=2, length=2048)
-        take(batches, 40)
-        assert batches.stats()["padding_share"] < 0.08
+    def test_the_koala_mixture_fills_rows_of_2048(self, tmp_path):
+        """Half an epoch with the default pool; with a quarter of it, the control, rows are not so full."""
+        text = (Path(__file__).parents[2] / "configs/data/koala.py").read_text("utf-8")
+        config = {"__name__": "koala"}
+        exec(text, config)
+        settings = {**config["get_config"]().to_dict(), "missing": "skip"}
+        for options in settings["sources"].values():
+            options.pop("stages", None)  # what is left out changes little
+        prepare(ConfigDict({**settings, "stages": {}}), REAL / "koala", tmp_path / "data")
+        tokenizer = str(REAL / "tokenizers" / "llama2_sp32000")
+        with Workers(1) as pool:
+            tokenize.tokenise(tokenize.Job(str(tmp_path / "data"), "koala", tokenizer, 2048), pool)
+        section = {"path": str(tmp_path / "data"), "sources": (), "tokenizer": tokenizer, "template": "koala",
+                   "length": 2048, "batch_size": 8, "packing": "best_fit", "shards": 0}  # fmt: skip
+        data = open_data(section)
+        assert len(data.tokens) == len(data.train) == 7
+
+        def padding(pool):
+            loader = make_loader({**section, "pool": pool}, data, 0)
+            for _ in range(300):
+                next(loader)
+            return loader.stats()["padding_share"]
+
+        assert padding(POOL) <= 0.01 < padding(POOL // 4)
+        plain = make_loader({**section, "pool": POOL}, data._replace(tokens={}), 0)
+        require_same(take(plain, 3), take(make_loader({**section, "pool": POOL}, data, 0), 3))

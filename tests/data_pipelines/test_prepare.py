@@ -17,8 +17,8 @@ from data_pipelines import datasets
 from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
-from data_pipelines.intake import PrepareError
 from data_pipelines.prepare import prepare
+from data_pipelines.source import PrepareError
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
@@ -49,7 +49,11 @@ def folder(tmp_path):
     return folder
 
 
-THREE = {"alpaca": {}, "sharegpt": {"drop_phrases": ("chatgpt",)}, "mine": {"kind": "text", "patterns": ("text/*",)}}
+THREE = {
+    "alpaca": {},
+    "sharegpt": {"stages": {"filter": {"phrases": ("chatgpt",)}}},
+    "mine": {"kind": "text", "patterns": ("text/*",)},
+}
 
 
 def everything(output, source):
@@ -66,11 +70,12 @@ def test_every_row_is_accounted_for(folder, tmp_path):
         "mine": (2, 2, {}, {}),
         "sharegpt": (
             7,
-            4,
-            {"drop_phrase": 1, "invalid_json": 1, "no_exchange": 1},
+            5,
+            {"invalid_json": 1, "no_exchange": 1},
             {"ends_with_user": 2, "starts_with_assistant": 2},
         ),
     }
+    assert sources["sharegpt"]["stages"]["filter"]["dropped"] == {"phrase": 1}
     for name, source in sources.items():
         kept = everything(tmp_path / "out", name)
         assert len(kept) == sum(split["examples"] for split in source["splits"].values())
@@ -88,13 +93,15 @@ def test_rejects_name_the_place(folder, tmp_path):
     assert {"source": "alpaca", "file": "alpaca/a.json", "row": 5, "turn": None, "reason": "empty_text"}.items() <= (
         rejects[0].items()
     )
-    places = [(reject["source"], reject["row"], reject["turn"], reject["reason"]) for reject in rejects[2:]]
+    places = [(reject["source"], reject["row"], reject["turn"], reject["reason"]) for reject in rejects[2:-1]]
     assert places == [
-        ("sharegpt", 5, 2, "drop_phrase"),
         ("sharegpt", 6, None, "no_exchange"),
         ("sharegpt", 7, None, "invalid_json"),
     ]
-    assert all(reject["found"] and reject["expected"] for reject in rejects)
+    assert all(reject["found"] and reject["expected"] for reject in rejects[:-1])
+    assert {"source": "sharegpt", "stage": "filter", "id": "sharegpt/s:5", "turn": 2, "reason": "phrase"}.items() <= (
+        rejects[-1].items()
+    )
 
 
 def test_the_split_is_stable_and_keeps_rows_together(folder, tmp_path):
@@ -125,11 +132,13 @@ def test_the_same_input_gives_the_same_hash(folder, tmp_path):
 def test_policy_error_stops_at_the_first_bad_row(folder, tmp_path):
     with pytest.raises(DataError, match=r'alpaca/a\.json, row 5: found "output" is empty; expected "output" with text'):
         prepare(config(THREE, policy="error"), folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-    with pytest.raises(
-        DataError, match=r"row 6: found only turns of assistant"
-    ):  # what is left out on purpose is no error
-        prepare(config({"sharegpt": {"drop_phrases": ("chatgpt", "tell")}}, policy="error"), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "webgpt").mkdir()
+    question = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0}
+    rows = [{**question, "score_1": score} for score in (0, 1, None)]
+    (folder / "webgpt/w.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="row 3"):  # the tie in row 1 is left out on purpose, and no error
+        prepare(config({"webgpt": {}}, policy="error"), folder, tmp_path / "out")
 
 
 def test_missing_sources_are_all_named(folder, tmp_path):
@@ -150,17 +159,20 @@ def test_missing_sources_are_all_named(folder, tmp_path):
 def test_complete_output_is_kept_unless_forced(folder, tmp_path):
     out = tmp_path / "out"
     first = prepare(config({"alpaca": {}}), folder, out)
-    (folder / "alpaca/a.json").write_text(alpaca(60))
     assert prepare(config({"alpaca": {}}), folder, out) == first
     with pytest.raises(PrepareError, match=r"another configuration \(differs in heldout\)"):
         prepare(config({"alpaca": {}}, heldout=0.1), folder, out)
+    (folder / "alpaca/a.json").write_text(alpaca(60))
+    with pytest.raises(PrepareError, match=r"prepared with other files \(alpaca/a.json\)"):
+        prepare(config({"alpaca": {}}), folder, out)
+    assert prepare(config({"alpaca": {}}), tmp_path / "unplugged", out) == first
     (folder / "alpaca/a.json").write_text("[")
     with pytest.raises(PrepareError, match=r"none of 1 rows fits; the first: alpaca/a.json, row 1"):
         prepare(config({"alpaca": {}}), folder, out, force=True)
     assert read_manifest(out) == first  # a forced run that fails changes nothing
     (folder / "alpaca/a.json").write_text(alpaca(60))
     assert prepare(config({"alpaca": {}}), folder, out, force=True)["sources"]["alpaca"]["rows"] == 60
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "out.cache"]
 
 
 def test_foreign_folders_are_not_touched(folder, tmp_path):
@@ -255,7 +267,7 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
 
     def train(texts, vocab_size, special_tokens, path):
         seen.append((list(texts), vocab_size, special_tokens))
-        path.mkdir()
+        path.mkdir(parents=True)
         (path / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(train_tokenizer, "train", train)
@@ -268,9 +280,18 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out" / manifest["tokenizer"]["path"]).read_text() == "{}"
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(folder, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_output_and_says_so(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    flags = SimpleNamespace(config=config({"alpaca": {}}), input=folder, output=out, policy=None, force=False)
+    flags = SimpleNamespace(
+        config=config({"alpaca": {}}),
+        input=folder,
+        output=out,
+        policy=None,
+        force=False,
+        workers=1,
+        runner="local",
+        runner_flag=[],
+    )
     monkeypatch.setattr(door, "FLAGS", flags)
 
     def full(*arguments):
@@ -280,7 +301,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         door.main(["prepare"])
     assert "no space left on the disk" in str(caught.value) and str(out) in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.cache"]
 
 
 def run(*arguments):
@@ -292,7 +313,7 @@ def test_command_line(folder, tmp_path):
     arguments = ["--config.missing=skip", "--input", str(folder), "--output", str(tmp_path / "out")]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "empty_text" in done.stdout and "drop_phrase" in done.stdout
+    assert "empty_text" in done.stdout and "phrase" in done.stdout
     assert read_manifest(tmp_path / "out")["hash"] in done.stdout
     failed = run(*arguments, "--force", "--policy", "error")
     assert failed.returncode == 1
@@ -323,6 +344,6 @@ def test_the_real_files(tmp_path):
     assert set(manifest["sources"]) == set(settings.sources)
     reasons = {name: set(source["rejected"]) for name, source in manifest["sources"].items()}
     oddities = {"empty_text", "ends_with_user", "identical_pair", "marker_in_turn", "not_alternating"}
-    assert reasons.pop("sharegpt") <= {"drop_phrase"}
+    assert reasons.pop("sharegpt") <= set()
     assert reasons.pop("hh_rlhf") <= oddities
     assert set().union(*reasons.values()) <= {"empty_text"}

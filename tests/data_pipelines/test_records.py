@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines import json_stream
 from data_pipelines.conversation import DataError
-from data_pipelines.records import read_rows
+from data_pipelines.records import read_items, read_rows
 
 
 def write(folder, name, data):
@@ -22,9 +22,9 @@ def write(folder, name, data):
 
 def read(path, **options):
     """Rows with their numbers, and all errors."""
-    errors = []
-    rows = [(where.row, row) for where, row in read_rows(path, name=path.name, on_error=errors.append, **options)]
-    return rows, errors
+    items = list(read_items(path, name=path.name, **options))
+    errors = [item for item in items if isinstance(item, DataError)]
+    return [(item[0].row, item[1]) for item in items if not isinstance(item, DataError)], errors
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])

@@ -18,7 +18,7 @@ def convert(kind, row):
 
 def brief(conversation):
     """role letter, text, weight per turn; a bad answer is B."""
-    letters = {"system": "S", "user": "U", "assistant": "A", "tool": "T", "text": "X"}
+    letters = {"system": "S", "user": "U", "assistant": "A", "call": "C", "tool": "T", "text": "X", "special": "E"}
     return [(letters[t.role] if t.helpful else "B", t.text, t.weight) for t in conversation.turns]
 
 
@@ -53,12 +53,12 @@ def test_sharegpt_messages_and_parts(key):
     assert brief(conversation) == [("U", "as\nk", 0.0), A]
 
 
-def test_sharegpt_system_and_tools():
-    turns = [("human", "ask"), ("function_call", "f()"), ("observation", "1"), ("gpt", "tell")]
-    expected = [("S", "be brief", 0.0), Q, ("T", "f()", 0.0), ("T", "1", 0.0), A]
-    assert brief(convert("sharegpt", chat(("system", "be brief"), *turns))[0]) == expected
-    assert brief(convert("sharegpt", {**chat(*turns), "system": "be brief"})[0]) == expected
-    assert brief(convert("sharegpt", {**chat(*turns), "system": ""})[0]) == expected[1:]
+def test_sharegpt_system():
+    turns = [("human", "ask"), ("gpt", "tell")]
+    for speaker in ("system", "developer"):
+        assert brief(convert("sharegpt", chat((speaker, "be brief"), *turns))[0]) == [("S", "be brief", 0.0), Q, A]
+    assert brief(convert("sharegpt", {**chat(*turns), "system": "be brief"})[0]) == [("S", "be brief", 0.0), Q, A]
+    assert brief(convert("sharegpt", {**chat(*turns), "system": ""})[0]) == [Q, A]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,7 @@ def test_broken_rows(kind, row, reason, turn, part):
         (Turn("assistant", "ab\ud800", 1.0), "half_surrogate", "U+D800) at character 2"),
         (Turn("assistant", "x", -1.0), "wrong_weight", "-1.0"),
         (Turn("assistant", "x", float("inf")), "wrong_weight", "inf"),
+        (Turn("tool", "x", 0.5), "wrong_weight", "the weight 0.5 of a turn of the tool; expected 0"),
     ],
 )
 def test_check(turn, reason, part):
@@ -311,6 +312,13 @@ def test_check(turn, reason, part):
         sources.check(Conversation("s", "i", (question, turn)), WHERE, 10)
     assert (caught.value.reason, caught.value.where.turn) == (reason, 2)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("tools, reason", [("x" * 11, "turn_too_long"), ("a\udcff", "half_surrogate")])
+def test_check_of_tools(tools, reason):
+    with pytest.raises(DataError) as caught:
+        sources.check(Conversation("s", "i", (Turn("assistant", "x", 1.0),), tools), WHERE, 10)
+    assert caught.value.reason == reason
 
 
 def test_check_wants_something_to_learn():
@@ -333,6 +341,18 @@ def test_registry():
         sources.load("json.decoder")
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+CALLS = {
+    "messages": [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": "wait", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "assistant", "content": "tell", "weight": 0.5},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+}
+REPLY = {"text": "b", "role": "assistant", "lang": "en", "rank": 0, "replies": []}
+OASST = {"message_tree_id": "t", "prompt": {"text": "a", "role": "prompter", "lang": "en", "replies": [REPLY, REPLY]}}
 JUNK = (None, True, 3, -1.5, float("nan"), 10**400, "", " ", "x", [], [None], [[]], {}, {"text": None}, "\ud800")
 
 
@@ -360,6 +380,16 @@ def mutated(value, rng):
         ("text", {"text": "a"}),
         ("yuan", {"text": "a<sep>b"}),
         ("jsonl", {"turns": [["user", "a", 0.0, True], ["assistant", "b", 1.0, False]]}),
+        (
+            "jsonl",
+            {"turns": [["call", '{"name": "f", "arguments": {}}', 1.0, True], ["special", "<|eos|>", 1.0, True]]},
+        ),
+        ("sharegpt", CALLS),
+        ("easylm", {"a": "x", "b": "y", "fields": "[a+b],b,<|eos|>"}),
+        ("preference", {"conversations": [HU], "chosen": AS, "rejected": {"from": "gpt", "value": "x"}}),
+        ("preference", {"instruction": "a", "input": "", "output": ["b", "c"], "history": [["d", "e"]]}),
+        ("preference", {"messages": [HU, AS], "label": True}),
+        ("oasst", OASST),
     ],
 )
 def test_junk_gives_data_errors_and_nothing_else(kind, row):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import BACK_ENDS, CHAT, REAL, tiny
 from tokenizers import Tokenizer
 
-from data_pipelines.conversation import Conversation, Turn
+from data_pipelines.conversation import Conversation, Turn, Where
 from data_pipelines.jinja_chat import ChatTemplateError
+from data_pipelines.sources import easylm
 from data_pipelines.template import jinja_source, load_template
 from data_pipelines.tokenization import load_tokenizer
 
@@ -57,19 +58,10 @@ def fields_language(record, tokenizer):
     return ids, weights
 
 
-def from_fields(record):
-    turns = []
-    for key, text in record.items():
-        if key.startswith("human_"):
-            turns.append(Turn("user", text, 0.0))
-        elif key.startswith("gpt_"):
-            turns.append(Turn("assistant", text, 1.0, helpful=not key.startswith("gpt_bad_")))
-    return Conversation(record["source"], "1", tuple(turns))
-
-
 def require_koala_format(path, tokenizer):
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    examples = load_template("koala", tokenizer).encode_many([from_fields(record) for record in records])
+    conversations = [easylm.convert(record, Where(path, row))[0] for row, record in enumerate(records, start=1)]
+    examples = load_template("koala", tokenizer).encode_many(conversations)
     for record, example in zip(records, examples):
         ids, weights = fields_language(record, tokenizer)
         assert example.ids.tolist() == ids and example.weights.tolist() == weights
@@ -202,8 +194,8 @@ def test_documents_look_the_same_in_every_template():
         assert example.ids.tolist() == [tokenizer.bos_id, *text, tokenizer.eos_id]
         assert example.weights.tolist() == [0.0] + [0.5] * (len(text) + 1)
         assert template.render_prompt(document("Bees")) == [tokenizer.bos_id, *tokenizer.encode("Bees")]
-        with pytest.raises(ValueError, match="expected a document to be a single turn"):
-            template.encode(chat("a", "b", roles=["text", "text"]))
+        with pytest.raises(ValueError, match="found user 'b' in a document; expected parts"):
+            template.encode(chat("a", "b", roles=["text", "user"]))
     with pytest.raises(ValueError, match='template "text" takes one turn'):
         template.encode(chat("a", "b"))
 

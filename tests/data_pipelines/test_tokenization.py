@@ -1,16 +1,33 @@
 """Every back end: text stays text, a stream equals the whole, files are found, and real vectors are met."""
 
+import base64
+import functools
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import BACK_ENDS, CHAT, REAL, hugging_face, llama2c_file, real_data, sentencepiece_model, tiny
+from tiny_tokenizers import (
+    BACK_ENDS,
+    BYTE_LEVEL,
+    CHAT,
+    REAL,
+    hugging_face,
+    llama2c_file,
+    real_data,
+    sentencepiece_model,
+    tiktoken_file,
+    tiny,
+)
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
+from data_pipelines import tiktoken_files
 from data_pipelines.tokenization import StreamDecoder, load_tokenizer
 
 TEXTS = st.text(st.sampled_from("ab <|>/usered\n é湖🐟▁\x00"), max_size=30)
@@ -26,8 +43,15 @@ def test_text_never_becomes_a_special_token(kind, data):
     ids = tokenizer.encode(text)
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.encode_batch([text, "bees", text])[2].tolist() == ids
-    if kind == "bytes":
+    if kind in BYTE_LEVEL:
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "control", "llama2c"])
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=30).filter(lambda text: "▁" not in text))
+def test_sentencepiece_with_bytes_is_lossless(kind, text):
+    assert tiny(kind).decode(tiny(kind).encode(text)) == text
 
 
 def test_chat_tokens_are_special_however_they_were_declared():
@@ -76,7 +100,7 @@ def test_text_inside_a_word_gets_no_space(kind, text):
     front, (inside,) = tokenizer.encode("m"), tokenizer.encode_inside([text])
     assert tokenizer.decode([*front, *inside]) == "m" + text
     with_space = tokenizer.decode([*front, *tokenizer.encode("oon")])
-    assert with_space == ("moon" if kind == "bytes" else "m oon")  # what it is for
+    assert with_space == ("moon" if kind in BYTE_LEVEL else "m oon")  # what it is for
 
 
 def test_a_normalizer_that_prepends_a_space_is_left_out_inside(tmp_path):
@@ -189,6 +213,92 @@ def test_special_tokens_are_split_off_as_hugging_face_does(tmp_path):
     assert tokenizer.split_special("") == []
 
 
+# --- Llama 3's file of tiktoken, and bytes
+
+
+@functools.cache
+def lines_of_tiktoken():
+    return tiktoken_file().splitlines()
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(st.sampled_from("ab <|>\n 09é湖🐟\u0301"), max_size=30))
+def test_offsets_of_tiktoken_are_the_characters_of_each_tokens_bytes(text):
+    owner, at = [i for i, character in enumerate(text) for _ in character.encode()], 0
+    for token, start, end in zip(*tiny("tiktoken").encode_offsets([text])[0]):
+        size = len(base64.b64decode(lines_of_tiktoken()[token].split()[0]))
+        assert (start, end) == (owner[at], owner[at + size - 1] + 1)
+        at += size
+    assert at == len(owner)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=30))
+def test_a_token_a_byte_has_the_ids_of_byt5(text):
+    assert tiny("one_byte").encode(text) == [byte + 3 for byte in text.encode()]
+    assert tiny("one_byte").decode(tiny("one_byte").encode(text)) == text
+    assert {*tiny("one_byte").special_tokens.values()} == {0, 1, 2, *range(259, 259 + len(CHAT))}
+
+
+def test_a_token_a_byte_by_command(tmp_path):
+    line = [sys.executable, "-m", "data_pipelines.train_tokenizer", "--bytes", "--output", tmp_path]
+    subprocess.run([*line, "--special_tokens=" + ",".join(CHAT)], cwd=Path(__file__).parents[2], check=True)
+    assert load_tokenizer(tmp_path).fingerprint == tiny("one_byte").fingerprint
+
+
+@pytest.mark.parametrize("character", " \ta湖=")
+def test_long_runs_are_cut_where_llama_3_cuts_them(character):
+    tokenizer, run = tiny("tiktoken"), tiktoken_files.LONGEST_RUN
+    cut, text = tokenizer.encode(character * run), character * (2 * run + 7)
+    assert tokenizer.encode(text) == cut + cut + tokenizer.encode(character * 7)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_offsets([text])[0][2][-1] == len(text)
+
+
+def test_long_texts_are_cut():
+    encode, longest = tiny("tiktoken").encode, tiktoken_files.LONGEST_TEXT
+    text = "ab cd " * (longest // 6) + "ab cd "
+    assert encode(text) == encode(text[:longest]) + encode(text[longest:])
+    assert encode(text) != encode(text[: longest - 1]) + encode(text[longest - 1 :])
+
+
+def test_control_the_library_by_itself_does_not_end_a_long_run():
+    with pytest.raises(BaseException, match="StackOverflow"):
+        tiny("tiktoken")._encoding.encode_ordinary(" " * 1_200_000)
+
+
+def test_special_tokens_of_tiktoken(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(tiktoken_file())
+    monkeypatch.setattr("socket.socket", None)  # nothing is fetched
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, len(tokenizer.special_tokens), tokenizer.bos_id, tokenizer.eos_id) == (
+        *(128_256, 256, 128_000, 128_001),
+    )
+    names = {"<|start_header_id|>": 128_006, "<|eot_id|>": 128_009, "<|reserved_special_token_250|>": 128_255}
+    assert all(tokenizer.token_id(name) == i for name, i in names.items()) and tokenizer.pad_id is None
+    pad = {"128004": {"content": "<|finetune_right_pad_id|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": pad}))
+    assert load_tokenizer(tmp_path).pad_id == 128_004
+    assert "<|reserved_special_token_2|>" not in load_tokenizer(tmp_path).special_tokens
+
+
+TIKTOKEN_BROKEN = (  # how the file's lines are changed, part of the message
+    (lambda lines: lines[:-1], "found a file of tiktoken with 127,999 tokens; expected the 128,000 of Llama 3"),
+    (lambda lines: [*lines, b"YWFhYWFh 128000"], "128,001 tokens"),
+    (lambda lines: [b"YWFhYWFh 0", *lines[1:]], "ranks or bytes missing"),
+    (lambda lines: [*lines[:-2], lines[-1], lines[-2]], "ranks or bytes missing"),
+    (lambda lines: [*lines[:9], b"!!! 9", *lines[10:]], "damaged tokenizer"),
+    (lambda lines: [*lines[:9], b"YQ==", *lines[10:]], "damaged tokenizer"),
+)
+
+
+@pytest.mark.parametrize("change, part", TIKTOKEN_BROKEN)
+def test_broken_files_of_tiktoken(tmp_path, change, part):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(change(lines_of_tiktoken())))
+    with pytest.raises(ValueError, match=part):
+        load_tokenizer(tmp_path)
+
+
 GOLDEN_FILES = {"sp_test_1000": "test_model.model", "chinese_llama_sp20000": "chinese_sp.model"}
 GOLDEN = ("llama2_sp32000", "mistral_v1_sp32000", "mistral_v3_sp32768", "yuan2_sp", "sp_test_1000")
 
@@ -196,12 +306,12 @@ GOLDEN = ("llama2_sp32000", "mistral_v1_sp32000", "mistral_v3_sp32768", "yuan2_s
 class TestRealFiles:
     pytestmark = real_data
 
-    @pytest.mark.parametrize("name", [*GOLDEN, "chinese_llama_sp20000", "gpt2", "torchtitan_test"])
-    def test_golden_encodings(self, name):  # llama3_tiktoken needs tiktoken
+    @pytest.mark.parametrize("name", [*GOLDEN, "chinese_llama_sp20000", "gpt2", "torchtitan_test", "llama3_tiktoken"])
+    def test_golden_encodings(self, name):
         golden = json.loads((REAL / "tokenizers" / "golden_encodings.json").read_text())[name]
         tokenizer = load_tokenizer(REAL / "tokenizers" / name / GOLDEN_FILES.get(name, ""))
         added = 5 if name == "yuan2_sp" else 0  # by its released code, not in the file
-        assert tokenizer.vocab_size == golden["vocab"] + added
+        assert tokenizer.vocab_size == golden.get("vocab", golden.get("n_vocab_with_256_special")) + added
         for case in golden["cases"]:
             ids = tokenizer.encode(case["text"])
             assert ids == case["ids"]

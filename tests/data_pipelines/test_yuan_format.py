@@ -159,8 +159,8 @@ def test_weights_are_those_of_the_released_mask():
     assert 0 < expected.mean() < 1
 
     class WithoutSep(YuanTemplate):
-        def segments(self, turns, *, prompt):
-            return [s._replace(weight=0.0) if s.content == 254 else s for s in super().segments(turns, prompt=prompt)]
+        def segments(self, turns, **options):
+            return [s._replace(weight=0.0) if s.content == 254 else s for s in super().segments(turns, **options)]
 
     wrong = WithoutSep(Numbers(), None, False, "yuan")
     assert not all((loss_weights(wrong, row) == mask).all() for row, mask in zip(rows, expected))

@@ -1,7 +1,10 @@
 """Tokenizers of every back end, trained in a moment on a few sentences, and the folder of real data."""
 
+import base64
 import functools
 import io
+import itertools
+import json
 import struct
 import tempfile
 from pathlib import Path
@@ -10,6 +13,8 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipelines import train_tokenizer
+from data_pipelines.tiktoken_files import TOKENS
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
 
@@ -17,11 +22,13 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 real_data = [pytest.mark.real_data, pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data")]
 
 CHAT = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHATML = ["<|im_start|>", "<|im_end|>"]
 YUAN = ["<eod>", "<n>", "<sep>", "<pad>", "<commit_before>", "<commit_msg>", "<commit_after>"]
 CODE_LLAMA = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 EXTRA = [f"<extra_id_{i}>" for i in range(20)]
-BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "llama2c")
+BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "one_byte", "tiktoken", "llama2c")
+BYTE_LEVEL = ("bytes", "one_byte", "tiktoken")
 SENTENCES = [
     "Bees make honey, and bears like it; the moon is far away.",
     "USER: What is the name of that river? GPT: It is the Loire.",
@@ -35,8 +42,9 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="tiny_tokenizers_")
 @functools.cache
 def tiny(kind):
     """bytes | first | always: tokenizer.json, byte-level or Metaspace with that prepend_scheme. sentencepiece: the
-    chat tokens as user-defined symbols; control: as control symbols; llama2c: a .bin without chat tokens; yuan,
-    code_llama: sentencepiece with those pieces as their files have them; objectives: bytes with FIM, EXTRA, <mask>."""
+    chat tokens as user-defined symbols; control: as control symbols; one_byte: a token a byte; tiktoken: a file as
+    large as Llama 3's, some of whose special tokens are renamed; llama2c: a .bin without chat tokens; yuan, code_llama:
+    sentencepiece with those pieces as their files have them; objectives: bytes with FIM, EXTRA, <mask>."""
     folder = Path(_FOLDER.name) / kind
     folder.mkdir()
     if kind == "sentencepiece":
@@ -48,6 +56,12 @@ def tiny(kind):
         hugging_face("bytes", special).save(str(folder / "tokenizer.json"))
     elif kind == "control":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=CHAT))
+    elif kind == "one_byte":
+        train_tokenizer.write_bytes(CHAT, folder)
+    elif kind == "tiktoken":
+        (folder / "tokenizer.model").write_bytes(tiktoken_file())
+        added = {str(TOKENS + 100 + i): {"content": piece, "special": True} for i, piece in enumerate([*CHAT, *CHATML])}
+        (folder / "special_tokens_map.json").write_text(json.dumps({"added_tokens_decoder": added}))
     elif kind == "llama2c":
         (folder / "tokenizer.bin").write_bytes(llama2c_file(sentencepiece_model()))
     else:
@@ -108,3 +122,12 @@ def llama2c_file(model):
     pieces = [processor.id_to_piece(i).replace("▁", " ").encode() for i in range(processor.vocab_size())]
     body = [struct.pack("<fi", processor.get_score(i), len(piece)) + piece for i, piece in enumerate(pieces)]
     return struct.pack("<i", max(map(len, pieces))) + b"".join(body)
+
+
+@functools.cache
+def tiktoken_file():
+    """As many tokens as Llama 3 has: all bytes, all pairs of bytes, and triples of letters."""
+    one = [bytes([byte]) for byte in range(256)]
+    triples = map(bytes, itertools.product(b" etaoinshrdlcumwfgypbvkxqjz0123456789<|>_USERGPT", repeat=3))
+    tokens = [*one, *map(b"".join, itertools.product(one, repeat=2)), *triples][:TOKENS]
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))

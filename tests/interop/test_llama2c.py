@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.packing import empty_arrays, fill_row, pack_pool
+from data_pipelines.packing import empty_arrays, fill_row, pack
 from data_pipelines.template import Example
 from data_pipelines.tokenization import load_tokenizer
 from easylm_plus.errors import UserError
@@ -145,10 +145,10 @@ def packed_stories(data):
         stories = [story.strip() for story in file.read().split("<|endoftext|>")[:300]]
     ids = [[1, *map(int, row)] for row in tokenizer.encode_batch(stories)]
     examples = [Example(np.asarray(row), np.ones(len(row), np.float32)) for row in ids if len(row) <= 512]
-    rows = pack_pool(examples, 511, "best_fit")
+    rows = pack([example.positions for example in examples], 511, "best_fit")
     arrays = empty_arrays(len(rows), 511)
     for at, members in enumerate(rows):
-        fill_row(arrays, at, [(examples[i], min(i, 5)) for i in members])
+        fill_row(arrays, at, [(examples[i], min(i, 5)) for i, _, _ in members])
     return len(examples), arrays
 
 

@@ -12,6 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from data_pipelines.prepare import prepare
+from data_pipelines.training_data import TEXT_OBJECTIVE
 from easylm_plus.config import base, check
 from easylm_plus.errors import UserError
 from easylm_plus.training import data as data_module
@@ -93,7 +94,7 @@ def test_what_does_not_go_together(values, message, tmp_path):
 def test_defaults_change_nothing():
     section = base("debug").data
     assert (section.fim_rate, section.corruption) == (0.0, "none")
-    assert set(data_module.TEXT_OBJECTIVE) <= set(section)
+    assert set(TEXT_OBJECTIVE) <= set(section)
 
 
 def test_wrong_values_end_with_one_message(tmp_path):

@@ -1,0 +1,169 @@
+"""What a configuration of `prepare` says, checked: its sources with their files, and the stages of each.
+
+The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one):
+
+    sources.<name>   kind (the module in data_pipelines/sources, by default the name), weight (a whole number for the
+                     mixture; 0: in proportion to the examples), limit (rows kept in reading), max_turn_chars, stages
+                     (stage -> options over those of all sources, or False to leave the stage out); for files
+                     patterns, repair, separator; the options of the module's `convert` or `generate`
+    weigh            what weights are shares of: "examples" or "tokens"
+    stages           stage -> options; a stage that is not named is left out. Besides its own options `decontaminate`
+                     has benchmarks (name -> files, see `eval_items`), their folder, and items (see
+                     `contamination_index`)
+    keep             names of sources: of duplicates that of the first of these is kept; the others follow by name
+    heldout          share of the prompts that is held out
+    policy           "skip" or "error": what a row that does not fit does
+    missing          "error", or "skip" to go on without the sources that have no file
+    max_turn_chars   characters of a turn, at most
+    tokenizer        train, vocab_size, special_tokens: trained on the train splits of all sources
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_pipelines import sources, stages
+from data_pipelines.contamination_index import prepared_index
+from data_pipelines.files import Folder
+from data_pipelines.source import COMMON, FOR_FILES, PrepareError, Source, own_options
+
+KEYS = ("sources", "weigh", "stages", "keep", "heldout", "policy", "missing", "max_turn_chars", "tokenizer")
+MAX_TURN_CHARS = 200_000  # by default
+
+
+def read_settings(config: ConfigDict) -> dict[str, Any]:
+    """The configuration as plain JSON values, with defaults; PrepareError for what does not fit."""
+    settings: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    known_key(settings, KEYS, "config")
+    if not settings.get("sources"):
+        raise PrepareError("config.sources: found none; expected a source or more")
+    choices = {"policy": ("skip", "error"), "missing": ("error", "skip"), "weigh": ("examples", "tokens")}
+    for key, known in choices.items():
+        if settings.setdefault(key, known[0]) not in known:
+            raise PrepareError(f"config.{key}: found {settings[key]!r}; expected {known[0]!r} or {known[1]!r}")
+    heldout = settings.setdefault("heldout", 0.0)
+    if not isinstance(heldout, int | float) or not 0 <= heldout < 1:
+        raise PrepareError(f"config.heldout: found {heldout!r}; expected a share from 0 to below 1")
+    settings.setdefault("max_turn_chars", MAX_TURN_CHARS)
+    settings.setdefault("stages", {})
+    known_key(settings["stages"], stages.CONFIGURED, "config.stages")
+    known_key(settings.setdefault("keep", []), list(settings["sources"]), "config.keep")
+    return settings
+
+
+def plan_all(settings: Mapping[str, Any], input_dir: str | None) -> tuple[list[Source], dict[str, Any]]:
+    """The sources that there are, and of the others (name -> patterns, origin)."""
+    folder = Folder(input_dir or ".")
+    planned = [plan(name, settings, folder) for name in settings["sources"]]
+    absent = [source for source in planned if not source.generated and (input_dir is None or not source.files)]
+    missing = {source.name: {"patterns": list(source.patterns), "origin": source.module.ORIGIN} for source in absent}
+    present = [source for source in planned if source.name not in missing]
+    if missing and (settings["missing"] == "error" or not present):
+        lines = [f"{name}: {', '.join(m['patterns'])}; from {m['origin']}" for name, m in missing.items()]
+        found = f"found no files for {len(missing)} of {len(planned)} sources; expected"
+        place = "no input folder" if input_dir is None else folder.url
+        raise PrepareError(f"{place}: {found}\n  " + "\n  ".join(lines))
+    return present, missing
+
+
+def plan(name: str, settings: Mapping[str, Any], folder: Folder) -> Source:
+    """Finds the module and the files of a source. Raises PrepareError for options that it does not have."""
+    options = settings["sources"][name]
+    kind = options.get("kind") or name
+    try:
+        module = sources.load(kind)
+    except ValueError as error:
+        raise PrepareError(f"sources.{name}.{error}") from error
+    generated = hasattr(module, "generate")
+    known = [*COMMON, *(() if generated else FOR_FILES), *own_options(module)]
+    known_key(options, known, f"sources.{name}")
+    weight = options.get("weight") or 0
+    if not isinstance(weight, int) or weight < 0:
+        raise PrepareError(f"sources.{name}.weight: found {weight!r}; expected a whole number, 0 or more")
+    source = Source(name, kind, options, stages_of(name, settings), folder, ())
+    return source if generated else Source(**{**vars(source), "files": find_files(source)})
+
+
+def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """stage -> options of a source, in the order in which it goes through them."""
+    own = settings["sources"][name].get("stages") or {}
+    known_key(own, stages.CONFIGURED, f"sources.{name}.stages")
+    chosen: dict[str, dict[str, Any]] = {}
+    for stage in stages.CONFIGURED:
+        if (stage in settings["stages"] or stage in own) and own.get(stage) is not False:
+            chosen[stage] = {**(settings["stages"].get(stage) or {}), **(own.get(stage) or {})}
+            if stage != "decontaminate":  # it needs an index that is yet to be made
+                made_of(name, stage, chosen[stage])
+    return {**chosen, "split": {"heldout": settings["heldout"]}}
+
+
+def with_indexes(planned: Sequence[Source], work: Path) -> list[Source]:
+    """The sources with an index of the benchmarks in `work` for each that is decontaminated, in place of what says
+    which benchmarks these are."""
+    return [
+        dataclasses.replace(source, stages={**source.stages, "decontaminate": indexed(source, work)})
+        if "decontaminate" in source.stages
+        else source
+        for source in planned
+    ]
+
+
+def indexed(source: Source, work: Path) -> dict[str, Any]:
+    """The options of the stage itself."""
+    options = dict(source.stages["decontaminate"])
+    benchmarks, folder = options.pop("benchmarks", None), options.pop("folder", ".")
+    if not benchmarks:
+        raise PrepareError(f"sources.{source.name}, stage decontaminate: found no benchmarks; expected name -> files")
+    index, digest = prepared_index(benchmarks, folder, work, options.pop("items", None))
+    options |= {"index": str(index), "sha256": digest}
+    made_of(source.name, "decontaminate", options)
+    return options
+
+
+def made_of(name: str, stage: str, options: Mapping[str, Any]) -> None:
+    """Raises PrepareError for options of which no stage can be made."""
+    try:
+        stages.make(stage, options)
+    except ValueError as error:
+        raise PrepareError(f"sources.{name}, stage {stage}: {error}") from error
+
+
+def by_rank(planned: Sequence[Source], settings: Mapping[str, Any]) -> list[Source]:
+    """Those that `keep` names, in its order, then the others in theirs: of duplicates the first is kept."""
+    first = list(settings["keep"])
+    return sorted(planned, key=lambda source: first.index(source.name) if source.name in first else len(first))
+
+
+def known_key(options: Iterable[str], known: Sequence[str], where: str) -> None:
+    for key in options:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise PrepareError(f"{where}: found the key {key!r}; expected one of {', '.join(known)}{hint}")
+
+
+def find_files(source: Source) -> tuple[str, ...]:
+    """The source's files, in the order of their names."""
+    try:
+        files = source.folder.glob(source.patterns)
+    except ValueError as error:
+        raise PrepareError(f"sources.{source.name}.patterns: {error}") from error
+    one_stem_each(source.name, files)
+    return tuple(files)
+
+
+def one_stem_each(name: str, files: Iterable[str]) -> None:
+    stems: dict[str, str] = {}
+    for file in files:
+        try:
+            file.encode()
+        except UnicodeEncodeError as error:
+            raise PrepareError(f"sources.{name}: found the file name {file!r}; expected one in UTF-8") from error
+        other = stems.setdefault(sources.stem(file), file)
+        if other != file:
+            raise PrepareError(f"sources.{name}: found {other} and {file}, whose rows would get the same ids; take one")

@@ -1,0 +1,147 @@
+"""Reading: rows of files, or what a source makes up, as chunks of samples, with an account of every row.
+
+This is the first stage. It differs from the others in what it counts: rows, not conversations. A row that does not
+fit is repaired if its source knows how, and dropped with its place and a reason otherwise.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, cast
+
+from data_pipelines import sources
+from data_pipelines.chunk import Ledger, Sample
+from data_pipelines.conversation import Conversation, DataError, Where
+from data_pipelines.records import read_items
+from data_pipelines.source import COMMON, PrepareError, Source, own_options
+
+CHUNK = 1024  # rows
+
+Chunk = tuple[list[Sample], Ledger]
+Progress = Callable[[int], None]  # bytes read since the last call
+
+
+@dataclass
+class Reader:
+    """Iterates over a source, chunk by chunk of CHUNK rows.
+
+    max_turn_chars: of a turn, unless the source says otherwise. strict: raise the first row that does not fit.
+    progress: is told of every piece that is read.
+    """
+
+    source: Source
+    max_turn_chars: int
+    strict: bool
+    progress: Progress = lambda count: None
+
+    def __post_init__(self) -> None:
+        self.module, self.generated = self.source.module, self.source.generated
+        own = {*own_options(self.module)} - {*COMMON}
+        self.own = {key: value for key, value in self.source.options.items() if key in own}
+        self.max_turn_chars = self.source.options.get("max_turn_chars") or self.max_turn_chars
+        self.limit = self.source.options.get("limit") or float("inf")
+
+    def chunks(self, files: tuple[str, ...] | None = None) -> Iterator[Chunk]:
+        """Of these files, by default all; of a source that makes its text up, everything."""
+        if self.generated:
+            items = self.made_up()
+        else:
+            items = (item for file in files or self.source.files for item in self.rows_of(file))
+        samples, ledger, kept = list[Sample](), Ledger(), 0
+        for item in items:
+            ledger.entered += 1
+            if isinstance(item, DataError):
+                self.reject(item, ledger)
+            else:
+                sample, repairs = item
+                samples.append(sample)
+                ledger.left, kept = ledger.left + 1, kept + 1
+                ledger.changed.update(repairs)
+            if ledger.entered == CHUNK or kept >= self.limit:
+                yield samples, ledger
+                samples, ledger = [], Ledger()
+            if kept >= self.limit:
+                return
+        if ledger.entered:
+            yield samples, ledger
+
+    def rows_of(self, file: str) -> Iterator[tuple[Sample, list[str]] | DataError]:
+        """A sample and its repairs, or an error, for every row."""
+        separator: Any = self.source.options.get("separator") or getattr(self.module, "SEPARATOR", 1)
+        with _Watched(self.source.folder.open(file), self.progress) as raw:
+            for item in read_items(file, name=file, raw=cast(BinaryIO, raw), separator=separator):
+                yield item if isinstance(item, DataError) else self.sample(*item)
+
+    def sample(self, where: Where, row: sources.Row) -> tuple[Sample, list[str]] | DataError:
+        try:
+            conversations, repairs = self.convert(row, where)
+            self.check(conversations, where)
+        except DataError as error:
+            return error
+        return Sample(sources.row_id(where), self.named(conversations)), repairs
+
+    def made_up(self) -> Iterator[tuple[Sample, list[str]] | DataError]:
+        try:
+            for number, made in enumerate(self.module.generate(**self.own), start=1):
+                split, conversation = made if isinstance(made, tuple) else (None, made)
+                try:
+                    self.check([conversation], Where(f"<{self.source.name}>", number))
+                except DataError as error:
+                    yield error
+                else:
+                    yield Sample(conversation.id, self.named([conversation]), split), []
+        except (ValueError, FileNotFoundError) as error:
+            raise PrepareError(f"sources.{self.source.name}: {error}") from error
+
+    def named(self, conversations: list[Conversation]) -> tuple[Conversation, ...]:
+        return tuple(replace(conversation, source=self.source.name) for conversation in conversations)
+
+    def convert(self, row: sources.Row, where: Where) -> tuple[list[Conversation], list[str]]:
+        """Conversations, and the repairs that made them fit; DataError if nothing does."""
+        repairs: Mapping[str, Callable[[sources.Row], sources.Row]] = {}
+        if self.source.options.get("repair", True):
+            repairs = getattr(self.module, "REPAIRS", {})
+        done: list[str] = []
+        while True:
+            try:
+                return self.module.convert(row, where, **self.own), done
+            except DataError as error:
+                if error.reason not in repairs or error.reason in done:
+                    raise
+                row = repairs[error.reason](row)
+                done.append(error.reason)
+            except Exception as error:
+                error.add_note(f"while {self.module.__name__} converted {where}")
+                raise
+
+    def check(self, conversations: list[Conversation], where: Where) -> None:
+        for conversation in conversations:
+            sources.check(conversation, where, self.max_turn_chars)
+
+    def reject(self, error: DataError, ledger: Ledger) -> None:
+        if self.strict and not isinstance(error, sources.Filtered):
+            raise error
+        ledger.dropped[error.reason] += 1
+        ledger.drops.append(dict(error.to_dict()))
+
+
+class _Watched(io.RawIOBase):
+    """A raw file that tells how much of it has been read."""
+
+    def __init__(self, raw: BinaryIO, progress: Progress):
+        self._raw, self._progress = raw, progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        self._progress(count)
+        return count
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
