@@ -31,6 +31,7 @@ Section = Mapping[str, Any]
 TEXT_OBJECTIVE = (
     "fim_rate", "fim_spm_rate", "corruption", "corruption_rate", "span_length", "sentinels", "mask_token",
 )  # fmt: skip
+SURE = 0.98  # of the steps that examples last for, by the lengths of a sample
 
 
 class Data(NamedTuple):
@@ -204,12 +205,20 @@ def heldout_batches(section: Section, data: Data, examples: int, rows: range | N
 
 def total_steps(section: Section, data: Data, seed: int, *, steps: int, epochs: float, tokens: int) -> int:
     """The run's length in steps, of which one is given. Tokens count positions, padding included; epochs are measured
-    on a sample."""
-    if steps:
-        return steps
-    if tokens:
-        return math.ceil(tokens / (section["batch_size"] * section["length"]))
+    on a sample. Raises InputError for more steps than `max_epochs` leave examples for."""
     mixture = make_mixture(section, data, seed)
-    draws = mixture.draws_for_epochs(epochs)
-    rows = draws * run_mixture.rows_per_draw(section, data.examples, data.learned, mixture, seed)
-    return max(1, math.ceil(rows / section["batch_size"]))
+    if mixture.end is None and not epochs:
+        return steps or math.ceil(tokens / (section["batch_size"] * section["length"]))
+    rows_per_draw = run_mixture.rows_per_draw(section, data.examples, data.learned, mixture, seed)
+    per_step = section["batch_size"] / rows_per_draw
+    wanted = steps or math.ceil(tokens / (section["batch_size"] * section["length"]))
+    wanted = wanted or max(1, math.ceil(mixture.draws_for_epochs(epochs) / per_step))
+    if mixture.end is None:
+        return wanted
+    last = math.floor(SURE * mixture.end / per_step)
+    if (steps or tokens) and wanted > last:
+        raise InputError(
+            f"data.max_epochs: found {mixture.end:,} examples to draw, which last for about {last:,} steps; "
+            f"expected enough for {wanted:,}: raise them, or train for fewer steps"
+        )
+    return min(wanted, last)

@@ -3,9 +3,9 @@ their languages. A start for one's own mixture, where koala.py is what Koala did
 
     python -m data_pipelines.prepare --config=configs/data/chat.py:eval=EVAL --input=RAW --output=data/chat
 
-RAW has one folder a source, as for koala.py, and `preference` with pairs of answers; what is not there is left out. EVAL
-has the files of benchmarks (`BENCHMARKS`), of which nothing may be in the data; without eval=… the stage that looks for
-them is left out. Near duplicates are looked for across all sources; the first of KEEP keeps its own.
+RAW has one folder a source, as for koala.py, and `preference` with pairs of answers; what is not there is left out.
+EVAL has the files of benchmarks (`BENCHMARKS`), of which nothing may be in the data; without eval=… the stage that
+looks for them is left out. Near duplicates are looked for across all sources; the first of KEEP keeps its own.
 """
 
 from ml_collections import ConfigDict

@@ -313,7 +313,7 @@ def test_command_line(folder, tmp_path):
     arguments = ["--config.missing=skip", "--input", str(folder), "--output", str(tmp_path / "out")]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "empty_text" in done.stdout and "phrase" in done.stdout
+    assert "empty_text" in done.stdout and "names_its_origin" in done.stdout
     assert read_manifest(tmp_path / "out")["hash"] in done.stdout
     failed = run(*arguments, "--force", "--policy", "error")
     assert failed.returncode == 1
