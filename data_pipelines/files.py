@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -42,9 +43,13 @@ class Folder:
         found: set[str] = set()
         for pattern in patterns:
             bare = pattern.removeprefix("!")
-            if bare.startswith("/") or ".." in bare.split("/"):
+            if not bare or bare.startswith("/") or ".." in bare.split("/"):
                 raise InputError(f"found {pattern!r}; expected relative globs")
-            matches = {match for match, info in files.glob(f"{root}/{bare}", detail=True).items() if _is_file(info)}
+            if files.protocol[0] == "file":  # fsspec's glob passes over links
+                matches = {path.as_posix() for path in Path(root).glob(bare) if path.is_file()}
+            else:
+                listed = files.glob(f"{root}/{bare}", detail=True)
+                matches = {match for match, info in listed.items() if info["type"] == "file"}
             found = found - matches if pattern.startswith("!") else found | matches
         return sorted(path.removeprefix(root).lstrip("/") for path in found)
 
@@ -65,7 +70,3 @@ class Folder:
     def sha256(self, name: str) -> str:
         with self.open(name) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _is_file(info: Any) -> bool:
-    return info["type"] == "file" or (info["type"] == "link" and os.path.isfile(info["name"]))

@@ -9,7 +9,8 @@
 What does not fit is yielded as a DataError in its place; `read_rows` raises it instead. Reading goes on with the next
 row where there is a safe place to go on from: the next line of .jsonl, the next record of .csv. After a syntax error
 within .json, a damaged gzip file or text that is not UTF-8, there is none (in .jsonl a line that is not UTF-8 costs
-that line alone). Each error stands for one row.
+that line alone): the rows before it have been yielded, and the message says that reading ends there. Each error stands
+for one row.
 
 Memory: one row at a time, a few times `max_row_bytes` at most. Bytes and lines count in the unpacked file.
 """
@@ -30,6 +31,7 @@ from data_pipelines.sources import shown
 
 MAX_ROW_BYTES = 64 << 20
 CHUNK = 1 << 20
+CONTROLS = bytes({*range(32)} - {*b"\t\n\r"})
 
 Row = tuple[Where, dict[str, Any]]
 Items = Iterator[Row | DataError]
@@ -133,8 +135,10 @@ class _Reader:
         start = stream.peek(1 << 12)[: 1 << 12]
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self.stop("UTF-16 text", "text in UTF-8", "not_utf8", whole=True)
-        if b"\0" in start[:4] or start.count(0) > len(start) // 100:  # a single one costs its row alone
-            hint = " (a gzip file without .gz?)" if start.startswith(b"\x1f\x8b") else ""
+        zipped = start.startswith(b"\x1f\x8b")
+        controls = len(start) - len(start.translate(None, CONTROLS))  # a ninth of what is packed, none of a text
+        if b"\0" in start and (zipped or controls > max(8, len(start) // 12) or controls > len(start) // 2):
+            hint = " (a gzip file without .gz?)" if zipped else ""
             self.stop(f"a zero byte at byte {start.index(0)}{hint}", "a text file", "binary_file", whole=True)
         if start.startswith(codecs.BOM_UTF8):
             self.stream.read(len(codecs.BOM_UTF8))

@@ -113,10 +113,10 @@ SUMMARIZE = "Condense this into its main points:"  # the phrase that the id "t" 
 
 @st.composite
 def own(draw):
-    turn = st.tuples(
-        st.sampled_from(["user", "assistant", "tool", "text"]), SAID, st.sampled_from([0, 0.5, 2.0]), st.booleans()
-    )
-    turns = [["system", draw(SAID), 0.0, True], *map(list, draw(st.lists(turn, max_size=3))), assistant(draw(SAID))]
+    read = st.tuples(st.sampled_from(["user", "tool"]), SAID, st.just(0.0), st.booleans())
+    learned = st.tuples(st.sampled_from(["assistant", "text"]), SAID, st.sampled_from([0, 0.5, 2.0]), st.booleans())
+    turns = map(list, draw(st.lists(st.one_of(read, learned), max_size=3)))
+    turns = [["system", draw(SAID), 0.0, True], *turns, assistant(draw(SAID))]
     return {"source": "x", "id": "y", "turns": turns}, [("", turns)]
 
 
@@ -441,6 +441,7 @@ for name, value, reason in (
     ("a text that is too long", ["user", TOO_LONG, 1.0, True], "turn_too_long"),
     ("half a surrogate pair", ["user", HALF, 1.0, True], "half_surrogate"),
     ("a negative number for a weight", ["user", "Hi", -0.5, True], "wrong_weight"),
+    ("a weight for what is read", ["user", "Hi", 1.0, True], "wrong_weight"),
     ("a number for a switch", ["user", "Hi", 1.0, 1], "wrong_type"),
     ("null for a switch", ["user", "Hi", 1.0, None], "wrong_type"),
     *((f"{name} for a weight", ["user", "Hi", value, True], "wrong_type") for name, value in NOT_A_NUMBER.items()),

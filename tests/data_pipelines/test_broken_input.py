@@ -64,8 +64,8 @@ def unit(suffix, row, ascii_only=True):
     if suffix == "txt":
         return row["text"].encode()
     file = io.StringIO()
-    csv.writer(file, lineterminator="").writerow(row[key] for key in COLUMNS)
-    return file.getvalue().encode()
+    csv.writer(file, lineterminator="\n").writerow(row[key] for key in COLUMNS)
+    return file.getvalue().removesuffix("\n").encode()
 
 
 COLUMNS = ("text", "question", "label")
@@ -432,15 +432,26 @@ def test_what_is_no_file_is_not_read(tmp_path, make):
     assert prepare(config(), tmp_path / "in", tmp_path / "out")["sources"]["text"]["rows"] == 1
 
 
-def test_a_file_that_cannot_be_read_stops_everything(tmp_path, monkeypatch):
+def test_links_to_files_and_folders_are_read(tmp_path):
+    (tmp_path / "in/text").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.txt").write_text("tell")
+    (tmp_path / "in/text/b.txt").symlink_to(tmp_path / "elsewhere/a.txt")
+    (tmp_path / "in/text/c").symlink_to(tmp_path / "elsewhere")
+    wanted = config(patterns=("text/*.txt", "text/*/*.txt"))
+    files = prepare(wanted, tmp_path / "in", tmp_path / "out")["sources"]["text"]["files"]
+    assert [file["path"] for file in files] == ["text/b.txt", "text/c/a.txt"]
+
+
+def test_a_file_that_cannot_be_read_stops_everything(tmp_path):
     (tmp_path / "in/text").mkdir(parents=True)
     (tmp_path / "in/text/a.txt").write_text("tell")
     (tmp_path / "in/text/b.txt").symlink_to("/proc/self/mem")  # a file whose first byte is an error
     if not Path("/proc/self/mem").exists():
         pytest.skip("needs /proc")
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError):
         prepare(config(), tmp_path / "in", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_name_that_is_no_utf8(tmp_path):

@@ -254,6 +254,7 @@ def test_several_benchmarks_turns_and_pairs(folder):
     assert ledger.changed == {"contaminated": 2} and ledger.seen["contamination"] == {"made": 2, "other": 1}
 
     users = stage(folder, benchmarks, turns="user")
+    assert list(users([Sample("t", (chat(("text", only)),))], Ledger()))  # none to look at
     assert list(users([Sample("p", (good, bad))], Ledger()))
     ledger = Ledger()
     assert not list(users([Sample("a", (with_both,))], ledger)) and ledger.drops[0]["turn"] == 3
