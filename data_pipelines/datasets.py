@@ -114,6 +114,36 @@ class SourceDataset(Sequence[Conversation]):
             raise DatasetError(f"{self.name}: example {index} is damaged ({error}); {_AGAIN}") from error
 
 
+class PairDataset(Sequence[tuple[Conversation, Conversation]]):
+    """The comparisons of a split as (better, worse), in their order. Both have the same id but for its ending; where
+    the worse one repeats turns of the better one, these weigh 0 there (see `sources.comparison`)."""
+
+    def __init__(self, dataset: SourceDataset):
+        if len(dataset) % 2:
+            raise DatasetError(f"{dataset.name}: found {len(dataset)} examples; expected pairs of them")
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset) // 2
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Conversation, Conversation]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Conversation, Conversation]]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> tuple[Conversation, Conversation] | list[tuple[Conversation, Conversation]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        better, worse = self._dataset[2 * place], self._dataset[2 * place + 1]
+        row = better.id.removesuffix(":chosen")
+        if (better.id, worse.id) != (f"{row}:chosen", f"{row}:rejected"):
+            found = f"found {better.id} and {worse.id}"
+            raise DatasetError(f"{self._dataset.name}: {found}; expected the two halves of a comparison")
+        return better, worse
+
+
 _AGAIN = "prepare the data again with --force"
 
 
@@ -144,6 +174,12 @@ def open_source(directory: Path | str, source: str, split: str) -> SourceDataset
         expected = splits[split]["examples"]
         raise DatasetError(f"{name}: found {len(records)} examples; expected {expected}; {_AGAIN}")
     return SourceDataset(name, records)
+
+
+def open_pairs(directory: Path | str, source: str, split: str) -> PairDataset:
+    """The pairs of a source of comparisons, for learning which answer is preferred. Raises DatasetError as
+    `open_source`, and for a source of anything else."""
+    return PairDataset(open_source(directory, source, split))
 
 
 def manifest_hash(manifest: Manifest) -> str:

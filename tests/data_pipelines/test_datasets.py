@@ -50,6 +50,23 @@ def test_round_trip_in_order(folder):
         train[2500]
 
 
+def test_comparisons_are_opened_as_pairs(tmp_path):
+    def half(number, end):
+        return Conversation("chat", f"x:{number}:{end}", (Turn("assistant", end, 1.0, helpful=end == "chosen"),))
+
+    pairs = [(half(i, "chosen"), half(i, "rejected")) for i in range(5)]
+    prepared(tmp_path, {"train": [c for pair in pairs for c in pair], "heldout": iter([half(1, "chosen")])})
+    opened = datasets.open_pairs(tmp_path, "chat", "train")
+    assert (len(opened), list(opened), opened[-1], opened[1:3]) == (5, pairs, pairs[-1], pairs[1:3])
+    with pytest.raises(DatasetError, match="found 1 examples; expected pairs"):
+        datasets.open_pairs(tmp_path, "chat", "heldout")
+
+
+def test_what_is_no_comparison_is_not_opened_as_pairs(folder):
+    with pytest.raises(DatasetError, match=r"found 0 and 7; expected the two halves of a comparison"):
+        datasets.open_pairs(folder, "chat", "train")[0]
+
+
 def test_a_dataset_survives_pickling(folder):
     train = pickle.loads(pickle.dumps(open_source(folder, "chat", "train")))
     assert train[3] == open_source(folder, "chat", "train")[3]
