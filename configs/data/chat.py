@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     stages = {
         "tools": {"calls": "keep", "unused": "keep"},
         "normalise": {},
-        "filter": {"identity": "flag", "refusals": "flag", "repeated_digits": True},
+        "filter": {"languages": ("any",), "identity": "flag", "refusals": "flag", "repeated_digits": True},
         "dedupe": {"exact": "whole", "near": "whole"},
         "redact": {},
     }

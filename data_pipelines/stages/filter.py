@@ -17,7 +17,7 @@ reason, and is what `dropped` counts by. (Conversations with tools are for the s
     identity         False   "drop" or "flag": the assistant calls itself an AI: ai_identity
     broken_lists     False   True: no second "1." before a "2.": broken_list
     repeated_digits  False   True: no digit nine times in a row: repeated_digits
-    languages        ()      codes that stay (see `language`): language
+    languages        ()      codes that stay (see `language`): language; "any": all stay, and are counted
     chinese          None    options of `chinese`, for turns of the role "text": not_chinese, mojibake, spelled_out,
                              boilerplate, short_lines, no_sentences, chinese_script
     repetition       False   True: Gopher's rules (see `repetition`), for turns of the role "text": repetition
@@ -172,7 +172,7 @@ class Filter(Stage):
         texts = (turn.text for _, turn in _texts(conversation))
         code = language(texts, self.options["min_letters"], self.options["language_chars"])
         ledger.see("language", code)
-        if code != "und" and code not in self.options["languages"]:
+        if code != "und" and not {code, "any"} & {*self.options["languages"]}:
             raise Dropped("language", f"{code}; expected {', '.join(self.options['languages'])}")
 
     def web(self, conversation: Conversation, ledger: Ledger) -> None:

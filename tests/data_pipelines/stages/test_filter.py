@@ -209,6 +209,14 @@ def test_language(text, code):
     assert language([text]) == code
 
 
+def test_languages_can_be_counted_without_dropping_any():
+    texts = ("Der Hund läuft schnell durch den großen, grünen Garten.", "The dog runs fast through the big garden.")
+    ledger, counting = Ledger(), Filter({"languages": ("any",)})
+    kept = [counting.conversation(document(text), ledger) for text in texts]
+    assert [c.turns[0].text for c in kept] == list(texts) and ledger.seen["language"] == {"de": 1, "en": 1}
+    assert filtered(document(texts[0]), languages=("en",)) == ("language", None)
+
+
 def test_language_is_that_of_all_turns():
     assert language([ENGLISH, *[GERMAN] * 9]) == "de"  # most of it, though not its start
     assert language([ENGLISH, *[GERMAN] * 9], looked_at=10**6) == "de"
