@@ -30,11 +30,9 @@ class Dropped(Exception):
 
 
 class Stage(abc.ABC):
-    """One step. OPTIONS: name -> default of what a configuration may say. DEPENDS: modules and packages whose code
-    decides what comes out, beside the module of the class itself: where one changes, the stage runs again."""
+    """One step. OPTIONS: name -> default of what a configuration may say."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
-    DEPENDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Mapping[str, Any]):
         """Raises InputError for options that do not fit; check values in an overriding method."""

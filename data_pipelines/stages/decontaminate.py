@@ -41,7 +41,6 @@ class Decontaminate(Stage):
         "report_only": False,
         "ignore": (),
     }
-    DEPENDS: ClassVar[tuple[str, ...]] = ("data_pipelines.contamination", "data_pipelines.ngrams")
 
     def __init__(self, options: Mapping[str, Any]):
         super().__init__(options)

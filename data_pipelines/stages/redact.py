@@ -22,7 +22,6 @@ class Redact(Stage):
         "kinds": ("secret", "email", "ipv4", "ipv6", "card", "phone"),
         "placeholders": {},
     }
-    DEPENDS: ClassVar[tuple[str, ...]] = ("data_pipelines.redaction",)
 
     def __init__(self, options: Mapping[str, Any]):
         super().__init__(options)
