@@ -4,6 +4,8 @@ Processes are started afresh rather than forked: a fork of a process that runs J
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,14 +28,23 @@ def advance(count: int) -> None:
 
 
 def _start(counter: Any) -> None:
-    """Runs first in each process."""
+    """Runs first in each process. A process ends with the one that started it, however that ends: otherwise it would
+    wait for work for ever where that was killed."""
     global _advance
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def add(count: int) -> None:
         with counter.get_lock():
             counter.value += count
 
     _advance = add
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Workers:

@@ -277,3 +277,28 @@ def test_duplicates_across_sources_and_what_they_name(folder, tmp_path, monkeypa
     settings.sources.other.stages = {"dedupe": False}
     manifest, _ = run(folder, tmp_path, ran, settings)
     assert manifest["sources"]["alpaca"]["stages"]["dedupe"]["dropped"] == {}
+
+
+def test_workers_end_with_what_started_them(tmp_path):
+    script = (
+        "import os, time\n"
+        "from data_pipelines.workers import Workers\n"
+        "def work(number):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(2) as pool:\n"
+        "        pool.run('work', work, [(0,), (1,)])\n"
+    )
+    (tmp_path / "waits.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "waits.py")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}/stat").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{worker}/stat").exists() for worker in workers)
