@@ -105,8 +105,7 @@ def quick(source: Mapping[str, Any], model: Any) -> Quick | None:
 
 def _words(pre_tokenizer: Any) -> str | None:
     """The expression, if it is a known one and nothing else is done to a text."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    *before, last = steps
+    *before, last = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer]
     if last is None or last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return None
     if not before and last.get("use_regex", True):

@@ -139,9 +139,8 @@ class Tokenizer(abc.ABC):
         for match in self._special_pattern.finditer(text) if self.special_tokens else ():
             if match.start() > at:
                 pieces.append((at, match.start(), None))
-            name = next(group for group in match.groups() if group is not None)
-            pieces.append((match.start(), match.end(), self.special_tokens[name]))
             at = match.end()
+            pieces.append((match.start(), at, self.special_tokens[match[match.lastindex or 0]]))
         return [*pieces, (at, len(text), None)] if at < len(text) else pieces
 
     @functools.cached_property
