@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipelines.conversation import Conversation
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 EXCERPT = 240  # characters of a conversation that the list of drops quotes
 
 
@@ -29,14 +30,17 @@ class Sample:
         ids = [conversation.id for conversation in self.conversations]
         return len(ids) == 2 and ids[0].endswith(":chosen") and ids[1].endswith(":rejected")
 
-    def to_json(self) -> str:
-        record = {"id": self.id, "split": self.split, "conversations": [c.to_dict() for c in self.conversations]}
-        return json.dumps(record, ensure_ascii=False)
+    def to_line(self) -> str:
+        """Id, split and characters, then each conversation, all as JSON, which has no tabs, with tabs between."""
+        characters = sum([len(turn.text) for conversation in self.conversations for turn in conversation.turns])
+        head = _ENCODE([self.id, self.split, characters])
+        return "\t".join([head, *[conversation.to_json() for conversation in self.conversations]])
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> "Sample":
-        record = json.loads(line)
-        return cls(record["id"], tuple(map(Conversation.from_dict, record["conversations"])), record["split"])
+    def from_line(cls, line: str) -> "Sample":
+        head, *conversations = line.split("\t")
+        sample_id, split, _ = json.loads(head)
+        return cls(sample_id, tuple(map(Conversation.from_line, conversations)), split)
 
 
 @dataclasses.dataclass

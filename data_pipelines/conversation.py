@@ -20,6 +20,7 @@ from data_pipelines.errors import InputError
 ROLES = ("system", "user", "assistant", "call", "tool", "text", "special")
 ANSWERS = ("assistant", "call")  # what the assistant says and does, which is what can be learned of a chat
 SPECIAL = ("<|bos|>", "<|eos|>")
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +46,22 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     tools: str = ""
+    _line: str = dataclasses.field(default="", init=False, repr=False, compare=False)  # `to_json`, where it is known
 
     def to_json(self) -> str:
         """One line of JSON; keys in a fixed order, so equal conversations are equal bytes."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        return self._line or _ENCODE(self.to_dict())
 
     @classmethod
     def from_json(cls, line: str | bytes) -> "Conversation":
         return cls.from_dict(json.loads(line))
+
+    @classmethod
+    def from_line(cls, line: str) -> "Conversation":
+        """From what `to_json` wrote, which is kept: whoever writes the conversation again need not make it anew."""
+        conversation = cls.from_json(line)
+        object.__setattr__(conversation, "_line", line)
+        return conversation
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; without the key "tools" where there are none."""

@@ -5,8 +5,9 @@
     DIR/rejects.jsonl, DIR/tokenizer/     see `prepare`
 
 A record has one feature, "conversation": the text of `Conversation.to_json`. `tfds.data_source(source, split=…,
-data_dir=DIR)` reads it as well. TFDS would hash and shuffle the keys of its examples; its SequentialWriter does not:
-records stay in the order in which they came.
+data_dir=DIR)` reads it as well. TFDS writes what it needs to know of them; the shards themselves are written here, since
+TFDS would hash and shuffle the keys of the examples, and its SequentialWriter, which does not, takes four times as long
+over the same bytes: records stay in the order in which they came.
 
 The manifest, per source: kind, licence, weight, files (path, bytes, sha256); of reading, in rows: rows = kept_rows +
 the sum of `rejected` (reason -> rows), repaired (reason -> rows); per stage, in conversations, of which a row may give
@@ -23,11 +24,12 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from absl import logging
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
@@ -38,7 +40,6 @@ MANIFEST_VERSION = 2
 DATASET_VERSION = "1.0.0"
 FEATURE = "conversation"
 SHARD = 65_536  # examples
-BATCH = 1024  # examples written at a time
 
 Manifest = dict[str, Any]
 
@@ -47,8 +48,21 @@ class DatasetError(InputError):
     """Prepared data that is missing, damaged or does not have what was asked for."""
 
 
-def write_source(directory: Path | str, source: str, splits: Mapping[str, Iterable[Conversation]]) -> dict[str, Any]:
-    """Writes the splits as they come, and returns per split its examples, characters, sha256 and shards.
+class Record(NamedTuple):
+    """What one sample adds to a split: a line for each conversation, and how many characters their turns have."""
+
+    split: str
+    lines: Sequence[str]
+    characters: int
+
+
+def records_of(split: str, conversations: Iterable[Conversation]) -> Iterator[Record]:
+    for conversation in conversations:
+        yield Record(split, [conversation.to_json()], sum(len(turn.text) for turn in conversation.turns))
+
+
+def write_source(directory: Path | str, source: str, records: Iterable[Record]) -> dict[str, Any]:
+    """Writes the records as they come, and returns per split its examples, characters, sha256 and shards.
 
     Raises OSError where the disk is full or cannot be written to.
     """
@@ -59,35 +73,90 @@ def write_source(directory: Path | str, source: str, splits: Mapping[str, Iterab
         name=source, version=tfds.core.Version(DATASET_VERSION), data_dir=str(folder), module_name=""
     )
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict({FEATURE: tfds.features.Text()}))
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")
-    summary = {}
+    info.set_file_format("array_record")
+    splits = {split: _Split(folder, source, split) for split in SPLITS}
     try:
-        for split, conversations in splits.items():
-            summary[split] = _write_split(writer, split, conversations)
-        writer.close_all()
+        for split, lines, characters in records:
+            splits[split].add(lines, characters)
+        for writing in splits.values():
+            writing.close()
     except RuntimeError as error:  # how the ArrayRecord writer reports what the system told it
         full = os.strerror(errno.ENOSPC) in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
-    for split, entry in summary.items():
-        shards = sorted(folder.glob(f"{source}-{split}.array_record-*"))
-        entry["shards"] = {shard.name: shard.stat().st_size for shard in shards}
-    return summary
+    infos = [writing.info(tfds) for writing in splits.values() if writing.lengths]  # an empty split is none, for TFDS
+    info.set_splits(tfds.core.splits.SplitDict(infos))
+    info.write_to_directory(str(folder))
+    return {split: writing.summary() for split, writing in splits.items()}
 
 
-def _write_split(writer: Any, split: str, conversations: Iterable[Conversation]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    examples = characters = 0
-    remaining = iter(conversations)
-    while batch := list(itertools.islice(remaining, BATCH)):
-        if not examples:
-            writer.initialize_splits([split])  # an empty split is none, for TFDS
-        lines = [conversation.to_json() for conversation in batch]
+class _Split:
+    """A split as it is written: SHARD examples a file, whose names are TFDS's."""
+
+    def __init__(self, folder: Path, source: str, split: str):
+        self.folder, self.source, self.split = folder, source, split
+        self.lengths: list[int] = []  # of the shards
+        self.digest, self.characters, self.bytes = hashlib.sha256(), 0, 0
+        self._writer: Any = None
+
+    def add(self, lines: Iterable[str], characters: int) -> None:
+        self.characters += characters
         for line in lines:
-            digest.update(line.encode() + b"\n")
-        examples += len(batch)
-        characters += sum(len(turn.text) for conversation in batch for turn in conversation.turns)
-        writer.add_examples({split: [{FEATURE: line} for line in lines]})
-    return {"examples": examples, "characters": characters, "sha256": digest.hexdigest()}
+            if self._writer is None or self.lengths[-1] == SHARD:
+                self.close()
+                self._writer = ArrayRecordWriter(str(self._shard(len(self.lengths))), "group_size:1")
+                self.lengths.append(0)
+            content = line.encode()
+            record = serialised(content)
+            self._writer.write(record)
+            self.digest.update(content + b"\n")
+            self.bytes += len(record)
+            self.lengths[-1] += 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"{self.source}-{self.split}.array_record-{number:05d}"
+
+    def info(self, tfds: Any) -> Any:
+        """What TFDS keeps of a split."""
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=str(self.folder),
+            dataset_name=self.source,
+            split=self.split,
+            filetype_suffix="array_record",
+            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+        )
+        return tfds.core.SplitInfo(
+            name=self.split, shard_lengths=self.lengths, num_bytes=self.bytes, filename_template=template
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        shards = [self._shard(number) for number in range(len(self.lengths))]
+        return {
+            "examples": sum(self.lengths),
+            "characters": self.characters,
+            "sha256": self.digest.hexdigest(),
+            "shards": {shard.name: shard.stat().st_size for shard in shards},
+        }
+
+
+def serialised(content: bytes) -> bytes:
+    """The tf.train.Example with one feature of one text: bytes within a BytesList within a Feature within an entry of
+    a map within a Features within an Example."""
+    entry = _field(1, FEATURE.encode()) + _field(2, _field(1, _field(1, content)))
+    return _field(1, _field(1, entry))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf that has a length: number and kind, the length in groups of 7 bits, the content."""
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes((number << 3 | 2, *length, size)) + content
 
 
 class SourceDataset(Sequence[Conversation]):
@@ -105,13 +174,21 @@ class SourceDataset(Sequence[Conversation]):
     def __getitem__(self, index: slice) -> list[Conversation]: ...
     def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return self._many(range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name}: found index {index}; expected one of {len(self)} examples")
         try:
             return Conversation.from_json(self._records[index % len(self)][FEATURE])
         except (RuntimeError, ValueError, KeyError) as error:
             raise DatasetError(f"{self.name}: example {index} is damaged ({error}); {_AGAIN}") from error
+
+    def _many(self, indices: range) -> list[Conversation]:
+        """Read together, which is four times as fast as one by one."""
+        try:
+            read = getattr(self._records, "__getitems__", None)
+            return [Conversation.from_json(record[FEATURE]) for record in read(list(indices))] if read else []
+        except (RuntimeError, ValueError, KeyError):
+            return [self[i] for i in indices]  # which names the one that is damaged
 
 
 class PairDataset(Sequence[tuple[Conversation, Conversation]]):

@@ -11,6 +11,7 @@ an unused character on the way in and swapped back on the way out.
 """
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,6 +122,7 @@ class ChatRenderer:
         self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
         self._suffixes = {piece[n:] for piece in pieces for n in range(1, len(piece))}
         self._longest = max(map(len, self._prefixes), default=0)
+        self._firsts, self._lasts = ({piece[at] for piece in pieces} for at in (0, -1))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
@@ -129,9 +131,9 @@ class ChatRenderer:
 
         Everything in them but the roles is taken for text of strangers, the names of keys included.
         """
-        texts = list(_strings([messages, tools]))
+        texts = _strings([messages, tools])
         swap = _unused(texts)
-        changed = lambda text: self._inert(text.translate(swap) if swap else text)
+        changed = functools.cache(lambda text: self._inert(text.translate(swap) if swap else text))  # keys repeat
         inert = [{**_changed(message, changed), "role": message["role"]} for message in messages]
         limit = (1 << 20) + 10 * sum(map(len, texts))
         try:
@@ -151,15 +153,21 @@ class ChatRenderer:
         if self._starts is None:
             return content
         tail = content.rstrip()
-        for size in range(1, min(self._longest, len(tail)) + 1):
-            if tail[-size:] in self._prefixes:
-                at = len(tail) - size + 1
-                content = content[:at] + _INERT + content[at:]
+        if not self._firsts.isdisjoint(tail[-self._longest :]):  # which is rare, and soon seen
+            for size in range(1, min(self._longest, len(tail)) + 1):
+                if tail[-size:] in self._prefixes:
+                    at = len(tail) - size + 1
+                    content = content[:at] + _INERT + content[at:]
         head = content.lstrip()
-        if any(head[:size] in self._suffixes for size in range(1, self._longest + 1)):
-            at = len(content) - len(head)
-            content = content[:at] + _INERT + head
-        return self._starts.sub(lambda match: match[0] + _INERT, content)
+        if not self._lasts.isdisjoint(head[: self._longest]):
+            if any(head[:size] in self._suffixes for size in range(1, self._longest + 1)):
+                at = len(content) - len(head)
+                content = content[:at] + _INERT + head
+        return self._starts.sub(_marked, content) if self._starts.search(content) else content
+
+
+def _marked(match: re.Match[str]) -> str:
+    return match[0] + _INERT
 
 
 def _first_characters(pieces: Sequence[str]) -> re.Pattern[str]:
@@ -171,17 +179,20 @@ def _first_characters(pieces: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield key
-            yield from _strings(each)
-    elif isinstance(value, Sequence):
-        for each in value:
-            yield from _strings(each)
+def _strings(value: Any) -> list[str]:
+    """Every text in a value of JSON, keys included, in any order."""
+    found: list[str] = []
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            waiting += each.keys()
+            waiting += each.values()
+        elif isinstance(each, Sequence):
+            waiting += each
+    return found
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -1,6 +1,6 @@
 """Chunks on disk, each found by what it was made of.
 
-    STORE/<stage>/<key>.jsonl.gz    a header line, then a sample a line
+    STORE/<stage>/<key>.jsonl.gz    a header line, then a sample a line (`Sample.to_line`)
     STORE/<stage>/<key>.json        what a step other than a stage left, such as the list of a file's chunks
 
 A key is a hash of the stage's code, of its options and of what it was given (the digest of a chunk's samples, or of a
@@ -74,19 +74,19 @@ def write_chunk(path: Path, samples: Sequence[Sample], stage: str, ledger: Ledge
 def packed(samples: Sequence[Sample], ledgers: Mapping[str, Ledger]) -> tuple[bytes, str]:
     """The content of a chunk's file, and the digest of its samples. `ledgers`: those of the stages that it came
     through since it was last written."""
-    lines = [sample.to_json().encode() + b"\n" for sample in samples]
-    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    lines = "".join([sample.to_line() + "\n" for sample in samples]).encode()
+    digest = hashlib.sha256(lines).hexdigest()
     accounts = {stage: vars(ledger) for stage, ledger in ledgers.items()}
     header = {"digest": digest, "samples": len(samples), "ledgers": accounts}
-    text = json.dumps(header, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
+    text = json.dumps(header, ensure_ascii=False).encode() + b"\n" + lines
     return gzip.compress(text, compresslevel=1, mtime=0), digest
 
 
 def unpacked(content: bytes) -> tuple[list[Sample], dict[str, Ledger]]:
     """What `packed` was given."""
-    first, *lines = gzip.decompress(content).splitlines()
+    first, *lines = _lines(content)
     ledgers = json.loads(first)["ledgers"]
-    return [Sample.from_json(line) for line in lines], {stage: _ledger(fields) for stage, fields in ledgers.items()}
+    return [Sample.from_line(line) for line in lines], {stage: _ledger(fields) for stage, fields in ledgers.items()}
 
 
 def read_made(path: Path | str, stage: str) -> Made:
@@ -115,9 +115,16 @@ def _ledger(fields: Mapping[str, Any]) -> Ledger:
 
 
 def read_samples(path: Path | str) -> Iterator[Sample]:
-    with gzip.open(path, "rb") as file:
-        file.readline()
-        yield from map(Sample.from_json, file)
+    yield from map(Sample.from_line, read_lines(path))
+
+
+def read_lines(path: Path | str) -> list[str]:
+    """The samples of a chunk as they are written."""
+    return _lines(Path(path).read_bytes())[1:]
+
+
+def _lines(content: bytes) -> list[str]:
+    return gzip.decompress(content).decode().split("\n")[:-1]
 
 
 def write_whole(path: Path, content: bytes) -> None:

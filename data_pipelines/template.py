@@ -23,7 +23,7 @@ import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,16 +127,15 @@ class Template(abc.ABC):
     __call__ = encode
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Example | None]:
-        """`encode` of each; one call of the tokenizer for all texts."""
+        """`encode` of each; one call of the tokenizer for all texts, each of them once."""
         layouts = [self._layout(conversation, prompt=False) for conversation in conversations]
-        texts: dict[tuple[bool, bool], list[str]] = {}
+        encoded: dict[tuple[bool, bool], dict[str, Any]] = {}
         for content, _, spans, continued in itertools.chain.from_iterable(layouts):
             if isinstance(content, str):
-                texts.setdefault((continued, bool(spans)), []).append(content)
-        encoded: dict[tuple[bool, bool], Iterator[Any]] = {}
-        for (continued, spanned), group in texts.items():
+                encoded.setdefault((continued, bool(spans)), {})[content] = None
+        for (continued, spanned), texts in encoded.items():
             tokenize = self.tokenizer.encode_offsets if spanned else self.tokenizer.encode_batch
-            encoded[continued, spanned] = iter(tokenize(group, continued=continued))
+            texts.update(zip(list(texts), tokenize(list(texts), continued=continued)))
         return [self._assemble(layout, encoded) for layout in layouts]
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
@@ -189,34 +188,43 @@ class Template(abc.ABC):
             return parts[:-1]
         return parts if prompt or ended else [*parts, Segment(self._eos, turns[-1].weight)]
 
-    def _assemble(self, layout: list[Segment], encoded: dict[tuple[bool, bool], Iterator[Any]]) -> Example | None:
-        parts = [_ids_and_weights(segment, encoded) for segment in layout]
-        size = sum(len(part) for part, _ in parts)
-        ids, weights = np.empty(size, np.int32), np.empty(size, np.float32)
+    def _assemble(
+        self, layout: list[Segment], encoded: Mapping[tuple[bool, bool], Mapping[str, Any]]
+    ) -> Example | None:
+        """`encoded`: (continued, whether offsets are needed) -> text -> what the tokenizer gave for it."""
+        parts: list[Any] = [
+            content if isinstance(content, int) else encoded[continued, bool(spans)][content]
+            for content, _, spans, continued in layout
+        ]
+        lengths = [
+            1 if isinstance(part, int) else len(part[0] if segment.spans else part)
+            for part, segment in zip(parts, layout)
+        ]
+        size = sum(lengths)
+        ids, weights = np.empty(size, np.int32), np.zeros(size, np.float32)
         at = 0
-        for part, weight in parts:
-            end = at + len(part)
-            ids[at:end], weights[at:end] = part, weight
-            at = end
+        for part, length, (_, weight, spans, _) in zip(parts, lengths, layout):
+            if isinstance(part, int):
+                ids[at] = part
+            else:
+                ids[at : at + length] = part[0] if spans else part
+            if spans:
+                weights[at : at + length] = _weights(spans, *part)
+            elif weight:
+                weights[at : at + length] = weight
+            at += length
         cut = 0 if self.max_length is None else max(0, size - self.max_length)
         if cut:
             ids, weights = ids[:-cut].copy(), weights[:-cut].copy()
         return Example(ids, weights, cut) if weights[1:].any() else None
 
 
-def _ids_and_weights(segment: Segment, encoded: dict[tuple[bool, bool], Iterator[Any]]) -> tuple[Any, Any]:
-    """(ids, one weight or an array of weights); takes the next text of the segment's kind from `encoded`."""
-    if isinstance(segment.content, int):
-        return (segment.content,), segment.weight
-    found = next(encoded[segment.continued, bool(segment.spans)])
-    if not segment.spans:
-        return found, segment.weight
-    # A token belongs to a span that it overlaps; one with an empty range counts as one character long.
-    ids, starts, ends = found
+def _weights(spans: Sequence[tuple[int, int, float]], ids: Ids, starts: Ids, ends: Ids) -> npt.NDArray[np.float32]:
+    """A token belongs to a span that it overlaps; one with an empty range counts as one character long."""
     weights, ends = np.zeros(len(ids), np.float32), np.maximum(ends, starts + 1)
-    for start, end, weight in segment.spans:
+    for start, end, weight in spans:
         weights[(starts < end) & (ends > start)] = weight
-    return ids, weights
+    return weights
 
 
 class TextTemplate(Template):
@@ -324,8 +332,15 @@ class JinjaTemplate(Template):
         given = json.loads(tools) if tools else None
         rendered = self._renderer.render(said, given, add_generation_prompt=prompt, **self._variables)
         spans = [] if prompt else _weighted(rendered.spans, weights)
-        pieces = self.tokenizer.split_special(rendered.text)
-        return [segment for piece in pieces if (segment := _segment(rendered, spans, *piece)).content != ""]
+        segments, first = [], 0
+        for start, end, special in self.tokenizer.split_special(rendered.text):
+            while first < len(spans) and spans[first][1] <= start:
+                first += 1
+            last = first
+            while last < len(spans) and spans[last][0] < end:
+                last += 1
+            segments.append(_segment(rendered, spans[first:last], start, end, special))
+        return [segment for segment in segments if segment.content != ""]
 
 
 def _weighted(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[tuple[int, int, float]]:
@@ -340,14 +355,17 @@ def _weighted(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> lis
 def _segment(
     rendered: Rendered, spans: Sequence[tuple[int, int, float]], start: int, end: int, special: int | None
 ) -> Segment:
-    inside = [(max(a, start), min(b, end), weight) for a, b, weight in spans if a < end and b > start]
+    """A piece; `spans` are those that reach into it."""
     if special is not None:
-        return Segment(special, inside[0][2] if inside else 0.0)
+        return Segment(special, spans[0][2] if spans else 0.0)
     text = rendered.clean(start, end)
+    if not spans:
+        return Segment(text, 0.0, (), start > 0)
+    inside = [(max(a, start), min(b, end), weight) for a, b, weight in spans]
     if len(inside) == 1 and inside[0][:2] == (start, end):
-        return Segment(text, inside[0][2], continued=start > 0)
-    parts = tuple((rendered.position(start, a), rendered.position(start, b), weight) for a, b, weight in inside)
-    return Segment(text, 0.0, parts, continued=start > 0)
+        return Segment(text, inside[0][2], (), start > 0)
+    parts = tuple([(rendered.position(start, a), rendered.position(start, b), weight) for a, b, weight in inside])
+    return Segment(text, 0.0, parts, start > 0)
 
 
 def load_template(

@@ -22,22 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines import byte_level
 from data_pipelines.errors import InputError
 from data_pipelines.tokenization import Ids, Tokenizer
 from data_pipelines.tokenizer_files import Declared
 
 TOKENS = 128_000
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+WORDS = byte_level.LLAMA_3
 _RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>", _RESERVED[4],
     "<|eot_id|>", *_RESERVED[5:],
 )  # fmt: skip
 NAMES = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "pad": "<|finetune_right_pad_id|>"}
-LONGEST_RUN, LONGEST_TEXT = 25_000, 400_000  # characters
+LONGEST_RUN, LONGEST_TEXT = byte_level.LONGEST_RUN, 400_000  # characters
 _RUNS = re.compile(r"\s+|\S+")
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
@@ -52,8 +50,6 @@ class TiktokenTokenizer(Tokenizer):
     """A tokenizer.model of Llama 3. Raises InputError for a file of tiktoken that is not Llama 3's."""
 
     def __init__(self, path: Path):
-        import tiktoken  # here, so that telling the two kinds of .model needs no library
-
         ranks = _ranks(path)
         declared = Declared.read(path.parent)
         names = dict(enumerate(SPECIAL, start=TOKENS))
@@ -62,8 +58,8 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(path, special, NAMES | dict(declared.names), declared.chat_template)
         self.vocab_size = max(names) + 1
         self._pieces = ranks
-        self._bytes = np.array([len(token) for token in ranks], np.int32)
-        self._encoding = tiktoken.Encoding("llama3", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+        self._pairs = byte_level.BytePairs(ranks, WORDS)
+        self._encoding = self._pairs.encoding
 
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
         return [self._encode(text) for text in texts]
@@ -88,10 +84,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def _with_offsets(self, text: str) -> tuple[Ids, Ids, Ids]:
         ids = self._encode(text)
-        ends = np.cumsum(self._bytes[ids], dtype=np.int32)  # in bytes
-        data = np.frombuffer(text.encode(), np.uint8)
-        character = np.cumsum((data & 0xC0) != 0x80, dtype=np.int32) - 1  # of each byte
-        return ids, character[ends - self._bytes[ids]], character[ends - 1] + 1
+        return ids, *self._pairs.offsets(text, ids)
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

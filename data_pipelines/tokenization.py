@@ -26,6 +26,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
+from data_pipelines import byte_level
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizer_files import (
     BESIDE,
@@ -138,9 +139,8 @@ class Tokenizer(abc.ABC):
         for match in self._special_pattern.finditer(text) if self.special_tokens else ():
             if match.start() > at:
                 pieces.append((at, match.start(), None))
-            name = next(group for group in match.groups() if group is not None)
-            pieces.append((match.start(), match.end(), self.special_tokens[name]))
             at = match.end()
+            pieces.append((match.start(), at, self.special_tokens[match[match.lastindex or 0]]))
         return [*pieces, (at, len(text), None)] if at < len(text) else pieces
 
     @functools.cached_property
@@ -191,6 +191,7 @@ class HuggingFaceTokenizer(Tokenizer):
         declared = Declared.read(path.parent)
         super().__init__(path, special, usual | dict(declared.names), declared.chat_template)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self._quick = byte_level.quick(source, self._tokenizer.model)
         self._require_inert()
 
     @staticmethod
@@ -214,16 +215,33 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._continuing if continued else self._tokenizer
 
     def encode_batch(self, texts: Sequence[str], *, continued: bool = False) -> list[Ids]:
-        encodings = self._which(continued).encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return self._encode(texts, self._which(continued))
 
     def encode_inside(self, texts: Sequence[str]) -> list[Ids]:
-        encodings = self._inside().encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return self._encode(texts, self._tokenizer if self._quick else self._inside())
 
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:
-        encodings = self._which(continued).encode_batch(list(texts), add_special_tokens=False)
-        return [_with_offsets(encoding.ids, encoding.offsets) for encoding in encodings]
+        quick = self._quick if self._quick and self._quick.offsets else None
+        slowly = [text for text in texts if not (quick and quick.takes(text))]
+        encodings = iter(self._which(continued).encode_batch(slowly, add_special_tokens=False))
+        found = []
+        for text in texts:
+            if quick and quick.takes(text):
+                ids = quick.pairs.encode(text)
+                found.append((ids, *quick.pairs.offsets(text, ids)))
+            else:
+                encoding = next(encodings)
+                found.append(_with_offsets(encoding.ids, encoding.offsets))
+        return found
+
+    def _encode(self, texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> list[Ids]:
+        quick = self._quick
+        slowly = [text for text in texts if not (quick and quick.takes(text))]
+        encodings = iter(tokenizer.encode_batch_fast(slowly, add_special_tokens=False))
+        return [
+            quick.pairs.encode(text) if quick and quick.takes(text) else np.array(next(encodings).ids, np.int32)
+            for text in texts
+        ]
 
     def token_id(self, piece: str) -> int:
         token_id = self._tokenizer.token_to_id(piece)

@@ -122,7 +122,7 @@ def write_part(
     try:
         writer = ArrayRecordWriter(str(scratch), "group_size:1,uncompressed")
         for start in range(0, len(wanted), _BATCH):
-            some = [conversations[i] for i in wanted[start : start + _BATCH]]
+            some = conversations[wanted.start + start : min(wanted.start + start + _BATCH, wanted.stop)]
             for row, (conversation, example) in enumerate(zip(some, template.encode_many(some)), start):
                 writer.write(to_record(conversation.id, example, dtype))
                 if example is not None:

@@ -17,6 +17,7 @@ The rest of this file is what the modules share.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -64,6 +65,7 @@ def load(kind: str) -> ModuleType:
     return module
 
 
+@functools.lru_cache(maxsize=1024)  # asked for every row of a file
 def stem(path: PurePath | str) -> str:
     """`hc3/all.jsonl.gz` -> `hc3/all`: what the ids of a file's conversations start with."""
     pure = PurePath(path)
@@ -77,7 +79,7 @@ def row_id(where: Where) -> str:
 
 
 def at(where: Where, turn: int) -> Where:
-    return dataclasses.replace(where, turn=turn)
+    return Where(where.path, where.row, turn)
 
 
 def shown(value: object) -> str:

@@ -6,7 +6,7 @@ fit is repaired if its source knows how, and dropped with its place and a reason
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from data_pipelines import sources
@@ -94,7 +94,7 @@ class Reader:
             raise PrepareError(f"sources.{self.source.name}: {error}") from error
 
     def named(self, conversations: list[Conversation]) -> tuple[Conversation, ...]:
-        return tuple(replace(conversation, source=self.source.name) for conversation in conversations)
+        return tuple(Conversation(self.source.name, c.id, c.turns, c.tools) for c in conversations)
 
     def convert(self, row: sources.Row, where: Where) -> tuple[list[Conversation], list[str]]:
         """Conversations, and the repairs that made them fit; DataError if nothing does."""

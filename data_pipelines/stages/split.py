@@ -5,7 +5,6 @@ The prompt is what the user says first, or a document's whole text, normalised a
 spaces collapsed). A comparison's two answers, and the several answers to a question, therefore stay together.
 """
 
-import dataclasses
 from typing import ClassVar
 
 from data_pipelines.chunk import Ledger, Sample
@@ -28,7 +27,7 @@ class Split(Stage):
         if sample.split is not None:
             return sample
         share = stable_hash(prompt(sample.conversations[0])) / 2**64
-        return dataclasses.replace(sample, split="heldout" if share < self.options["heldout"] else "train")
+        return Sample(sample.id, sample.conversations, "heldout" if share < self.options["heldout"] else "train")
 
 
 def prompt(conversation: Conversation) -> str:

@@ -1,6 +1,7 @@
 """What is written is what is read, in order; damage is noticed and named."""
 
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -11,7 +12,7 @@ from tiny_tokenizers import tiny
 
 from data_pipelines import datasets, inspect
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.datasets import DatasetError, open_source, read_manifest, write_manifest, write_source
+from data_pipelines.datasets import DatasetError, open_source, read_manifest, records_of, write_manifest, write_source
 from data_pipelines.template import load_template
 from data_pipelines.text_objective import text_objective
 
@@ -25,7 +26,7 @@ def conversations(count, text="tell é"):
 
 def prepared(folder, splits):
     entry = {"rows": 9, "kept_rows": 7, "rejected": {"tie": 2}, "repaired": {}, "weight": 0, "files": []}
-    entry["splits"] = write_source(folder, "chat", splits)
+    entry["splits"] = write_source(folder, "chat", itertools.chain(*itertools.starmap(records_of, splits.items())))
     left = sum(split["examples"] for split in entry["splits"].values())
     entry["stages"] = {"split": {"entered": left, "left": left, "dropped": {}}}
     return write_manifest(folder, {"sources": {"chat": entry}, "tokenizer": None})

@@ -120,7 +120,9 @@ def conversation(question, answer, i=0, source="chat"):
 def write(folder, train, heldout=(), stages=None, rejected=None, drops=(), source="chat", **others):
     """A prepared folder of one source with stages as they are given, for what no configuration makes."""
     folder.mkdir()
-    splits = datasets.write_source(folder, source, {"train": train, "heldout": heldout})
+    splits = datasets.write_source(
+        folder, source, [*datasets.records_of("train", train), *datasets.records_of("heldout", heldout)]
+    )
     count, rejected = len(train) + len(heldout), rejected or {}
     plain = {"entered": count, "left": count, "dropped": {}, "changed": {}, "seen": {}}
     stages = {name: {**plain, **stage} for name, stage in (stages or {}).items()} | {"split": plain}
