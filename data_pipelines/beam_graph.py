@@ -11,7 +11,9 @@ A file is read by one worker, so many files of a few gigabytes are better than o
 each time, and goes on by its own means where a worker is lost.
 """
 
+import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from data_pipelines.store import packed, read_made, unpacked
 FILE_BITS, CHUNK_BITS, POSITION_BITS = 20, 20, 12  # of a rank, below those of the source
 RANK_BYTES = 8
 
+LOCAL = ("DirectRunner", "FnApiRunner", "PrismRunner", "InMemoryRunner", "InteractiveRunner")  # on this machine
 Piece = tuple[int, bytes]  # place, packed chunk
 Edge = tuple[int, bool, float, str]  # rank of the earlier sample, exact or not, similarity, its "source/id"
 
@@ -49,6 +52,7 @@ def run(
     it, or the same. `arguments` are Beam's own flags.
     """
     options = read_options(settings)
+    planned = [with_index_in(source, shared) for source in planned] if "://" in shared else planned
     by_name = {source.name: source for source in by_rank(planned, settings)}
     before, after = cut_at("dedupe")
     with beam.Pipeline(options=PipelineOptions(list(arguments))) as pipeline:
@@ -80,6 +84,17 @@ def run(
             | "write" >> beam.Map(write, by_name, shared)
         )
     return gathered(planned, shared, local)
+
+
+def with_index_in(source: Source, shared: str) -> Source:
+    """The source with a copy of its index of benchmarks where all machines reach it."""
+    if "decontaminate" not in source.stages:
+        return source
+    options = dict(source.stages["decontaminate"])
+    target = f"{shared}/benchmarks/{Path(options['index']).name}"
+    with open(options["index"], "rb") as file, fsspec.open(target, "wb", auto_mkdir=True) as copy:
+        shutil.copyfileobj(file, copy)
+    return dataclasses.replace(source, stages={**source.stages, "decontaminate": {**options, "index": target}})
 
 
 def cut_at(stage: str) -> tuple[list[str], list[str]]:
@@ -145,6 +160,8 @@ def gathered(planned: Sequence[Source], shared: str, local: Path) -> dict[str, C
     made: dict[str, Chunks] = {stage: {} for stage in ("read", *stages.CONFIGURED, "split")}
     for source in planned:
         paths = sorted((local / source.name).glob("*.jsonl.gz"))
+        if not paths:
+            raise InputError(f"{shared}/{source.name}: found no chunks; expected those that the workers of Beam wrote")
         for stage in ("read", *source.stages):
             made[stage][source.name] = [read_made(path, stage) for path in paths]
     return made

@@ -23,10 +23,13 @@ whole short texts by their first 8 words or as turns. As a file it is an .npz wi
 import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 
@@ -197,7 +200,16 @@ def sha256(path: Path | str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def loaded(path: str, digest: str) -> Index:
-    """The index, once in a process. Raises InputError if the file is not the one that is meant."""
+    """The index at a path or URL, once in a process. Raises InputError if the file is not the one that is meant."""
+    if "://" not in path:
+        return _checked(path, path, digest)
+    with tempfile.NamedTemporaryFile(suffix=".npz") as copy, fsspec.open(path, "rb") as file:
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return _checked(copy.name, path, digest)
+
+
+def _checked(path: str, name: str, digest: str) -> Index:
     if digest and (found := sha256(path)) != digest:
-        raise InputError(f"{path}: found the sha256 {found}; expected {digest}")
+        raise InputError(f"{name}: found the sha256 {found}; expected {digest}")
     return Index.load(path)

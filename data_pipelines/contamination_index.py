@@ -13,7 +13,6 @@ it is made; MMLU, C-Eval, CMMLU, AGIEval and ten smaller ones (54,616 items) are
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import contamination, eval_items, ngrams
 from data_pipelines.contamination import (
     ANYWHERE,
     FORMAT,
@@ -38,6 +36,7 @@ from data_pipelines.contamination import (
 from data_pipelines.errors import InputError
 from data_pipelines.eval_items import Item, benchmark_files, read_benchmark
 from data_pipelines.ngrams import BOUNDARY, Characters, Ints, Runs, UInts, Words
+from data_pipelines.store import code_of
 
 OPTIONS = {"rules": ("13-gram", "50-char"), "answers": False, "max_texts": 20, "min_words": 4}
 
@@ -193,8 +192,7 @@ def prepared_index(
     for name, spec in benchmarks.items():
         for path in benchmark_files(name, spec, Path(folder)):
             hashed.update(sha256(path).encode())
-    for module in (contamination, eval_items, ngrams, sys.modules[__name__]):
-        hashed.update(Path(str(module.__file__)).read_bytes())
+    hashed.update(code_of(__name__).encode())
     path = work / f"contamination-{hashed.hexdigest()[:16]}.npz"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,13 @@ class PairDataset(Sequence[tuple[Conversation, Conversation]]):
 _AGAIN = "prepare the data again with --force"
 
 
+def whole(folder: Path, splits: Mapping[str, Any]) -> bool:
+    """Whether all shards are there, as large as `write_source` left them; `folder` is the source's own."""
+    sizes = {name: size for entry in splits.values() for name, size in entry["shards"].items()}
+    place = folder / DATASET_VERSION
+    return all((place / name).is_file() and (place / name).stat().st_size == size for name, size in sizes.items())
+
+
 def open_source(directory: Path | str, source: str, split: str) -> SourceDataset:
     """Random access to a split. Raises DatasetError where it does not exist or is not what the manifest says."""
     folder = Path(directory) / source / DATASET_VERSION

@@ -15,6 +15,7 @@ import fsspec
 
 from data_pipelines.errors import InputError
 
+STAMPS = ("etag", "ETag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 BUFFER = 1 << 20  # bytes that a remote file is read ahead
 
 
@@ -59,13 +60,14 @@ class Folder:
         return cast(BinaryIO, files.open(f"{root}/{name}", "rb", **remote))
 
     def stamp(self, name: str) -> dict[str, Any]:
-        """Size in bytes, and what the system says of the file's last change: what tells that it is still the same."""
+        """Size in bytes, and what the system says of the file's last change, None if nothing: what tells that it is
+        still the same."""
         files, root = self._opened()
         info = files.info(f"{root}/{name}")
-        changed = next((info[key] for key in ("etag", "ETag", "md5Hash", "mtime", "LastModified") if key in info), "")
+        changed = next((info[key] for key in STAMPS if info.get(key)), None)
         if files.protocol[0] == "file":
             changed = os.stat(f"{root}/{name}").st_mtime_ns  # fsspec rounds it
-        return {"bytes": int(info["size"]), "changed": str(changed)}
+        return {"bytes": int(info["size"]), "changed": None if changed is None else str(changed)}
 
     def sha256(self, name: str) -> str:
         with self.open(name) as file:

@@ -6,6 +6,7 @@ What happens to a chunk is the same function everywhere (`read_chunks`, `stage_c
 
 import hashlib
 import json
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from data_pipelines.store import (
     Store,
     code_of,
     key_of,
+    made_before,
     read_lines,
-    read_made,
     read_samples,
     write_chunk,
     write_whole,
@@ -48,7 +49,7 @@ def hashed(store: Store, planned: Sequence[Source], pool: Workers) -> Files:
     }
     places = {place: json.dumps(stamp, sort_keys=True) for place, stamp in stamps.items()}
     folders = {source.name: source.folder for source in planned}
-    new = [place for place, stamp in places.items() if stamp not in known]
+    new = [place for place, stamp in places.items() if stamp not in known or stamps[place]["changed"] is None]
     digests = pool.run("hash", hash_file, [(folders[name], file) for name, file in new]) if new else []
     known |= {places[place]: digest for place, digest in zip(new, digests)}
     if new:
@@ -76,6 +77,7 @@ def read(store: Store, planned: Sequence[Source], files: Files, settings: Mappin
         for part in source.parts():
             digests = [(file, files[source.name][file]["sha256"]) for file in part]
             own = {key: value for key, value in source.options.items() if key not in ("weight", "stages")}
+            own["python"] = platform.python_version() if source.generated else ""  # whose library it may read
             key = key_of(code, code_of(source.module.__name__), source.name, source.kind, own, options, digests)
             tasks.append((store, source, part, options, key))
     total = sum(file["bytes"] for each in files.values() for file in each.values())
@@ -96,7 +98,9 @@ def read_chunks(
     """The chunks of some files. Their list is written last, so a killed run reads a file again from its start."""
     index = store.path("read", key, ".json")
     if index.exists():
-        return [read_made(store.path("read", name), "read") for name in json.loads(index.read_text())]
+        before = [made_before(store.path("read", name), "read") for name in json.loads(index.read_text())]
+        if None not in before:
+            return [made for made in before if made is not None]
     made: list[Made] = []
     names: list[str] = []
     for number, (samples, ledger) in enumerate(Reader(source, **options, progress=advance).chunks(files)):
@@ -104,6 +108,16 @@ def read_chunks(
         made.append(write_chunk(store.path("read", names[-1]), samples, "read", ledger))
     write_whole(index, json.dumps(names).encode())
     return made
+
+
+def made_by(planned: Sequence[Source]) -> dict[str, str]:
+    """Hashes of the code of all stages and sources, and of the benchmarks that each source is compared with."""
+    found = {stage: code_of(stages.module_of(stage)) for stage in ("read", *stages_in_use(planned))}
+    for source in planned:
+        found[f"sources.{source.name}"] = code_of(source.module.__name__)
+        if "decontaminate" in source.stages:
+            found[f"benchmarks of {source.name}"] = source.stages["decontaminate"]["sha256"]
+    return found
 
 
 def stages_in_use(planned: Sequence[Source]) -> list[str]:
@@ -128,8 +142,9 @@ def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, p
 
 
 def stage_chunk(stage: str, options: Mapping[str, Any], chunk: str, target: Path) -> Made:
-    if target.exists():
-        return read_made(target, stage)
+    before = made_before(target, stage)
+    if before is not None:
+        return before
     ledger = Ledger()
     samples = list(stages.make(stage, options)(read_samples(chunk), ledger))
     return write_chunk(target, samples, stage, ledger)
@@ -149,7 +164,7 @@ def write_datasets(
 
 def write_dataset(store: Store, name: str, chunks: Sequence[Made], key: str) -> tuple[Path, dict[str, Any]]:
     folder, summary = store.folder / "dataset" / key, store.path("dataset", key, ".json")
-    if not summary.exists():
+    if not (summary.exists() and datasets.whole(folder, json.loads(summary.read_text()))):
         scratch = folder.with_name(f"{key}.tmp")
         for left in (scratch, folder):
             shutil.rmtree(left, ignore_errors=True)

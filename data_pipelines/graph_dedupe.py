@@ -21,7 +21,7 @@ from data_pipelines.source import Source
 from data_pipelines.stages.dedupe import Dedupe, Duplicate
 from data_pipelines.stages.edges import Edges, find_edges, gather, resolve
 from data_pipelines.stages.minhash import Signatures
-from data_pipelines.store import Made, Store, code_of, key_of, read_made, read_samples, write_chunk, write_whole
+from data_pipelines.store import Made, Store, code_of, key_of, made_before, read_samples, write_chunk, write_whole
 from data_pipelines.workers import Workers
 
 Duplicates = list[tuple[int, Duplicate]]  # of a chunk: position, what it is a duplicate of
@@ -109,8 +109,9 @@ def ids_at(chunk: str, positions: Sequence[int]) -> list[str]:
 
 
 def drop_chunk(options: Mapping[str, Any], chunk: str, found: Mapping[int, Duplicate], target: Path) -> Made:
-    if target.exists():
-        return read_made(target, "dedupe")
+    before = made_before(target, "dedupe")
+    if before is not None:
+        return before
     ledger = Ledger()
     samples = list(stage(options).drop(read_samples(chunk), found, ledger))
     return write_chunk(target, samples, "dedupe", ledger)

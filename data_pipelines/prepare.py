@@ -2,7 +2,7 @@
 
 Samples go through a graph of stages, from the files of every source to one TFDS dataset a source:
 
-    read → normalise → filter → dedupe → decontaminate → redact → split → write
+    read → tools → normalise → filter → dedupe → decontaminate → redact → split → write
 
     OUTPUT/manifest.json        counts, hashes and the configuration (see `datasets`)
     OUTPUT/<source>/1.0.0/      the conversations, splits "train" and "heldout"
@@ -37,10 +37,12 @@ from data_pipelines.datasets import Manifest
 from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
 from data_pipelines.graph_dedupe import dedupe
+from data_pipelines.inert import inert
 from data_pipelines.inspect import manifest_table
 from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
 from data_pipelines.source import PrepareError, Source
-from data_pipelines.store import Made, Store, read_drops
+from data_pipelines.stages.redact import Redact
+from data_pipelines.store import Made, Store, locked, read_drops
 from data_pipelines.workers import Workers
 
 
@@ -53,12 +55,14 @@ def prepare(
     workers: int = 1,
     runner: str = "local",
     runner_flags: Sequence[str] = (),
+    shared: str = "",
 ) -> Manifest:
     """Prepares what `config` says, and returns the manifest; that of a complete `output_dir` if there is one.
 
     `input_dir` is a path or a URL; it may be None if no source reads files. `runner`: "local" for `workers` processes
-    here, or one of Apache Beam's, which gets `runner_flags`. Raises PrepareError for a configuration or folder that
-    does not fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the
+    here, or one of Apache Beam's, which gets `runner_flags` and works in `shared`, a folder or URL that all of its
+    machines reach (not needed where they are this one). Raises PrepareError for a configuration or folder that does not
+    fit, DataError for a row with the policy "error", DatasetError for a damaged `output_dir`, OSError from the
     disk.
     """
     output = Path(output_dir)
@@ -68,21 +72,23 @@ def prepare(
     if existing is not None and (input_dir is None or not Folder(str(input_dir)).exists()):
         return existing
 
-    with Workers(workers) as pool:
+    planned, missing = plan_all(settings, None if input_dir is None else str(input_dir))
+
+    with locked(store.folder, "preparation"), Workers(workers) as pool:
         ################################### What there is to read ####################################
-        planned, missing = plan_all(settings, None if input_dir is None else str(input_dir))
+        planned = with_indexes(planned, store.folder / "benchmarks")
         files = graph.hashed(store, planned, pool)
+        made_by = graph.made_by(planned)
         if existing is not None:
-            check_same(output, existing, files)
+            check_same(output, existing, files, made_by)
             return existing
 
         ########################################## Stages ############################################
-        planned = with_indexes(planned, store.folder / "benchmarks")
         if runner == "local":
             made = stage_by_stage(store, planned, files, settings, pool)
         else:
-            made = on_beam(store, planned, settings, [f"--runner={runner}", *runner_flags])
-        check_rows(planned, made["read"])
+            made = on_beam(store, planned, settings, shared, runner, runner_flags)
+            check_rows(planned, made["read"])
         check_left(planned, made)
 
         ##################################### Datasets, tokenizer ####################################
@@ -90,7 +96,7 @@ def prepare(
         tokenizer = graph.train_tokenizer(store, settings.get("tokenizer") or {}, made["split"])
 
     ############################################ Output ##############################################
-    scratch = output.with_name(output.name + ".tmp")
+    scratch = store.folder / "output"
     shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed left behind
     scratch.mkdir(parents=True)
     parts = {name: folder for name, (folder, _) in written.items()} | ({"tokenizer": tokenizer[0]} if tokenizer else {})
@@ -99,9 +105,9 @@ def prepare(
     write_rejects(scratch / "rejects.jsonl", planned, made)
     entries = {source.name: entry(source, files, made, written[source.name][1]) for source in planned}
     trained = tokenizer[1] if tokenizer else None
-    manifest = {"sources": entries, "missing": missing, "tokenizer": trained, "config": settings}
+    manifest = {"sources": entries, "missing": missing, "tokenizer": trained, "config": settings, "made_by": made_by}
     finished = datasets.write_manifest(scratch, manifest)
-    publish(scratch, output)
+    publish(scratch, output, store.folder / "replaced")
     return finished
 
 
@@ -110,6 +116,7 @@ def stage_by_stage(
 ) -> dict[str, graph.Chunks]:
     """stage -> the chunks after it, made by the processes of this machine."""
     made = {"read": graph.read(store, planned, files, settings, pool)}
+    check_rows(planned, made["read"])
     for stage in graph.stages_in_use(planned):
         before = made[list(made)[-1]]
         if stage == "dedupe":
@@ -120,9 +127,14 @@ def stage_by_stage(
 
 
 def on_beam(
-    store: Store, planned: Sequence[Source], settings: Mapping[str, Any], flags: Sequence[str]
+    store: Store,
+    planned: Sequence[Source],
+    settings: Mapping[str, Any],
+    shared: str,
+    runner: str,
+    flags: Sequence[str],
 ) -> dict[str, graph.Chunks]:
-    """The same from Apache Beam. Its chunks are in the cache, where every machine has to reach them."""
+    """The same from Apache Beam."""
     try:
         from data_pipelines import beam_graph
     except ModuleNotFoundError as error:
@@ -131,7 +143,9 @@ def on_beam(
         ) from error
     folder = store.folder / "beam"
     shutil.rmtree(folder, ignore_errors=True)
-    return beam_graph.run(planned, settings, str(folder), folder, flags)
+    if not shared and runner not in beam_graph.LOCAL:
+        raise PrepareError(f"--shared: found none; expected a folder or URL that the machines of {runner} reach")
+    return beam_graph.run(planned, settings, shared or str(folder), folder, [f"--runner={runner}", *flags])
 
 
 def complete(output: Path, settings: Mapping[str, Any]) -> Manifest:
@@ -156,17 +170,21 @@ def other(output: Path, what: str) -> PrepareError:
     return PrepareError(f"{output}: found data prepared with {what}; expected the same, another --output, or --force")
 
 
-def check_same(output: Path, existing: Manifest, files: graph.Files) -> None:
-    """Raises PrepareError if the files are not those that the data was prepared from."""
+def check_same(output: Path, existing: Manifest, files: graph.Files, made_by: Mapping[str, Any]) -> None:
+    """Raises PrepareError if the data was prepared from other files, by other code or against other benchmarks."""
     was = {(name, f["path"]): f["sha256"] for name, entry in existing["sources"].items() for f in entry["files"]}
     now = {(name, path): f["sha256"] for name, each in files.items() for path, f in each.items()}
-    differing = [path for (_, path), digest in {**was, **now}.items() if was.get((_, path)) != now.get((_, path))]
+    differing = [place for place in {**was, **now} if was.get(place) != now.get(place)]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise other(output, f"other files ({', '.join(differing[:3])}{more})")
+        raise other(output, f"other files ({', '.join(path for _, path in differing[:3])}{more})")
+    before = existing["made_by"]
+    changed = [key for key in {**before, **made_by} if before.get(key) != made_by.get(key)]
+    if changed:
+        raise other(output, f"other code, libraries or benchmarks ({', '.join(changed)})")
 
 
-def check_rows(planned: list[Source], read: graph.Chunks) -> None:
+def check_rows(planned: Sequence[Source], read: graph.Chunks) -> None:
     """Raises PrepareError for a source of which no row fits."""
     for source in planned:
         ledger = total(read[source.name])
@@ -177,12 +195,15 @@ def check_rows(planned: list[Source], read: graph.Chunks) -> None:
             raise PrepareError(f"sources.{source.name}: none of {ledger.entered} rows fits; the first: {first}")
 
 
-def check_left(planned: list[Source], made: Mapping[str, graph.Chunks]) -> None:
-    """Raises PrepareError for a source of which the stages left nothing."""
-    for source in planned:
-        if not total(made["split"][source.name]).left:
-            dropped = {stage: dict(total(made[stage][source.name]).dropped) for stage in source.stages}
-            raise PrepareError(f"sources.{source.name}: the stages left nothing of it; dropped: {dropped}")
+def check_left(planned: Sequence[Source], made: Mapping[str, graph.Chunks]) -> None:
+    """Raises PrepareError if the stages left nothing; says so of a source, which may be a copy of another."""
+    empty = [source for source in planned if not total(made["split"][source.name]).left]
+    for source in empty:
+        dropped = {stage: dict(total(made[stage][source.name]).dropped) for stage in source.stages}
+        told = f"sources.{source.name}: the stages left nothing of it; dropped: {dropped}"
+        if len(empty) == len(planned):
+            raise PrepareError(told)
+        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def total(chunks: list[Made]) -> Ledger:
@@ -226,14 +247,18 @@ def ordered(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def write_rejects(path: Path, planned: list[Source], made: Mapping[str, graph.Chunks]) -> None:
-    """All drops, source by source and stage by stage, in the order of the samples."""
+def write_rejects(path: Path, planned: Sequence[Source], made: Mapping[str, graph.Chunks]) -> None:
+    """All drops, source by source and stage by stage, in the order of the samples. Where a source is redacted, so is
+    what is quoted of its drops."""
     with open(path, "w", encoding="utf-8") as file:
         for source in planned:
+            options = source.stages.get("redact")
+            quoted = (lambda text: text) if options is None else Redact(options).text
             for stage in ("read", *source.stages):
                 for chunk in made[stage][source.name]:
                     for drop in read_drops(chunk.path, stage) if chunk.ledger.dropped else ():
-                        file.write(json.dumps({"source": source.name, "stage": stage, **drop}) + "\n")
+                        shown = {key: quoted(drop[key]) for key in ("found", "excerpt") if key in drop}
+                        file.write(json.dumps({"source": source.name, "stage": stage, **drop, **shown}) + "\n")
 
 
 def link(source: str, target: str) -> None:
@@ -244,36 +269,41 @@ def link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def publish(scratch: Path, output: Path) -> None:
-    """Puts `scratch` in the place of `output`, whose old content goes last."""
-    old = output.with_name(output.name + ".old")
+def publish(scratch: Path, output: Path, replaced: Path) -> None:
+    """Puts `scratch` in the place of `output`. Stored tokens stay: they are found by what they were made of."""
+    shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
+        output.rename(replaced)
+        if (replaced / "tokens").exists():
+            (replaced / "tokens").rename(scratch / "tokens")
     scratch.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"found the argument {argv[1]!r}; expected flags alone")
+    if "://" in str(FLAGS.output) or not Path(FLAGS.output).name:
+        sys.exit(f"--output: found {FLAGS.output!r}; expected a new folder on this machine, by its name")
     config, output = FLAGS.config, FLAGS.output
     if FLAGS.policy:
         with config.unlocked():
             config.policy = FLAGS.policy
     try:
         workers = FLAGS.workers or os.cpu_count() or 1
-        where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag}
+        where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag, "shared": FLAGS.shared}
         manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, **where)
     except InputError as error:
-        sys.exit(f"{error}")
+        sys.exit(inert(f"{error}"))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             sys.exit(
                 f"{output}: found no space left on the disk; expected more for it and {output}.cache: free some, or "
                 "choose another --output"
             )
-        sys.exit(f"{error}")
+        sys.exit(inert(f"{error}"))
     Console().print(manifest_table(manifest))
     Console().print(f"{output}: hash {manifest['hash']}", markup=False, highlight=False, soft_wrap=True)
 
@@ -288,6 +318,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("force", False, "Replace prepared data in the output folder")
     flags.DEFINE_integer("workers", 0, "Processes; 0: as many as there are cores", lower_bound=0)
     flags.DEFINE_string("runner", "local", "local, or a runner of Apache Beam such as DirectRunner or DataflowRunner")
+    flags.DEFINE_string("shared", "", "A folder or URL that all machines of a runner reach")
     flags.DEFINE_multi_string(
         "runner_flag", [], "A flag for it, such as --runner_flag=--direct_num_workers=8; repeatable"
     )

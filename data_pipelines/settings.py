@@ -21,6 +21,7 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ def read_settings(config: ConfigDict) -> dict[str, Any]:
     if not isinstance(heldout, int | float) or not 0 <= heldout < 1:
         raise PrepareError(f"config.heldout: found {heldout!r}; expected a share from 0 to below 1")
     settings.setdefault("max_turn_chars", MAX_TURN_CHARS)
+    check_names(settings["sources"])
+    check_numbers(settings, "config")
+    check_tokenizer(settings.get("tokenizer") or {})
     settings.setdefault("stages", {})
-    known_key(settings["stages"], stages.CONFIGURED, "config.stages")
+    check_stages(settings["stages"], "config.stages")
     known_key(settings.setdefault("keep", []), list(settings["sources"]), "config.keep")
     return settings
 
@@ -82,21 +86,52 @@ def plan(name: str, settings: Mapping[str, Any], folder: Folder) -> Source:
     generated = hasattr(module, "generate")
     known = [*COMMON, *(() if generated else FOR_FILES), *own_options(module)]
     known_key(options, known, f"sources.{name}")
-    weight = options.get("weight") or 0
-    if not isinstance(weight, int) or weight < 0:
-        raise PrepareError(f"sources.{name}.weight: found {weight!r}; expected a whole number, 0 or more")
+    check_numbers(options, f"sources.{name}")
     source = Source(name, kind, options, stages_of(name, settings), folder, ())
-    return source if generated else Source(**{**vars(source), "files": find_files(source)})
+    return source if generated else dataclasses.replace(source, files=find_files(source))
+
+
+def check_stages(chosen: Mapping[str, Any], where: str) -> None:
+    known_key(chosen, stages.CONFIGURED, where)
+    for stage, options in chosen.items():
+        if not (options is False or isinstance(options, Mapping)):
+            raise PrepareError(f"{where}.{stage}: found {options!r}; expected options as a mapping, or False")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises PrepareError for a source whose folder would be another's, or none."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in ("tokenizer", "tokens"):
+            expected = "letters, digits, '_', '-' and '.', and neither 'tokenizer' nor 'tokens'"
+            raise PrepareError(f"config.sources: found the name {name!r}; expected {expected}")
+
+
+def check_tokenizer(options: Mapping[str, Any]) -> None:
+    known_key(options, ("train", "vocab_size", "special_tokens"), "config.tokenizer")
+    if options.get("train") and not isinstance(options.get("vocab_size"), int):
+        raise PrepareError(f"config.tokenizer.vocab_size: found {options.get('vocab_size')!r}; expected a whole number")
+    if isinstance(options.get("special_tokens"), str):
+        raise PrepareError(f"config.tokenizer.special_tokens: found {options['special_tokens']!r}; expected a list")
+
+
+def check_numbers(options: Mapping[str, Any], where: str) -> None:
+    for key in ("weight", "limit", "max_turn_chars"):
+        number = options.get(key) or 0
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise PrepareError(f"{where}.{key}: found {number!r}; expected a whole number, 0 or more")
+    if isinstance(options.get("patterns"), str):
+        raise PrepareError(f"{where}.patterns: found {options['patterns']!r}; expected a list of them")
 
 
 def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """stage -> options of a source, in the order in which it goes through them."""
     own = settings["sources"][name].get("stages") or {}
-    known_key(own, stages.CONFIGURED, f"sources.{name}.stages")
+    check_stages(own, f"sources.{name}.stages")
     chosen: dict[str, dict[str, Any]] = {}
     for stage in stages.CONFIGURED:
-        if (stage in settings["stages"] or stage in own) and own.get(stage) is not False:
-            chosen[stage] = {**(settings["stages"].get(stage) or {}), **(own.get(stage) or {})}
+        here = own.get(stage, settings["stages"].get(stage, False))
+        if here is not False:
+            chosen[stage] = {**(settings["stages"].get(stage) or {}), **(here or {})}
             if stage != "decontaminate":  # it needs an index that is yet to be made
                 made_of(name, stage, chosen[stage])
     return {**chosen, "split": {"heldout": settings["heldout"]}}

@@ -14,6 +14,8 @@ it, and of other packages their versions.
 """
 
 import ast
+import contextlib
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -23,6 +25,7 @@ import json
 import os
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.chunk import Ledger, Sample
+from data_pipelines.errors import InputError
 
 PACKAGE = "data_pipelines"
 
@@ -54,9 +58,17 @@ class Store:
     def path(self, stage: str, key: str, suffix: str = ".jsonl.gz") -> Path:
         return self.folder / stage / f"{key}{suffix}"
 
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(entry.stat().st_size for entry in self.folder.rglob("*") if entry.is_file())
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Only one process at a time works in a folder. Raises InputError if another does; a lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: found another {what} at work there; expected one at a time") from error
+        yield
 
 
 def key_of(*parts: Any) -> str:
@@ -87,6 +99,14 @@ def unpacked(content: bytes) -> tuple[list[Sample], dict[str, Ledger]]:
     first, *lines = _lines(content)
     ledgers = json.loads(first)["ledgers"]
     return [Sample.from_line(line) for line in lines], {stage: _ledger(fields) for stage, fields in ledgers.items()}
+
+
+def made_before(path: Path, stage: str) -> Made | None:
+    """What the header of a chunk says; None if there is no such chunk, or only what a power cut left of it."""
+    try:
+        return read_made(path, stage)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error):
+        return None
 
 
 def read_made(path: Path | str, stage: str) -> Made:
@@ -130,13 +150,17 @@ def _lines(content: bytes) -> list[str]:
 def write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content)
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.rename(path)
 
 
 @functools.cache
 def code_of(module: str) -> str:
-    """A hash of a module and of all that it imports; see above for what counts."""
+    """A hash of a module and of all that it imports; see above for what counts. Where the module is of another package,
+    as a source may be, that package counts like this one."""
     trees: dict[str, str] = {}
     outside: set[str] = set()
     waiting = [module]
@@ -147,7 +171,7 @@ def code_of(module: str) -> str:
         tree = _tree(name)
         trees[name] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
         for imported in _imports(tree):
-            if imported.partition(".")[0] == PACKAGE:
+            if imported.partition(".")[0] in (PACKAGE, module.partition(".")[0]):
                 waiting.append(imported)
             else:
                 outside.add(imported.partition(".")[0])

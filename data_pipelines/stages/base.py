@@ -57,6 +57,9 @@ class Stage(abc.ABC):
                 kept.append(self.conversation(conversation, ledger))
             except Dropped as dropped:
                 ledger.drop(conversation, dropped.reason, dropped.found, turn=dropped.turn)
+            except Exception as error:
+                error.add_note(f"in {type(self).__name__}, at {conversation.source}/{conversation.id}")
+                raise
         if sample.pair and len(kept) == 1:
             ledger.drop(kept.pop(), HALF, "the other answer of the comparison was dropped")
         ledger.left += len(kept)

@@ -4,6 +4,7 @@ import errno
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,12 +14,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines import datasets
+from data_pipelines import datasets, graph
 from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
+from data_pipelines.errors import InputError
 from data_pipelines.prepare import prepare
 from data_pipelines.source import PrepareError
+from data_pipelines.store import locked
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
@@ -291,6 +294,7 @@ def test_a_full_disk_leaves_no_output_and_says_so(folder, tmp_path, monkeypatch)
         workers=1,
         runner="local",
         runner_flag=[],
+        shared="",
     )
     monkeypatch.setattr(door, "FLAGS", flags)
 
@@ -347,3 +351,103 @@ def test_the_real_files(tmp_path):
     assert reasons.pop("sharegpt") <= set()
     assert reasons.pop("hh_rlhf") <= oddities
     assert set().union(*reasons.values()) <= {"empty_text"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"stages": {"normalise": True}},
+            "config.stages.normalise: found True; expected options as a mapping, or False",
+        ),
+        ({"sources": {"tokenizer": {"kind": "alpaca"}}}, "config.sources: found the name 'tokenizer'"),
+        ({"sources": {"a/b": {"kind": "alpaca"}}}, "config.sources: found the name 'a/b'"),
+        ({"sources": {"alpaca": {"limit": "3"}}}, "sources.alpaca.limit: found '3'; expected a whole number"),
+        ({"sources": {"alpaca": {"patterns": "*.json"}}}, "patterns: found '.*json'; expected a list of them"),
+        ({"tokenizer": {"train": True}}, "config.tokenizer.vocab_size: found None; expected a whole number"),
+        ({"tokenizer": {"vocabsize": 3}}, "found the key 'vocabsize'.*did you mean 'vocab_size'"),
+        ({"tokenizer": {"special_tokens": "<a>"}}, "special_tokens: found '<a>'; expected a list"),
+    ],
+)
+def test_values_that_do_not_fit(folder, tmp_path, changes, message):
+    settings = ConfigDict({"sources": {"alpaca": {}}, **changes})
+    with pytest.raises(PrepareError, match=message):
+        prepare(settings, folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_stage_can_be_switched_off_for_all_or_for_one(folder, tmp_path):
+    used = lambda **others: {
+        name: set(entry["stages"]) - {"split"}
+        for name, entry in prepare(config(THREE, **others), folder, tmp_path / "out", force=True)["sources"].items()
+    }
+    assert used(stages={"normalise": False}) == {"alpaca": set(), "mine": set(), "sharegpt": {"filter"}}
+    sources = {**THREE, "alpaca": {"stages": {"normalise": {}}}}
+    assert set(prepare(config(sources), folder, tmp_path / "one")["sources"]["alpaca"]["stages"]) == {
+        "normalise",
+        "split",
+    }
+
+
+def test_folders_of_others_stay(folder, tmp_path):
+    for name in ("out.tmp", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+    prepare(config(THREE), folder, tmp_path / "out")
+    prepare(config(THREE), folder, tmp_path / "out", force=True)
+    assert all((tmp_path / name / "precious.txt").read_text() == "mine" for name in ("out.tmp", "out.old"))
+
+
+def test_a_damaged_shard_or_chunk_is_made_again(folder, tmp_path):
+    first = prepare(config(THREE), folder, tmp_path / "out")
+    (tmp_path / "out/tokens").mkdir()  # what was tokenised beside the data stays where that is prepared again
+    for shard in (tmp_path / "out/alpaca").rglob("*.array_record*"):
+        os.truncate(shard, 10)  # the cache has the same file under another name
+    for chunk in (tmp_path / "out.cache/split").iterdir():
+        os.truncate(chunk, 5)
+    with pytest.raises(datasets.DatasetError, match="prepare the data again with --force"):
+        open_source(tmp_path / "out", "alpaca", "train")
+    assert prepare(config(THREE), folder, tmp_path / "out", force=True)["hash"] == first["hash"]
+    assert len(open_source(tmp_path / "out", "alpaca", "train")[:]) > 30 and (tmp_path / "out/tokens").is_dir()
+
+
+def test_one_preparation_at_a_time(folder, tmp_path):
+    with locked(tmp_path / "out.cache", "preparation"), pytest.raises(InputError, match="another preparation at work"):
+        prepare(config(THREE), folder, tmp_path / "out")
+    prepare(config(THREE), folder, tmp_path / "out")
+
+
+def test_a_copy_of_another_source_may_end_up_empty(folder, tmp_path, capfd):
+    sources = {"alpaca": {}, "copy": {"kind": "alpaca", "patterns": ("alpaca/*",)}}
+    manifest = prepare(config(sources, stages={"dedupe": {}}), folder, tmp_path / "out")
+    assert manifest["sources"]["copy"]["splits"]["train"]["examples"] == 0
+    assert "sources.copy: the stages left nothing of it" in capfd.readouterr().err
+
+
+def test_other_code_or_benchmarks_are_noticed(folder, tmp_path, monkeypatch):
+    (tmp_path / "eval").mkdir()
+    benchmark = tmp_path / "eval/b.jsonl"
+    benchmark.write_text(
+        json.dumps({"text": "a question of a benchmark that has some words more than thirteen of them in it"})
+    )
+    stages = {"decontaminate": {"folder": str(tmp_path / "eval"), "benchmarks": {"b": "b.jsonl"}}}
+    settings = config({"alpaca": {}}, stages=stages)
+    prepare(settings, folder, tmp_path / "out")
+    prepare(settings, folder, tmp_path / "out")
+    benchmark.write_text(benchmark.read_text().replace("some", "many"))
+    with pytest.raises(PrepareError, match=r"other code, libraries or benchmarks \(benchmarks of alpaca\)"):
+        prepare(settings, folder, tmp_path / "out")
+    prepare(settings, folder, tmp_path / "out", force=True)
+    monkeypatch.setattr(graph, "code_of", lambda module: f"other {module}")
+    with pytest.raises(PrepareError, match=r"other code, libraries or benchmarks \(read, decontaminate, split"):
+        prepare(settings, folder, tmp_path / "out")
+
+
+def test_what_is_quoted_of_drops_is_redacted_too(folder, tmp_path):
+    (folder / "text/t.txt").write_text("write to jane.doe@corp-mail.com, chatgpt\n\nfine\n")
+    quotes = []
+    for name, stages in (("plain", {}), ("redacted", {"redact": {}})):
+        settings = config({"text": {}}, stages={"filter": {"phrases": ("chatgpt",)}, **stages})
+        prepare(settings, folder, tmp_path / name)
+        quotes.append(json.loads((tmp_path / name / "rejects.jsonl").read_text())["excerpt"])
+    assert "jane.doe@corp-mail.com" in quotes[0] and "jane.doe" not in quotes[1] and "write to" in quotes[1]
