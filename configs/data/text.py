@@ -15,7 +15,12 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise InputError(f"configs/data/text.py takes no arguments, found {arg!r}")
     config = ConfigDict()
-    config.sources = ConfigDict({"text": {"kind": "text"}, "jsonl": {"kind": "jsonl"}})
+    config.sources = ConfigDict(
+        {
+            "text": {"kind": "text", "patterns": ("**/*.txt", "**/*.txt.gz")},
+            "jsonl": {"kind": "jsonl", "patterns": ("**/*.jsonl", "**/*.jsonl.gz")},
+        }
+    )
     config.heldout = 0.01
     config.policy = "skip"
     config.missing = "skip"
