@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from data_pipelines import train_tokenizer
+from tokenizers import pre_tokenizers
 
 Ids = npt.NDArray[np.int32]
 
@@ -37,11 +36,22 @@ LLAMA_3 = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-KNOWN = (GPT_2, LLAMA_3, QWEN, train_tokenizer.WORDS)
+# Of train_tokenizer.py. Words and punctuation take the space before them, digits do not. A line break ends a token, so that a line reads the
+# same whatever stands before it; other white space keeps to itself, but leaves its last space to the word after it.
+TRAINED = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
+KNOWN = (GPT_2, LLAMA_3, QWEN, TRAINED)
+BYTES = 256
 LONGEST_RUN = 25_000  # characters with white space or without any; the library's expressions overflow at some length
 _RUNS = re.compile(r"\s+|\S+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SPELLING = {ord(piece): byte for byte, piece in enumerate(train_tokenizer.byte_pieces())}
+
+
+def byte_pieces() -> list[str]:
+    """How ByteLevel spells each byte: as the character of that number where it is printable, the others from U+0100 on
+    in their order."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(sorted(character for character in alphabet if ord(character) >= BYTES))
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(BYTES)]
 
 
 class BytePairs:
@@ -120,13 +130,11 @@ def _ranks(settings: Mapping[str, Any], model: Any, special: set[str]) -> dict[b
     """Token -> id, without special tokens that no text gives; None where (1) or (2) does not hold."""
     vocabulary: dict[str, int] = settings["vocab"]
     merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in settings["merges"]]
-    ids = [vocabulary.get(token, -1) for token in merged]
-    if ids != sorted(ids) or not vocabulary.keys() >= {chr(character) for character in _SPELLING}:
+    ids, pieces = [vocabulary.get(token, -1) for token in merged], byte_pieces()
+    itself = {
+        token: token_id for token, token_id in vocabulary.items() if [t.id for t in model.tokenize(token)] == [token_id]
+    }
+    if ids != sorted(ids) or set("".join(itself)) != set(pieces) or not special >= vocabulary.keys() - itself.keys():
         return None
-    ranks: dict[bytes, int] = {}
-    for token, token_id in vocabulary.items():
-        if [found.id for found in model.tokenize(token)] == [token_id] and _SPELLING.keys() >= set(map(ord, token)):
-            ranks[bytes(_SPELLING[ord(character)] for character in token)] = token_id
-        elif token not in special:
-            return None
-    return ranks
+    byte = str.maketrans({piece: chr(value) for value, piece in enumerate(pieces)})
+    return {token.translate(byte).encode("latin-1"): token_id for token, token_id in itself.items()}

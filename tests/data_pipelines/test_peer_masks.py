@@ -24,7 +24,7 @@ from data_pipelines.records import read_rows
 from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.tool_calls import messages
-from data_pipelines.train_tokenizer import byte_pieces
+from data_pipelines.byte_level import byte_pieces
 
 pytestmark = [
     pytest.mark.parity,
