@@ -9,6 +9,7 @@ come to the same numbers of tokens and of learned tokens. Ratios are of wall tim
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -38,20 +39,19 @@ FILES = 4
 
 def write_rows(prepared: Path, folder: Path, most: int) -> int:
     """Rows of all conversations that a chat template can lay out; returns how many."""
-    files = [open(folder / f"{number}.jsonl", "w") for number in range(FILES)]
     count = 0
-    for name in read_manifest(prepared)["sources"]:
-        for conversation in open_source(prepared, name, "train"):
-            turns = conversation.turns
-            plain = all(
-                t.role in ("system", "user", "assistant") and t.weight == (t.role == "assistant") for t in turns
-            )
-            if plain and all(turn.helpful for turn in turns) and not conversation.tools and count < most:
-                messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-                files[count % FILES].write(json.dumps({"messages": messages}) + "\n")
-                count += 1
-    for file in files:
-        file.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{number}.jsonl", "w")) for number in range(FILES)]
+        for name in read_manifest(prepared)["sources"]:
+            for conversation in open_source(prepared, name, "train"):
+                turns = conversation.turns
+                plain = all(
+                    t.role in ("system", "user", "assistant") and t.weight == (t.role == "assistant") for t in turns
+                )
+                if plain and all(turn.helpful for turn in turns) and not conversation.tools and count < most:
+                    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+                    files[count % FILES].write(json.dumps({"messages": messages}) + "\n")
+                    count += 1
     return count
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken: the ids of a tokenizer.json four times as fast, where it is certain that they are the same.
+"""Byte-level BPE by tiktoken: the ids of a tokenizer.json four times as fast, where they are certain to be the same.
 
 Both libraries cut a text into words by a regular expression and merge pairs of tokens inside each word. In a
 tokenizer.json the pair that stands first in the list of merges goes first; tiktoken merges any two neighbours that
@@ -8,15 +8,16 @@ make a token together, the token with the lowest id first. These come to the sam
 2. each token, encoded on its own, gives itself.
 
 For let c and d be neighbours whose bytes are those of a token T. No merge crossed the ends of T so far, or c and d
-would not end there; and those inside were made in the order in which T on its own is encoded, because the first of all
-pairs, if it lies inside, is the first of those inside. So c and d are the two tokens of which T on its own is made last,
-which by (2) are a merge: tiktoken has no other pairs to choose from, and by (1) it chooses the same. By (2), too, it
-changes nothing that tiktoken takes a word that is a token as it is.
+would not end there; and those inside were made in the order in which T on its own is encoded, because the first of
+all pairs, if it lies inside, is the first of those inside. So c and d are the two tokens of which T on its own is made
+last, which by (2) are a merge: tiktoken has no other pairs to choose from, and by (1) it chooses the same. By (2),
+too, it changes nothing that tiktoken takes a word that is a token as it is.
 
-`quick` checks this for every token as the file is loaded (0.1 s for GPT-2's), and that nothing else in the file matters:
-the expression is one of three, of which a test compares how the libraries understand it at every code point, nothing is
-put in front of a text, and the only normaliser is NFC, which leaves ASCII alone. Llama 3's tokenizer.json fails (2), as
-some of its tokens cannot be reached by merges; its tokenizer.model does not need it (`tiktoken_files`).
+`quick` checks this for every token as the file is loaded (0.2 s for GPT-2's), and that nothing else in the file
+matters: the expression is a known one, of which a test compares how the libraries understand it character by
+character, nothing is put in front of a text, and the only normaliser is NFC, which leaves ASCII alone. Files with
+`ignore_merges`, such as Llama 3's tokenizer.json, are left to `tokenizers`, since some of their tokens cannot be
+reached by merges; Llama 3's tokenizer.model has no merges to differ from (`tiktoken_files`).
 """
 
 import json
@@ -36,8 +37,9 @@ LLAMA_3 = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-# Of train_tokenizer.py. Words and punctuation take the space before them, digits do not. A line break ends a token, so that a line reads the
-# same whatever stands before it; other white space keeps to itself, but leaves its last space to the word after it.
+# Of train_tokenizer: words and punctuation take the space before them, digits do not. A line break ends a token, so that
+# a line reads the same whatever stands before it; other white space keeps to itself, but leaves its last space to the
+# word after it.
 TRAINED = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
 KNOWN = (GPT_2, LLAMA_3, QWEN, TRAINED)
 BYTES = 256

@@ -5,9 +5,10 @@
     DIR/rejects.jsonl, DIR/tokenizer/     see `prepare`
 
 A record has one feature, "conversation": the text of `Conversation.to_json`. `tfds.data_source(source, split=…,
-data_dir=DIR)` reads it as well. TFDS writes what it needs to know of them; the shards themselves are written here, since
-TFDS would hash and shuffle the keys of the examples, and its SequentialWriter, which does not, takes four times as long
-over the same bytes: records stay in the order in which they came.
+data_dir=DIR)` reads it as well. TFDS writes what it needs to know of them; the shards themselves are written here,
+since TFDS would hash and shuffle the keys of the examples, and its SequentialWriter, which does not, takes four times
+as long over the same bytes: records stay in the order in which they came. Reading does without TFDS, which takes a
+third of a second to import.
 
 The manifest, per source: kind, licence, weight, files (path, bytes, sha256); of reading, in rows: rows = kept_rows +
 the sum of `rejected` (reason -> rows), repaired (reason -> rows); per stage, in conversations, of which a row may give
@@ -179,11 +180,11 @@ def _field(number: int, content: bytes) -> bytes:
 class SourceDataset(Sequence[Conversation]):
     """The conversations of a split in their order, each read when asked for. Can be pickled."""
 
-    def __init__(self, name: str, records: ArrayRecordDataSource | tuple[()]):
-        self.name, self._records = name, records
+    def __init__(self, name: str, records: ArrayRecordDataSource | None):
+        self.name, self._records = name, records  # None: no example
 
     def __len__(self) -> int:
-        return len(self._records)
+        return 0 if self._records is None else len(self._records)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -192,7 +193,7 @@ class SourceDataset(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
         if isinstance(index, slice):
             return self._many(range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
+        if self._records is None or not -len(self) <= index < len(self):
             raise IndexError(f"{self.name}: found index {index}; expected one of {len(self)} examples")
         try:
             return Conversation.from_json(text_of(self._records[index % len(self)]))
@@ -201,7 +202,7 @@ class SourceDataset(Sequence[Conversation]):
 
     def _many(self, indices: range) -> list[Conversation]:
         """Read together, which takes a sixth of the time."""
-        if not indices:
+        if not indices or self._records is None:
             return []
         try:
             records = self._records.__getitems__(list(indices))
@@ -228,7 +229,7 @@ def open_source(directory: Path | str, source: str, split: str) -> SourceDataset
             state = "no file" if found is None else f"{found:,} bytes"
             raise DatasetError(f"{folder / shard}: found {state}; expected {size:,} bytes; {_AGAIN}")
     if not splits[split]["examples"]:
-        return SourceDataset(name, ())
+        return SourceDataset(name, None)
     try:
         records = ArrayRecordDataSource([str(folder / shard) for shard in sorted(splits[split]["shards"])])
     except Exception as error:  # it raises many kinds for files that it cannot make sense of

@@ -17,7 +17,17 @@ from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation
 from data_pipelines.source import PrepareError, Source
 from data_pipelines.stages.read import Reader
-from data_pipelines.store import Made, Store, code_of, key_of, read_lines, read_made, read_samples, write_chunk, write_whole
+from data_pipelines.store import (
+    Made,
+    Store,
+    code_of,
+    key_of,
+    read_lines,
+    read_made,
+    read_samples,
+    write_chunk,
+    write_whole,
+)
 from data_pipelines.workers import Workers, advance
 
 Chunks = dict[str, list[Made]]  # source -> its chunks, in order

@@ -188,7 +188,9 @@ class Template(abc.ABC):
             return parts[:-1]
         return parts if prompt or ended else [*parts, Segment(self._eos, turns[-1].weight)]
 
-    def _assemble(self, layout: list[Segment], encoded: Mapping[tuple[bool, bool], Mapping[str, Any]]) -> Example | None:
+    def _assemble(
+        self, layout: list[Segment], encoded: Mapping[tuple[bool, bool], Mapping[str, Any]]
+    ) -> Example | None:
         """`encoded`: (continued, whether offsets are needed) -> text -> what the tokenizer gave for it."""
         parts: list[Any] = [
             content if isinstance(content, int) else encoded[continued, bool(spans)][content]

@@ -45,7 +45,7 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], 
     least = len(special) + byte_level.BYTES
     if vocab_size < least:
         raise ValueError(
-            f"vocab_size: found {vocab_size}; expected {least} or more: {len(special)} special tokens, {byte_level.BYTES} bytes"
+            f"vocab_size: found {vocab_size}; expected {least} or more: {len(special)} special tokens, 256 bytes"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
