@@ -37,9 +37,9 @@ LLAMA_3 = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-# Of train_tokenizer: words and punctuation take the space before them, digits do not. A line break ends a token, so that
-# a line reads the same whatever stands before it; other white space keeps to itself, but leaves its last space to the
-# word after it.
+# Of train_tokenizer: words and punctuation take the space before them, digits do not. A line break ends a token, so
+# that a line reads the same whatever stands before it; other white space keeps to itself, but leaves its last space to
+# the word after it.
 TRAINED = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
 KNOWN = (GPT_2, LLAMA_3, QWEN, TRAINED)
 BYTES = 256
