@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken: the ids of a tokenizer.json four times as fast, where it is certain that they are the same.
+"""Byte-level BPE by tiktoken: the ids of a tokenizer.json four times as fast, where they are certain to be the same.
 
 Both libraries cut a text into words by a regular expression and merge pairs of tokens inside each word. In a
 tokenizer.json the pair that stands first in the list of merges goes first; tiktoken merges any two neighbours that
@@ -8,15 +8,16 @@ make a token together, the token with the lowest id first. These come to the sam
 2. each token, encoded on its own, gives itself.
 
 For let c and d be neighbours whose bytes are those of a token T. No merge crossed the ends of T so far, or c and d
-would not end there; and those inside were made in the order in which T on its own is encoded, because the first of all
-pairs, if it lies inside, is the first of those inside. So c and d are the two tokens of which T on its own is made last,
-which by (2) are a merge: tiktoken has no other pairs to choose from, and by (1) it chooses the same. By (2), too, it
-changes nothing that tiktoken takes a word that is a token as it is.
+would not end there; and those inside were made in the order in which T on its own is encoded, because the first of
+all pairs, if it lies inside, is the first of those inside. So c and d are the two tokens of which T on its own is made
+last, which by (2) are a merge: tiktoken has no other pairs to choose from, and by (1) it chooses the same. By (2),
+too, it changes nothing that tiktoken takes a word that is a token as it is.
 
-`quick` checks this for every token as the file is loaded (0.1 s for GPT-2's), and that nothing else in the file matters:
-the expression is one of three, of which a test compares how the libraries understand it at every code point, nothing is
-put in front of a text, and the only normaliser is NFC, which leaves ASCII alone. Llama 3's tokenizer.json fails (2), as
-some of its tokens cannot be reached by merges; its tokenizer.model does not need it (`tiktoken_files`).
+`quick` checks this for every token as the file is loaded (0.2 s for GPT-2's), and that nothing else in the file
+matters: the expression is a known one, of which a test compares how the libraries understand it character by
+character, nothing is put in front of a text, and the only normaliser is NFC, which leaves ASCII alone. Files with
+`ignore_merges`, such as Llama 3's tokenizer.json, are left to `tokenizers`, since some of their tokens cannot be
+reached by merges; Llama 3's tokenizer.model has no merges to differ from (`tiktoken_files`).
 """
 
 import json
@@ -26,8 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from data_pipelines import train_tokenizer
+from tokenizers import pre_tokenizers
 
 Ids = npt.NDArray[np.int32]
 
@@ -37,11 +37,23 @@ LLAMA_3 = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-KNOWN = (GPT_2, LLAMA_3, QWEN, train_tokenizer.WORDS)
+# Of train_tokenizer: words and punctuation take the space before them, digits do not. A line break ends a token, so
+# that a line reads the same whatever stands before it; other white space keeps to itself, but leaves its last space to
+# the word after it.
+TRAINED = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
+KNOWN = (GPT_2, LLAMA_3, QWEN, TRAINED)
+BYTES = 256
 LONGEST_RUN = 25_000  # characters with white space or without any; the library's expressions overflow at some length
 _RUNS = re.compile(r"\s+|\S+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SPELLING = {ord(piece): byte for byte, piece in enumerate(train_tokenizer.byte_pieces())}
+
+
+def byte_pieces() -> list[str]:
+    """How ByteLevel spells each byte: as the character of that number where it is printable, the others from U+0100 on
+    in their order."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(sorted(character for character in alphabet if ord(character) >= BYTES))
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(BYTES)]
 
 
 class BytePairs:
@@ -120,13 +132,11 @@ def _ranks(settings: Mapping[str, Any], model: Any, special: set[str]) -> dict[b
     """Token -> id, without special tokens that no text gives; None where (1) or (2) does not hold."""
     vocabulary: dict[str, int] = settings["vocab"]
     merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in settings["merges"]]
-    ids = [vocabulary.get(token, -1) for token in merged]
-    if ids != sorted(ids) or not vocabulary.keys() >= {chr(character) for character in _SPELLING}:
+    ids, pieces = [vocabulary.get(token, -1) for token in merged], byte_pieces()
+    itself = {
+        token: token_id for token, token_id in vocabulary.items() if [t.id for t in model.tokenize(token)] == [token_id]
+    }
+    if ids != sorted(ids) or set("".join(itself)) != set(pieces) or not special >= vocabulary.keys() - itself.keys():
         return None
-    ranks: dict[bytes, int] = {}
-    for token, token_id in vocabulary.items():
-        if [found.id for found in model.tokenize(token)] == [token_id] and _SPELLING.keys() >= set(map(ord, token)):
-            ranks[bytes(_SPELLING[ord(character)] for character in token)] = token_id
-        elif token not in special:
-            return None
-    return ranks
+    byte = str.maketrans({piece: chr(value) for value, piece in enumerate(pieces)})
+    return {token.translate(byte).encode("latin-1"): token_id for token, token_id in itself.items()}

@@ -27,6 +27,7 @@ from jinja2.parser import Parser
 from data_pipelines.errors import InputError
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
+_SPAN = re.compile(f"([{_OPEN}{_CLOSE}])")
 _NOT_ASCII = re.compile("[^\x00-\x7f\ue000-\ue002\U000f0000-\U000ffffd]")  # but for marks and their stand-ins
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
@@ -122,6 +123,7 @@ class ChatRenderer:
         self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
         self._suffixes = {piece[n:] for piece in pieces for n in range(1, len(piece))}
         self._longest = max(map(len, self._prefixes), default=0)
+        self._name = functools.lru_cache(maxsize=256)(self._inert)  # of keys, which repeat
         self._firsts, self._lasts = ({piece[at] for piece in pieces} for at in (0, -1))
 
     def render(
@@ -133,11 +135,12 @@ class ChatRenderer:
         """
         texts = _strings([messages, tools])
         swap = _unused(texts)
-        changed = functools.cache(lambda text: self._inert(text.translate(swap) if swap else text))  # keys repeat
-        inert = [{**_changed(message, changed), "role": message["role"]} for message in messages]
+        changed = (lambda text: self._inert(text.translate(swap))) if swap else self._inert
+        names = changed if swap else self._name
+        inert = [{**_changed(message, changed, names), "role": message["role"]} for message in messages]
         limit = (1 << 20) + 10 * sum(map(len, texts))
         try:
-            offered = None if tools is None else _changed(list(tools), changed)
+            offered = None if tools is None else _changed(list(tools), changed, names)
             parts = self._template.generate(messages=inert, tools=offered, documents=None, **variables)
             marked = "".join(_at_most(limit, parts))
         except jinja2.exceptions.SecurityError as error:
@@ -159,10 +162,11 @@ class ChatRenderer:
                     at = len(tail) - size + 1
                     content = content[:at] + _INERT + content[at:]
         head = content.lstrip()
-        if not self._lasts.isdisjoint(head[: self._longest]):
-            if any(head[:size] in self._suffixes for size in range(1, self._longest + 1)):
-                at = len(content) - len(head)
-                content = content[:at] + _INERT + head
+        if not self._lasts.isdisjoint(head[: self._longest]) and any(
+            head[:size] in self._suffixes for size in range(1, self._longest + 1)
+        ):
+            at = len(content) - len(head)
+            content = content[:at] + _INERT + head
         return self._starts.sub(_marked, content) if self._starts.search(content) else content
 
 
@@ -195,13 +199,13 @@ def _strings(value: Any) -> list[str]:
     return found
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed."""
+def _changed(value: Any, change: Callable[[str], str], name: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, and the names of keys by `name`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {change(key): _changed(each, change) for key, each in value.items()}
-    return [_changed(each, change) for each in value] if isinstance(value, Sequence) else value
+        return {name(key): _changed(each, change, name) for key, each in value.items()}
+    return [_changed(each, change, name) for each in value] if isinstance(value, Sequence) else value
 
 
 def _at_most(limit: int, parts: Iterable[str]) -> Iterator[str]:
@@ -226,7 +230,7 @@ def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     at, opened = 0, None
-    for part in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+    for part in _SPAN.split(marked):
         if part == _OPEN:
             opened = at
         elif part == _CLOSE and opened is not None:

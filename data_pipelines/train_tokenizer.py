@@ -26,14 +26,12 @@ from pathlib import Path
 from absl import app, flags
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipelines import byte_level
+
 PAD, BOS, EOS = FIRST_TOKENS = ("<pad>", "<bos>", "<eos>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 FILE = "tokenizer.json"
-BYTES = 256
-
-# Words and punctuation take the space before them, digits do not. A line break ends a token, so that a line reads the
-# same whatever stands before it; other white space keeps to itself, but leaves its last space to the word after it.
-WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+(?= [^\s\p{N}])|[^\S\r\n]+"
+WORDS = byte_level.TRAINED
 
 
 def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], path: str | Path) -> None:
@@ -44,10 +42,10 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], 
     special tokens and bytes do not fit into, and for texts without a character.
     """
     special = distinct([*FIRST_TOKENS, *special_tokens])
-    least = len(special) + BYTES
+    least = len(special) + byte_level.BYTES
     if vocab_size < least:
         raise ValueError(
-            f"vocab_size: found {vocab_size}; expected {least} or more: {len(special)} special tokens, {BYTES} bytes"
+            f"vocab_size: found {vocab_size}; expected {least} or more: {len(special)} special tokens, 256 bytes"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,20 +72,12 @@ def write_bytes(special_tokens: Sequence[str], path: str | Path) -> None:
     Raises ValueError for repeated special tokens.
     """
     special = distinct([*FIRST_TOKENS, *special_tokens])
-    pieces = [*FIRST_TOKENS, *byte_pieces(), *special[len(FIRST_TOKENS) :]]
+    pieces = [*FIRST_TOKENS, *byte_level.byte_pieces(), *special[len(FIRST_TOKENS) :]]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     save(tokenizer, path)
-
-
-def byte_pieces() -> list[str]:
-    """How ByteLevel spells each byte: as the character of that number where it is printable, the others from U+0100 on
-    in their order."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    others = iter(sorted(character for character in alphabet if ord(character) >= BYTES))
-    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(BYTES)]
 
 
 def distinct(special: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     python -m data_pipelines.prepare --config=configs/data/text.py --input=RAW --output=data/text
 
-A document longer than a row keeps its beginning only; cut long ones before, into pieces of about a row.
+A document longer than a row keeps its beginning only, unless a run has data.packing=concat_split.
 """
 
 from ml_collections import ConfigDict

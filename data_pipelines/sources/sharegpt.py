@@ -98,6 +98,8 @@ def message(item: Any, where: Where) -> list[Turn]:
 def in_order_of_calls(messages: list[Any], where: Where) -> list[tuple[int, Any]]:
     """(number in the row, message), the answers of tools in the order of the calls before them that they name."""
     numbered = list(enumerate(messages, start=1))
+    if not any(isinstance(item, dict) and "tool_call_id" in item for item in messages):
+        return numbered
     places: dict[int, tuple[int, int]] = {}
     called, ids = 0, list[Any]()
     for here, item in numbered:

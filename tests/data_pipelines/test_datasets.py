@@ -7,6 +7,8 @@ import pickle
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from tiny_tokenizers import tiny
 
@@ -78,6 +80,21 @@ def test_tfds_alone_can_read_it(folder):
 
     source = tfds.data_source("chat", split="train", data_dir=folder)
     assert Conversation.from_json(source[5]["conversation"]) == open_source(folder, "chat", "train")[5]
+
+
+@given(text=st.one_of(st.text(), st.sampled_from([127, 128, 16_383, 16_384, 3_000_000]).map("é".__mul__)))
+def test_an_example_is_what_tfds_makes(text):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = tfds.features.FeaturesDict({datasets.FEATURE: tfds.features.Text()})
+    record = datasets.serialised(text.encode())
+    made = ExampleSerializer(features.get_serialized_info()).serialize_example
+    assert record == made(features.encode_example({datasets.FEATURE: text}))
+    assert datasets.text_of(record).decode() == text
+    for damaged in (record[:-1], record + b"x", b"", b"\n", record[1:], record.replace(b"conv", b"vonc", 1)):
+        with pytest.raises(ValueError, match="found"):
+            datasets.text_of(damaged)
 
 
 def test_manifest_counts_and_hashes(folder):

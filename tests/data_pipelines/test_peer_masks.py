@@ -19,12 +19,12 @@ from tiny_tokenizers import REAL
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from data_pipelines import sources, tiktoken_files
+from data_pipelines.byte_level import byte_pieces
 from data_pipelines.conversation import DataError
 from data_pipelines.records import read_rows
 from data_pipelines.template import load_template
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.tool_calls import messages
-from data_pipelines.train_tokenizer import byte_pieces
 
 pytestmark = [
     pytest.mark.parity,
