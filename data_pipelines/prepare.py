@@ -43,7 +43,7 @@ from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
 from data_pipelines.source import PrepareError, Source
 from data_pipelines.stages.redact import Redact
 from data_pipelines.store import Made, Store, locked, read_drops
-from data_pipelines.workers import Workers
+from data_pipelines.workers import Workers, cores
 
 
 def prepare(
@@ -290,7 +290,7 @@ def main(argv: list[str]) -> None:
         with config.unlocked():
             config.policy = FLAGS.policy
     try:
-        workers = FLAGS.workers or os.cpu_count() or 1
+        workers = FLAGS.workers or cores()
         where = {"workers": workers, "runner": FLAGS.runner, "runner_flags": FLAGS.runner_flag, "shared": FLAGS.shared}
         manifest = prepare(config, FLAGS.input, output, force=FLAGS.force, **where)
     except InputError as error:

@@ -15,7 +15,6 @@ folder and flags give the same bytes.
 """
 
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from data_pipelines.reporting.rendered import show, show_turns
 from data_pipelines.reporting.runs import Run, names_of, read_run
 from data_pipelines.reporting.scan import scan_all, top_prompts
 from data_pipelines.text_objective import CORRUPTIONS
-from data_pipelines.workers import Workers
+from data_pipelines.workers import Workers, cores
 
 
 def report(
@@ -194,7 +193,7 @@ def main(argv: list[str]) -> None:
             seed=FLAGS.seed,
             sample=FLAGS.sample,
             examples=FLAGS.examples,
-            workers=FLAGS.workers or os.cpu_count() or 1,
+            workers=FLAGS.workers or cores(),
         )
         Path(FLAGS.output).write_text(page, encoding="utf-8", newline="\n")
     except (InputError, OSError) as error:

@@ -52,6 +52,7 @@ def read_settings(config: ConfigDict) -> dict[str, Any]:
         raise PrepareError(f"config.heldout: found {heldout!r}; expected a share from 0 to below 1")
     settings.setdefault("max_turn_chars", MAX_TURN_CHARS)
     check_names(settings["sources"])
+    check_weights({name: options.get("weight") or 0 for name, options in settings["sources"].items()})
     check_numbers(settings, "config")
     check_tokenizer(settings.get("tokenizer") or {})
     settings.setdefault("stages", {})
@@ -106,6 +107,12 @@ def check_names(names: Iterable[str]) -> None:
             raise PrepareError(f"config.sources: found the name {name!r}; expected {expected}")
 
 
+def check_weights(weights: Mapping[str, Any]) -> None:
+    """Weights for some sources only have no common scale with the sizes of the others."""
+    if any(weights.values()) and (missing := [name for name, weight in weights.items() if not weight]):
+        raise PrepareError(f"config.sources: found no weight for {', '.join(missing)}; expected one for all, or none")
+
+
 def check_tokenizer(options: Mapping[str, Any]) -> None:
     known_key(options, ("train", "vocab_size", "special_tokens"), "config.tokenizer")
     if options.get("train") and not isinstance(options.get("vocab_size"), int):
@@ -119,6 +126,10 @@ def check_numbers(options: Mapping[str, Any], where: str) -> None:
         number = options.get(key) or 0
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise PrepareError(f"{where}.{key}: found {number!r}; expected a whole number, 0 or more")
+    separator = options.get("separator") or 1
+    if separator != "\n" and ("\n" in separator if isinstance(separator, str) else separator < 1):
+        expected = "a number of empty lines, 1 or more, or a mark without line breaks"
+        raise PrepareError(f"{where}.separator: found {separator!r}; expected {expected}")
     if isinstance(options.get("patterns"), str):
         raise PrepareError(f"{where}.patterns: found {options['patterns']!r}; expected a list of them")
 
@@ -140,24 +151,28 @@ def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any
 def with_indexes(planned: Sequence[Source], work: Path) -> list[Source]:
     """The sources with an index of the benchmarks in `work` for each that is decontaminated, in place of what says
     which benchmarks these are."""
-    return [
-        dataclasses.replace(source, stages={**source.stages, "decontaminate": indexed(source, work)})
-        if "decontaminate" in source.stages
-        else source
-        for source in planned
-    ]
+    known: dict[str, dict[str, Any]] = {}  # most sources are compared with the same benchmarks
+    found = []
+    for source in planned:
+        if "decontaminate" in source.stages:
+            options = source.stages["decontaminate"]
+            key = json.dumps(options, sort_keys=True)
+            known[key] = known.get(key) or indexed(source.name, options, work)
+            source = dataclasses.replace(source, stages={**source.stages, "decontaminate": known[key]})
+        found.append(source)
+    return found
 
 
-def indexed(source: Source, work: Path) -> dict[str, Any]:
+def indexed(name: str, options: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """The options of the stage itself."""
-    options = dict(source.stages["decontaminate"])
-    benchmarks, folder = options.pop("benchmarks", None), options.pop("folder", ".")
+    own = dict(options)
+    benchmarks, folder = own.pop("benchmarks", None), own.pop("folder", ".")
     if not benchmarks:
-        raise PrepareError(f"sources.{source.name}, stage decontaminate: found no benchmarks; expected name -> files")
-    index, digest = prepared_index(benchmarks, folder, work, options.pop("items", None))
-    options |= {"index": str(index), "sha256": digest}
-    made_of(source.name, "decontaminate", options)
-    return options
+        raise PrepareError(f"sources.{name}, stage decontaminate: found no benchmarks; expected name -> files")
+    index, digest = prepared_index(benchmarks, folder, work, own.pop("items", None))
+    own |= {"index": str(index), "sha256": digest}
+    made_of(name, "decontaminate", own)
+    return own
 
 
 def made_of(name: str, stage: str, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ with --packing=concat_split those of training are kept whole.
 import dataclasses
 import errno
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,13 @@ from data_pipelines import tokens
 from data_pipelines.conversation import Conversation
 from data_pipelines.datasets import open_source, read_manifest
 from data_pipelines.errors import InputError
+from data_pipelines.inert import inert
 from data_pipelines.packing import PACKINGS, Packing
+from data_pipelines.store import locked
 from data_pipelines.template import Template, load_template
 from data_pipelines.tokenization import load_tokenizer
 from data_pipelines.training_data import chosen_sources, longest, template_date
-from data_pipelines.workers import Workers, advance
+from data_pipelines.workers import Workers, advance, cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,12 @@ def tokenise(job: Job, pool: Workers) -> list[Path]:
     todo = [split for split, path in paths.items() if not path.is_dir()]
     todo.sort(key=lambda split: -split.examples)  # the longest first: the others do not wait for it at the end
     tasks = [(job, split, part) for split in todo for part in tokens.parts(split.examples)]
-    if tasks:
+    if not todo:
+        return list(paths.values())
+    with locked(Path(job.directory) / "tokens", "tokenisation"):
         pool.run("tokenise", write, tasks, sum(split.examples for split in todo))
-    for split in todo:
-        tokens.finish(paths[split], split.hash, template_of(job, split.name), split.examples)
+        for split in todo:
+            tokens.finish(paths[split], split.hash, template_of(job, split.name), split.examples)
     return list(paths.values())
 
 
@@ -100,7 +103,7 @@ def _conversations(job: Job, source: str, split: str) -> Sequence[Conversation]:
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("expected one folder: python -m data_pipelines.tokenize DIR --template=koala")
-    sources, workers = tuple(FLAGS.sources), FLAGS.workers or os.cpu_count() or 1
+    sources, workers = tuple(FLAGS.sources), FLAGS.workers or cores()
     job = Job(argv[1], FLAGS.template, FLAGS.tokenizer, FLAGS.length, FLAGS.packing, FLAGS.date, sources)
     try:
         with Workers(workers) as pool:
@@ -109,7 +112,9 @@ def main(argv: list[str]) -> None:
             store = tokens.TokenStore(path)
             print(f"{path}: {len(store):,} examples, {store.ids:,} ids")
     except (InputError, FileNotFoundError) as error:
-        sys.exit(f"{error}")
+        sys.exit(inert(f"{error}"))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -5,7 +5,9 @@ Processes are started afresh rather than forked: a fork of a process that runs J
 
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from data_pipelines.errors import InputError
 
 REFRESH = 0.2  # seconds between two looks at how far the workers are
+WORTH_A_LINE = 60  # seconds of a step after which a log, which shows no bars, is told that it is done
 
 _advance: Callable[[int], None] = lambda count: None
+
+
+def cores() -> int:
+    """Those that this process may use, which a job's may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def advance(count: int) -> None:
@@ -74,12 +82,16 @@ class Workers:
     ) -> list[Any]:
         """`function(*task)` for each task, in their order. `total`: of what the tasks report by `advance`; without
         it the bar counts tasks. The first task, in their order, that raises ends the run with what it raised."""
+        begun = time.monotonic()
         bar = self.bars.add_task(title, total=total or len(tasks))
         if self.count == 1 or len(tasks) < 2:
             results = list(self._here(function, tasks, bar, total))
         else:
             results = self._there(function, tasks, bar, total)
         self.bars.update(bar, completed=total or len(tasks))
+        seconds = time.monotonic() - begun
+        if self.bars.disable and seconds > WORTH_A_LINE:
+            print(f"{title}: {len(tasks):,} tasks in {seconds:,.0f} s", file=sys.stderr, flush=True)
         return results
 
     def _here(
