@@ -38,7 +38,6 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import Folder
 from data_pipelines.graph_dedupe import dedupe
 from data_pipelines.inert import inert
-from data_pipelines.inspect import manifest_table
 from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
 from data_pipelines.source import PrepareError, Source
 from data_pipelines.stages.redact import Redact
@@ -281,6 +280,8 @@ def publish(scratch: Path, output: Path, replaced: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    from data_pipelines.inspect import manifest_table  # here, since every worker imports this module
+
     if len(argv) > 1:
         raise app.UsageError(f"found the argument {argv[1]!r}; expected flags alone")
     if "://" in str(FLAGS.output) or not Path(FLAGS.output).name:

@@ -44,7 +44,7 @@ from data_pipelines.tokenization import Ids
 
 VERSION = 1
 FOLDER = "tokens"
-PART = 16_384  # examples of a file, and of a process's turn
+PART = 65_536  # examples of a file
 _BATCH = 512  # conversations tokenised together
 _OPEN_FILES = 256
 _HEAD = struct.Struct("<IIII")
@@ -74,8 +74,9 @@ def to_record(conversation_id: str, example: Example | None, dtype: npt.DTypeLik
     if example is None:
         return _HEAD.pack(0, 0, 0, len(name)) + name
     weights = example.weights
-    ends = np.append(np.flatnonzero(weights[1:] != weights[:-1]) + 1, len(weights))
-    runs = np.diff(ends, prepend=0).astype(_U4).tobytes(), weights[ends - 1].astype(_F4).tobytes()
+    bounds = np.concatenate(((0,), np.flatnonzero(weights[1:] != weights[:-1]) + 1, (len(weights),)))
+    starts, ends = bounds[:-1], bounds[1:]
+    runs = (ends - starts).astype(_U4).tobytes(), weights[starts].astype(_F4).tobytes()
     head = _HEAD.pack(len(example.ids), len(ends), example.cut, len(name))
     return b"".join((head, *runs, example.ids.astype(dtype).tobytes(), name))
 

@@ -75,10 +75,12 @@ def message(item: Any, where: Where) -> list[Turn]:
     """The turn of a message; two where the assistant says something and calls tools."""
     if not isinstance(item, Mapping):
         raise DataError(where, shown(item), '{"from": …, "value": …}', "wrong_type")
-    called = next((item[key] for key in CALLS if item.get(key)), None)
-    pairs = (("from", "value"), ("role", "content"))
-    names = next((pair for pair in pairs if pair[0] in item and (called or pair[1] in item)), None)
-    if names is None:
+    called = item.get(CALLS[0]) or item.get(CALLS[1])
+    if "from" in item and (called or "value" in item):
+        names = "from", "value"
+    elif "role" in item and (called or "content" in item):
+        names = "role", "content"
+    else:
         raise DataError(where, shown(item), '"from" and "value", or "role" and "content"', "wrong_keys")
     speaker, content = item[names[0]], item.get(names[1])
     role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None

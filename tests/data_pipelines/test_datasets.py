@@ -1,5 +1,6 @@
 """What is written is what is read, in order; damage is noticed and named."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from rich.console import Console
 from tiny_tokenizers import tiny
 
 from data_pipelines import datasets, inspect
+from data_pipelines.chunk import Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.datasets import DatasetError, open_source, read_manifest, records_of, write_manifest, write_source
 from data_pipelines.template import load_template
@@ -68,6 +70,17 @@ def test_comparisons_are_opened_as_pairs(tmp_path):
 def test_what_is_no_comparison_is_not_opened_as_pairs(folder):
     with pytest.raises(DatasetError, match=r"found 0 and 7; expected the two halves of a comparison"):
         datasets.open_pairs(folder, "chat", "train")[0]
+
+
+def test_a_line_that_was_read_is_written_again_and_a_changed_conversation_is_not():
+    (fresh,) = conversations(1, "tab\t, break\n, \u2028")
+    kept = Conversation.from_line(fresh.to_json())
+    assert (kept, kept.to_json()) == (fresh, fresh.to_json())
+    renamed, expected = (dataclasses.replace(each, id="other") for each in (kept, fresh))
+    assert renamed.to_json() == expected.to_json() != kept.to_json()
+    sample = Sample("0", (kept, renamed), "train")
+    assert Sample.from_line(sample.to_line()) == sample
+    assert "\n" not in sample.to_line() and pickle.loads(pickle.dumps(sample)) == sample
 
 
 def test_a_dataset_survives_pickling(folder):
@@ -197,6 +210,8 @@ def test_damaged_shards(tmp_path):
     train = open_source(tmp_path, "chat", "train")
     with pytest.raises(DatasetError, match=r"example .* is damaged"):
         list(train)
+    with pytest.raises(DatasetError, match=r"example \d+ is damaged"):
+        train[:]
     shard.unlink()
     with pytest.raises(DatasetError, match="found no file"):
         open_source(tmp_path, "chat", "train")
