@@ -27,6 +27,7 @@ from data_pipelines import stages
 from data_pipelines.chunk import Ledger
 from data_pipelines.errors import InputError
 from data_pipelines.graph import Chunks, read_options
+from data_pipelines.graph_dedupe import deduper
 from data_pipelines.settings import by_rank
 from data_pipelines.source import Source
 from data_pipelines.stages import dedupe
@@ -177,7 +178,7 @@ def members(piece: Piece, sources: Mapping[str, Source]) -> Iterator[tuple[bytes
     if "dedupe" not in source.stages:
         return
     samples, _ = unpacked(content)
-    signatures = deduper(source).signatures(samples)
+    signatures = deduper(source.stages["dedupe"]).signatures(samples)
     for position, sample in enumerate(samples):
         head = (place + position).to_bytes(RANK_BYTES, "big") + signatures.needed[position].tobytes()
         member = head + signatures.sketches[position].tobytes() + f"{source.name}/{sample.id}".encode()
@@ -234,14 +235,8 @@ def drop(both: tuple[int, Mapping[str, Any]], sources: Mapping[str, Source]) -> 
     samples, ledgers = unpacked(content)
     ledgers["dedupe"] = Ledger()
     found: Mapping[int, dedupe.Duplicate] = next(iter(joined["found"]), {})
-    kept = list(deduper(source).drop(samples, found, ledgers["dedupe"]))
+    kept = list(deduper(source.stages["dedupe"]).drop(samples, found, ledgers["dedupe"]))
     return place, packed(kept, ledgers)[0]
-
-
-def deduper(source: Source) -> dedupe.Dedupe:
-    stage = stages.make("dedupe", source.stages["dedupe"])
-    assert isinstance(stage, dedupe.Dedupe)
-    return stage
 
 
 def source_at(place: int, sources: Mapping[str, Source]) -> Source:

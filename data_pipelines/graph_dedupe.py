@@ -61,7 +61,7 @@ def dedupe(
 def sign_chunk(options: Mapping[str, Any], chunk: str, target: Path) -> Path:
     if not target.exists():
         content = io.BytesIO()
-        stage(options).signatures(list(read_samples(chunk))).save(content)
+        deduper(options).signatures(list(read_samples(chunk))).save(content)
         write_whole(target, content.getvalue())
     return target
 
@@ -113,11 +113,11 @@ def drop_chunk(options: Mapping[str, Any], chunk: str, found: Mapping[int, Dupli
     if before is not None:
         return before
     ledger = Ledger()
-    samples = list(stage(options).drop(read_samples(chunk), found, ledger))
+    samples = list(deduper(options).drop(read_samples(chunk), found, ledger))
     return write_chunk(target, samples, "dedupe", ledger)
 
 
-def stage(options: Mapping[str, Any]) -> Dedupe:
+def deduper(options: Mapping[str, Any]) -> Dedupe:
     made = stages.make("dedupe", options)
     assert isinstance(made, Dedupe)
     return made
