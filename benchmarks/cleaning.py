@@ -22,12 +22,13 @@ from typing import Any
 
 from absl import app, flags
 
-from data_pipelines import settings, sources
-from data_pipelines.chunk import Ledger, Sample
+from data_pipelines import sources
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.files import Folder
+from data_pipelines.files.folder import Folder
+from data_pipelines.preparing import settings
 from data_pipelines.stages import chinese, language, refusals, repetition
 from data_pipelines.stages.base import Stage
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.filter import ORIGINS, Filter
 from data_pipelines.stages.normalise import Normalise
 from data_pipelines.stages.read import Reader

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from data_pipelines.chunk import Ledger, Sample
-from data_pipelines.contamination_index import prepared_index
+from data_pipelines.contamination.eval_items import read_benchmark
+from data_pipelines.contamination.index import prepared_index
+from data_pipelines.contamination.ngrams import Words
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.eval_items import read_benchmark
-from data_pipelines.ngrams import Words
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.decontaminate import Decontaminate
 
 DATA = flags.DEFINE_string("data", "../shared/data", "folder with eval/, koala/ and pretrain/")

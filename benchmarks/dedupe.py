@@ -23,11 +23,11 @@ import planted_duplicates as planted
 from absl import app, flags
 from dedupe_peers import PEERS as PEER_MINIMA
 
-from data_pipelines.chunk import Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.sources import exchange
 from data_pipelines.stages import edges, minhash
 from data_pipelines.stages.base import normal
+from data_pipelines.stages.chunk import Sample
 from data_pipelines.stages.dedupe import Dedupe
 from data_pipelines.stages.minhash import SCHEME, Scheme, Signatures, Uint32
 

@@ -76,7 +76,7 @@ class Run:
     def __init__(self, keys: dict[str, Any], seed: int, text: Text, **optimizer: Any):
         import jax
 
-        from data_pipelines.loader import Loader
+        from data_pipelines.batches.loader import Loader
         from easylm_plus.config import base
         from easylm_plus.models.transformer import init_parameters
         from easylm_plus.parallel import sharding
@@ -113,7 +113,7 @@ class Run:
 
     def heldout(self) -> float:
         """Loss of the masters."""
-        from data_pipelines.loader import evaluation_batches
+        from data_pipelines.batches.loader import evaluation_batches
         from easylm_plus.evaluation.loss import make_evaluate
 
         batches: Iterator = evaluation_batches(

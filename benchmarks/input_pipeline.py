@@ -12,8 +12,8 @@ import time
 import numpy as np
 from absl import app, flags
 
-from data_pipelines.loader import Loader
-from data_pipelines.training_data import open_data
+from data_pipelines.batches.loader import Loader
+from data_pipelines.batches.training_data import open_data
 
 DATA = flags.DEFINE_string("data", None, "prepared folder", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "tokenizer file; that of the folder by default")

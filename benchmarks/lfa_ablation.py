@@ -65,7 +65,7 @@ def train_one(variant: str, seed: int, text: Text) -> dict[str, Any]:
     """A run: what it was and what came out."""
     import jax
 
-    from data_pipelines.loader import Loader, evaluation_batches
+    from data_pipelines.batches.loader import Loader, evaluation_batches
     from easylm_plus.config import base
     from easylm_plus.evaluation.loss import make_evaluate
     from easylm_plus.models.transformer import init_parameters

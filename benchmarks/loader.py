@@ -21,11 +21,13 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines import datasets, tokens, train_tokenizer
+from data_pipelines import datasets
+from data_pipelines.batches import tokens
+from data_pipelines.batches.training_data import make_loader, open_data
 from data_pipelines.conversation import Conversation
-from data_pipelines.template import Example, load_template
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.training_data import make_loader, open_data
+from data_pipelines.templates.template import Example, load_template
+from data_pipelines.tokenizers import training
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 
 FOLDER = flags.DEFINE_string("folder", None, "where the store is made, or was; a temporary one by default")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer file; by default one is trained")
@@ -39,7 +41,7 @@ STEP = flags.DEFINE_integer("step", 0, "a step to look for; by default the one a
 SHARES = {"sharegpt": 30, "hc3": 87, "oig": 30, "alpaca": 52, "hh_rlhf": 160, "webgpt": 20, "summarize": 93}
 START = """
 import json, sys, time
-from data_pipelines.training_data import make_loader, open_data
+from data_pipelines.batches.training_data import make_loader, open_data
 section = json.loads(sys.argv[1])
 loader = make_loader(section, open_data(section), 0)
 ready = time.process_time()
@@ -142,7 +144,7 @@ def main(_: list[str]) -> None:
         if not (folder / datasets.MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
             if not TOKENIZER.value:
-                train_tokenizer.train(["made up " * 100], 512, (), tokenizer)
+                training.train(["made up " * 100], 512, (), tokenizer)
             make(folder, section)
         table = Table(f"{EXAMPLES.value:,} stored examples, {BATCH.value} rows x {LENGTH.value}", "CPU", "wall")
         table.add_row("start", *started(section))

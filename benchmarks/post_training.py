@@ -58,7 +58,7 @@ def train(folder: Path) -> None:
 
     import jax
 
-    from data_pipelines.loader import Loader, evaluation_batches
+    from data_pipelines.batches.loader import Loader, evaluation_batches
     from easylm_plus.config import base
     from easylm_plus.evaluation.loss import make_evaluate
     from easylm_plus.models.families import preset
@@ -142,7 +142,7 @@ def measure(folder: Path) -> None:
 
 def of_text(folder: Path) -> tuple[Any, ...]:
     """(weights, calibration batches, held-out batches, what they are) of the model that was trained here."""
-    from data_pipelines.loader import evaluation_batches
+    from data_pipelines.batches.loader import evaluation_batches
 
     text = Text(folder, VOCAB, LENGTH)
     cut = lambda rows, count: [

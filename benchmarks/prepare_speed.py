@@ -93,9 +93,9 @@ def ours(folder: Path) -> tuple[float, float, dict[str, Any]]:
 
 def counted(folder: Path) -> dict[str, Any]:
     """What was stored, counted afterwards."""
-    from data_pipelines.template import load_template
-    from data_pipelines.tokenization import load_tokenizer
-    from data_pipelines.tokens import find
+    from data_pipelines.batches.tokens import find
+    from data_pipelines.templates.template import load_template
+    from data_pipelines.tokenizers.tokenizer import load_tokenizer
 
     template = load_template(str(TEMPLATE), load_tokenizer(folder / "tokenizer"), max_length=1_000_001)
     split = read_manifest(folder / "out")["sources"]["chats"]["splits"]["train"]

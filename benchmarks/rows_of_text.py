@@ -24,8 +24,8 @@ class Text:
 
     def __init__(self, folder: Path, vocab: int, length: int):
         """`folder`: of the tokenizer, trained if it is not there; `length`: tokens that a row predicts."""
-        from data_pipelines.tokenization import load_tokenizer
-        from data_pipelines.train_tokenizer import train
+        from data_pipelines.tokenizers.tokenizer import load_tokenizer
+        from data_pipelines.tokenizers.training import train
 
         train_documents, heldout_documents = documents(ONE_IN, HELDOUT_ONE_IN)
         path = folder / "tokenizer"
@@ -58,6 +58,6 @@ def encode(piece: Piece) -> Any:
     """A piece as the loader takes it: every token is learned."""
     import numpy as np
 
-    from data_pipelines.packing import Example
+    from data_pipelines.batches.packing import Example
 
     return Example(piece.ids, np.ones(len(piece.ids), np.float32))

@@ -72,7 +72,7 @@ def train_one(hidden: int, kind: str, seed: int, rate: float, text: Text) -> dic
     """A run, and what came out."""
     import jax
 
-    from data_pipelines.loader import Loader
+    from data_pipelines.batches.loader import Loader
     from easylm_plus.models.transformer import init_parameters
     from easylm_plus.numerics.rules import BITNET, attach
     from easylm_plus.parallel import sharding
@@ -105,7 +105,7 @@ def train_one(hidden: int, kind: str, seed: int, rate: float, text: Text) -> dic
 
 def heldout(parts: Any, params: Any, text: Text) -> float:
     """Loss in nats a token."""
-    from data_pipelines.loader import evaluation_batches
+    from data_pipelines.batches.loader import evaluation_batches
     from easylm_plus.evaluation.loss import make_evaluate
 
     batches = evaluation_batches({"text": text.heldout}, encode, batch_size=16, length=LENGTH, packing="none")

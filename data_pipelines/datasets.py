@@ -19,8 +19,6 @@ the examples of the splits. "hash" covers all of that except the shards, whose b
 compression.
 """
 
-import difflib
-import errno
 import hashlib
 import itertools
 import json
@@ -33,7 +31,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.conversation import Conversation
-from data_pipelines.errors import InputError
+from data_pipelines.disk import array_record_errors
+from data_pipelines.errors import InputError, nearest
 
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
@@ -76,14 +75,11 @@ def write_source(directory: Path | str, source: str, records: Iterable[Record]) 
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict({FEATURE: tfds.features.Text()}))
     info.set_file_format("array_record")
     splits = {split: _Split(folder, source, split) for split in SPLITS}
-    try:
+    with array_record_errors(folder):
         for split, lines, characters in records:
             splits[split].add(lines, characters)
         for writing in splits.values():
             writing.close()
-    except RuntimeError as error:  # how the ArrayRecord writer reports what the system told it
-        full = os.strerror(errno.ENOSPC) in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
     infos = [writing.info(tfds) for writing in splits.values() if writing.lengths]  # an empty split is none, for TFDS
     info.set_splits(tfds.core.splits.SplitDict(infos))
     info.write_to_directory(str(folder))
@@ -340,9 +336,7 @@ def read_manifest(directory: Path | str) -> Manifest:
 
 def _one_of(name: str, known: Iterable[str], what: str) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise DatasetError(f"{what}: found {name!r}; expected one of {', '.join(known)}{hint}")
+        raise DatasetError(f"{what}: found {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
 
 
 def _tfds() -> Any:

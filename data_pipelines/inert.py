@@ -1,5 +1,7 @@
 """Text of the data, as it may be shown to a person: without what gives orders to a terminal or deceives a reader."""
 
+from rich.text import Text
+
 # Control characters as their symbols; what turns the direction of writing around, letters that nobody sees (tags,
 # byte order marks) and halves of surrogate pairs, which are no text, as the replacement character. Line breaks and
 # tabs stay.
@@ -12,3 +14,8 @@ INERT = _SYMBOLS | dict.fromkeys((*_DIRECTIONS, *_UNSEEN, *_SURROGATES), 0xFFFD)
 
 def inert(text: str) -> str:
     return text.translate(INERT)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """For a terminal: markup stays as it is written."""
+    return Text(inert(text), style)

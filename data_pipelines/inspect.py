@@ -25,51 +25,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from data_pipelines import replay
-from data_pipelines.batch_stats import Item, digest
+from data_pipelines.batches import replay
+from data_pipelines.batches.batch_stats import Item, digest
+from data_pipelines.batches.examples import encode_draws
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.corruption import SENTINELS
-from data_pipelines.datasets import Manifest, SourceDataset, open_source, read_manifest
+from data_pipelines.datasets import SourceDataset, open_source, read_manifest
 from data_pipelines.errors import InputError
-from data_pipelines.examples import encode_draws
-from data_pipelines.inert import inert
-from data_pipelines.mixture import Draw
-from data_pipelines.template import Example, Template, load_template
-from data_pipelines.text_objective import CORRUPTIONS, TextObjective, text_objective
-from data_pipelines.tokenization import Tokenizer, load_tokenizer
-
-
-def plain(text: str, style: str = "") -> Text:
-    return Text(inert(text), style)
-
-
-def manifest_table(manifest: Manifest) -> Group:
-    """One line a source: rows that were read, kept and rejected; conversations that stages dropped or left. Below it,
-    why."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("source", no_wrap=True)
-    for title in ("files", "rows", "kept", "rejected", "repaired", "dropped", "train", "held out", "characters"):
-        table.add_column(title, justify="right", no_wrap=True)
-    reasons = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
-    for justify in ("left", "right", "left"):
-        reasons.add_column(justify=justify, no_wrap=justify == "left")
-    for name, entry in manifest["sources"].items():
-        splits = entry["splits"]
-        numbers = [len(entry["files"]), entry["rows"], entry["kept_rows"]]
-        numbers += [sum(entry[key].values()) for key in ("rejected", "repaired")]
-        numbers.append(sum(sum(accounts["dropped"].values()) for accounts in entry["stages"].values()))
-        numbers += [splits[split]["examples"] for split in ("train", "heldout")]
-        numbers.append(sum(split["characters"] for split in splits.values()))
-        table.add_row(plain(name), *(f"{number:,}" for number in numbers))
-        for key in ("rejected", "repaired"):
-            for reason, count in entry[key].items():
-                reasons.add_row(plain(f"{name}: {key}"), f"{count:,}", plain(reason))
-        for stage, accounts in entry["stages"].items():
-            for reason, count in accounts["dropped"].items():
-                reasons.add_row(plain(f"{name}: dropped by {stage}"), f"{count:,}", plain(reason))
-    for name in manifest.get("missing") or {}:
-        reasons.add_row(plain(f"{name}: missing"), "0", "no files")
-    return Group(table, "", reasons) if reasons.row_count else Group(table)
+from data_pipelines.inert import plain
+from data_pipelines.mixing.mixture import Draw
+from data_pipelines.reporting.manifest_table import manifest_table
+from data_pipelines.templates.corruption import SENTINELS
+from data_pipelines.templates.template import Example, Template, load_template
+from data_pipelines.templates.text_objective import CORRUPTIONS, TextObjective, text_objective
+from data_pipelines.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 def rendered(conversation: Conversation) -> Group:

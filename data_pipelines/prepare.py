@@ -31,17 +31,20 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from data_pipelines import datasets, graph
-from data_pipelines.chunk import Ledger
+from data_pipelines import datasets
 from data_pipelines.datasets import Manifest
+from data_pipelines.disk import locked
 from data_pipelines.errors import InputError
-from data_pipelines.files import Folder
-from data_pipelines.graph_dedupe import dedupe
+from data_pipelines.files.folder import Folder
 from data_pipelines.inert import inert
-from data_pipelines.settings import KEYS, plan_all, read_settings, with_indexes
-from data_pipelines.source import PrepareError, Source
+from data_pipelines.preparing import graph
+from data_pipelines.preparing.graph_dedupe import dedupe
+from data_pipelines.preparing.settings import KEYS, plan_all, read_settings, with_indexes
+from data_pipelines.preparing.store import Made, Store, read_drops
+from data_pipelines.reporting.manifest_table import manifest_table
+from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.redact import Redact
-from data_pipelines.store import Made, Store, locked, read_drops
+from data_pipelines.stages.source import PrepareError, Source
 from data_pipelines.workers import Workers, cores
 
 
@@ -135,7 +138,7 @@ def on_beam(
 ) -> dict[str, graph.Chunks]:
     """The same from Apache Beam."""
     try:
-        from data_pipelines import beam_graph
+        from data_pipelines.preparing import beam_graph
     except ModuleNotFoundError as error:
         raise PrepareError(
             f"--runner: found no {error.name}; expected it installed: pip install easylm_plus[beam]"
@@ -280,8 +283,6 @@ def publish(scratch: Path, output: Path, replaced: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    from data_pipelines.inspect import manifest_table  # here, since every worker imports this module
-
     if len(argv) > 1:
         raise app.UsageError(f"found the argument {argv[1]!r}; expected flags alone")
     if "://" in str(FLAGS.output) or not Path(FLAGS.output).name:

@@ -23,7 +23,6 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from data_pipelines.corruption import SENTINELS
 from data_pipelines.datasets import MANIFEST, read_manifest
 from data_pipelines.errors import InputError
 from data_pipelines.reporting import accounts as accounting
@@ -36,7 +35,8 @@ from data_pipelines.reporting.rejects import read_rejects
 from data_pipelines.reporting.rendered import show, show_turns
 from data_pipelines.reporting.runs import Run, names_of, read_run
 from data_pipelines.reporting.scan import scan_all, top_prompts
-from data_pipelines.text_objective import CORRUPTIONS
+from data_pipelines.templates.corruption import SENTINELS
+from data_pipelines.templates.text_objective import CORRUPTIONS
 from data_pipelines.workers import Workers, cores
 
 

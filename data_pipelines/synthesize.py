@@ -19,7 +19,6 @@ prompts. The configuration (see configs/data/synthesis_code.py and synthesis_mat
     maths: seeds, shares, answers, agree
 """
 
-import difflib
 import hashlib
 import sys
 import threading
@@ -34,8 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_pipelines.errors import InputError
-from data_pipelines.inspect import plain
+from data_pipelines.errors import InputError, nearest
+from data_pipelines.inert import plain
 from data_pipelines.synthesis.code_route import CodeRoute
 from data_pipelines.synthesis.collect import NO_REPLY, ROWS, collect
 from data_pipelines.synthesis.endpoint import Endpoint, Message, Unanswered, key_from
@@ -128,8 +127,7 @@ def check_keys(settings: Mapping[str, Any]) -> None:
 
 def check_section(prefix: str, found: Mapping[str, Any], expected: set[str]) -> None:
     for key in sorted(found.keys() - expected):
-        nearest = difflib.get_close_matches(key, expected, n=1, cutoff=0.0)[0]
-        raise InputError(f"config.{prefix}{key}: found an unknown key; did you mean {nearest!r}?")
+        raise InputError(f"config.{prefix}{key}: found an unknown key{nearest(key, sorted(expected))}")
     for key in sorted(expected - found.keys()):
         raise InputError(f"config.{prefix}{key}: found none; expected a value")
 

@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from data_pipelines import tokens
+from data_pipelines.batches import tokens
+from data_pipelines.batches.packing import PACKINGS, Packing
+from data_pipelines.batches.training_data import chosen_sources, longest, template_date
 from data_pipelines.conversation import Conversation
 from data_pipelines.datasets import open_source, read_manifest
+from data_pipelines.disk import locked
 from data_pipelines.errors import InputError
 from data_pipelines.inert import inert
-from data_pipelines.packing import PACKINGS, Packing
-from data_pipelines.store import locked
-from data_pipelines.template import Template, load_template
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.training_data import chosen_sources, longest, template_date
+from data_pipelines.templates.template import Template, load_template
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from data_pipelines.workers import Workers, advance, cores
 
 

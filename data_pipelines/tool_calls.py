@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines.conversation import DataError, Turn, Where
-from data_pipelines.errors import InputError
-from data_pipelines.sources import shown
+from data_pipelines.errors import InputError, shown
 
 A_CALL = '{"name": …, "arguments": {…}}'
 A_TOOL = '{"name": …, "description": …, "parameters": {…}}'

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipelines.packing import PACKINGS
+from data_pipelines.batches.packing import PACKINGS
 from easylm_plus.errors import UserError
 from easylm_plus.models.config import ModelConfig
 from easylm_plus.models.families import preset
@@ -57,7 +57,7 @@ def base(model: str = "llama-7b", **overrides: Any) -> ConfigDict:
                 "mask_token": "",  # a special token or an id; "": <mask> or [MASK]
                 "length": 2048,  # tokens a row
                 "batch_size": 8,  # rows a step, over all devices
-                "packing": "best_fit",  # best_fit | first_fit | concat_split | none (data_pipelines/packing.py)
+                "packing": "best_fit",  # best_fit | first_fit | concat_split | none (data_pipelines/batches/packing.py)
                 "pool": 1024,  # examples packed together; padding is about half a row a pool
                 "shards": 0,  # logical shards of the data order; 0: batch_size
                 "workers": 1,  # batches prepared ahead

@@ -36,7 +36,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from data_pipelines.template import jinja_source
+from data_pipelines.templates.template import jinja_source
 from easylm_plus.compression.quantize import check_source, rows_of, write_quantized
 from easylm_plus.compression.schemes import scheme
 from easylm_plus.door import console, run

@@ -14,9 +14,9 @@ from absl import flags
 from rich.table import Table
 
 from data_pipelines import datasets
+from data_pipelines.batches.loader import evaluation_batches
+from data_pipelines.batches.training_data import judged_by, learned_of
 from data_pipelines.conversation import Conversation
-from data_pipelines.loader import evaluation_batches
-from data_pipelines.training_data import judged_by, learned_of
 from easylm_plus.door import console, run
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.exact_match import Answer, answers, exact_match

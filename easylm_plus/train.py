@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 from rich.table import Table
 
-from data_pipelines.prefetch import Prefetch
-from data_pipelines.run_mixture import phase_lines
+from data_pipelines.batches.prefetch import Prefetch
+from data_pipelines.batches.run_mixture import phase_lines
 from easylm_plus import config as configs
 from easylm_plus.door import console
 from easylm_plus.door import run as door

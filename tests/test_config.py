@@ -199,8 +199,8 @@ def test_no_config_is_ignored_by_git():
 
 @pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.stem)
 def test_data_configs(path):
-    from data_pipelines.settings import plan_all, read_settings
-    from data_pipelines.source import PrepareError
+    from data_pipelines.preparing.settings import plan_all, read_settings
+    from data_pipelines.stages.source import PrepareError
 
     config = module(path).get_config("")
     if path.stem.startswith("synthesis_"):  # of another command, whose tests read it

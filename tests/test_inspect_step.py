@@ -6,7 +6,8 @@ import shutil
 import pytest
 import tiny
 
-from data_pipelines import replay, tokenize
+from data_pipelines import tokenize
+from data_pipelines.batches import replay
 from data_pipelines.errors import InputError
 from data_pipelines.workers import Workers
 from easylm_plus.training.metrics import read_rows

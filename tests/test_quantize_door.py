@@ -12,7 +12,7 @@ import tiny
 from converting import run
 
 from data_pipelines import datasets
-from data_pipelines.loader import evaluation_batches
+from data_pipelines.batches.loader import evaluation_batches
 from easylm_plus.compression.quantize import rows_of
 from easylm_plus.errors import UserError
 from easylm_plus.evaluation.loss import make_evaluate

@@ -11,8 +11,8 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.template import load_template
-from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.templates.template import load_template
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus import config as configs
 from easylm_plus.errors import UserError
 from easylm_plus.models.transformer import Transformer, abstract_parameters

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from data_pipelines import replay
+from data_pipelines.batches import replay
 from easylm_plus.training.checkpoint import steps as checkpoint_steps
 from easylm_plus.training.metrics import read_rows
 from easylm_plus.training.preemption import Preemption

@@ -2,7 +2,7 @@
 long things are. Every rule is shown to catch an offender.
 
 Floors, top to bottom: a package imports from its own floor and from those below. `errors` and `tree` are for all;
-`config` and `door` for the commands only.
+`config` and `door` for the commands only. In data_pipelines what lies beside the doors is for all, and doors are nobody's.
 """
 
 import ast
@@ -20,6 +20,11 @@ FLOORS = (
     "models", "numerics", "parallel",
 )  # fmt: skip
 FOR_ALL = ("errors", "tree")
+DATA_FLOORS = (
+    "doors", "reporting", "synthesis", "batches", "mixing", "templates", "preparing", "stages", "contamination",
+    "sources", "files", "tokenizers",
+)  # fmt: skip
+DATA_DOORS = ("prepare", "tokenize", "inspect", "report", "synthesize", "train_tokenizer")
 FORBIDDEN_IMPORTS = {
     "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch", "transformers", "tensorflow",
     "aqt", "qwix",
@@ -75,22 +80,27 @@ def imports(path, text):
 def floor(parts):
     """("easylm_plus", "models", ...) -> its floor's number; None for what all may import."""
     name = parts[1] if len(parts) > 1 else "doors"
+    if parts[0] == "data_pipelines":  # beside its doors lies what all may import
+        return DATA_FLOORS.index(name) if name in DATA_FLOORS else 0 if name in DATA_DOORS else None
     if name in FOR_ALL:
         return None
     return FLOORS.index(name) if name in FLOORS else 0
 
 
 def upward_imports(path, text):
-    """Imports of a file of easylm_plus from a floor above its own, and of commands' utilities by packages."""
-    own = floor(path.with_suffix("").parts)
-    own = len(FLOORS) if own is None else own  # what all may import imports nothing
+    """Imports of a file from a floor of its package above its own, and of commands' utilities by packages; of doors
+    of data_pipelines by each other."""
+    here, floors = path.with_suffix("").parts, DATA_FLOORS if path.parts[0] == "data_pipelines" else FLOORS
+    own = floor(here)
+    own = len(floors) if own is None else own  # what all may import imports nothing
     for line, module in imports(path, text):
         parts = module.split(".")
-        if parts[0] != "easylm_plus":
+        if parts[0] != here[0]:
             continue
         target = floor(parts)
-        if target is not None and target < own:
-            yield f"{path}:{line} ({FLOORS[own] if own < len(FLOORS) else 'for all'}) imports {module}"
+        another_door = parts[0] == "data_pipelines" and target == own == 0
+        if target is not None and (target < own or another_door):
+            yield f"{path}:{line} ({floors[own] if own < len(floors) else 'for all'}) imports {module}"
 
 
 def forbidden(path, text):
@@ -147,7 +157,12 @@ def test_every_package_has_a_floor():
 
 
 def test_imports_point_down():
-    assert found(upward_imports, OURS) == []
+    assert found(upward_imports, OURS | DATA) == []
+
+
+def test_every_room_of_the_data_has_a_floor():
+    rooms = {path.parts[1] for path in DATA if len(path.parts) > 2}
+    assert rooms == set(DATA_FLOORS) - {"doors"}
 
 
 def test_data_pipelines_needs_neither_jax_nor_the_model():
@@ -215,6 +230,23 @@ def test_importing_every_data_module_does_not_load_jax():
 )
 def test_a_wrong_import_is_caught(place, line, caught):
     assert bool(list(upward_imports(Path("easylm_plus") / place, line))) == caught
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "caught"),
+    (
+        ("sources/new.py", "from data_pipelines.stages.chunk import Sample", True),
+        ("sources/new.py", "from data_pipelines.conversation import Turn", False),
+        ("batches/new.py", "from data_pipelines.tokenize import main", True),
+        ("batches/new.py", "from data_pipelines.mixing import turns", False),
+        ("datasets.py", "from data_pipelines.batches import packing", True),
+        ("datasets.py", "from data_pipelines.errors import InputError", False),
+        ("prepare.py", "from data_pipelines.inspect import rows", True),
+        ("prepare.py", "from data_pipelines.reporting.page import render", False),
+    ),
+)
+def test_a_wrong_import_within_the_data_is_caught(place, line, caught):
+    assert bool(list(upward_imports(Path("data_pipelines") / place, line))) == caught
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from data_pipelines.batch_stats import digest
+from data_pipelines.batches.batch_stats import digest
+from data_pipelines.batches.training_data import chosen_sources
 from data_pipelines.datasets import read_manifest
 from data_pipelines.errors import InputError
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.training_data import chosen_sources
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus.parallel.mesh import make_mesh
 from easylm_plus.training import data as data_module
 from easylm_plus.training.checkpoint import read_meta, steps

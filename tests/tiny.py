@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from data_pipelines.batch_stats import Item, make_batch
-from data_pipelines.packing import Packing, pack
+from data_pipelines.batches.batch_stats import Item, make_batch
+from data_pipelines.batches.packing import Packing, pack
 from data_pipelines.prepare import prepare
-from data_pipelines.template import Example
-from data_pipelines.train_tokenizer import CHAT_TOKENS
+from data_pipelines.templates.template import Example
+from data_pipelines.tokenizers.training import CHAT_TOKENS
 from easylm_plus.interop.tables import ARCHITECTURES
 from easylm_plus.interop.translate import rules_for, their_names
 from easylm_plus.interop.weights import indices, of_params, piece_shapes

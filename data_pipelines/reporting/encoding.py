@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.batch_stats import Item
+from data_pipelines.batches.batch_stats import Item
+from data_pipelines.batches.examples import encode_draws
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.examples import encode_draws
-from data_pipelines.mixture import Draw
-from data_pipelines.permutation import permutation_key, permute
+from data_pipelines.mixing.mixture import Draw
+from data_pipelines.mixing.permutation import permutation_key, permute
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.recipe import Learned, Recipe, learned_by
 from data_pipelines.reporting.scan import opened, parts

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.batch_stats import Item
+from data_pipelines.batches.batch_stats import Item
+from data_pipelines.batches.packing import pack
+from data_pipelines.batches.training_data import chosen_sources
 from data_pipelines.datasets import Manifest
-from data_pipelines.mixture import Mixture
-from data_pipelines.packing import pack
+from data_pipelines.mixing.mixture import Mixture
 from data_pipelines.reporting.encoding import encode
 from data_pipelines.reporting.recipe import Recipe, learned_by
 from data_pipelines.reporting.scan import TRAIN, opened
-from data_pipelines.training_data import chosen_sources
 
 WINDOWS, WINDOW = 40, 50  # at most so many, of so many draws at least
 MEASURED = 4096  # draws

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from data_pipelines.batch_stats import Item
+from data_pipelines.batches.batch_stats import Item
 from data_pipelines.reporting import charts
 from data_pipelines.reporting.accounts import Account, flows
 from data_pipelines.reporting.flow import flow

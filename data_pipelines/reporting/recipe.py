@@ -8,13 +8,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.corruption import SENTINELS
-from data_pipelines.loader import POOL
-from data_pipelines.packing import Packing
-from data_pipelines.template import Template, load_template
-from data_pipelines.text_objective import TextObjective
-from data_pipelines.tokenization import Tokenizer, load_tokenizer
-from data_pipelines.training_data import learned_of, longest, template_date
+from data_pipelines.batches.loader import POOL
+from data_pipelines.batches.packing import Packing
+from data_pipelines.batches.training_data import learned_of, longest, template_date
+from data_pipelines.templates.corruption import SENTINELS
+from data_pipelines.templates.template import Template, load_template
+from data_pipelines.templates.text_objective import TextObjective
+from data_pipelines.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 Learned = Template | TextObjective
 

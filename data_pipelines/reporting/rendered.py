@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.conversation import Conversation
-from data_pipelines.mixture import Draw
+from data_pipelines.mixing.mixture import Draw
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.encoding import chosen, encode
 from data_pipelines.reporting.recipe import Recipe, learned_by, tokenizer_of
 from data_pipelines.reporting.scan import opened
-from data_pipelines.template import Example
-from data_pipelines.tokenization import StreamDecoder, Tokenizer
+from data_pipelines.templates.template import Example
+from data_pipelines.tokenizers.tokenizer import StreamDecoder, Tokenizer
 
 FIRST, LAST = 60, 20  # tokens of a stretch that are shown
 STRETCHES = 24  # of an example

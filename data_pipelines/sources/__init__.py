@@ -16,7 +16,6 @@ The rest of this file is what the modules share.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -30,12 +29,11 @@ from types import ModuleType
 from typing import Any
 
 from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, nearest, shown
 
 Row = Mapping[str, Any]
 
 READ = ("system", "user", "tool")  # roles of which nothing can be learned
-SHOWN = 60  # characters of a value that an error message quotes
 
 
 class Filtered(DataError):
@@ -50,9 +48,8 @@ def load(kind: str) -> ModuleType:
     """The module of a kind. Raises InputError for one that does not exist or has neither of the two functions."""
     known = names()
     if kind not in known and "." not in kind:
-        nearest = difflib.get_close_matches(kind, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise InputError(f"kind: found {kind!r}; expected one of {', '.join(known)} or a dotted module path{hint}")
+        expected = f"one of {', '.join(known)} or a dotted module path"
+        raise InputError(f"kind: found {kind!r}; expected {expected}{nearest(kind, known)}")
     path = f"{__name__}.{kind}" if kind in known else kind
     try:
         module = importlib.import_module(path)
@@ -80,24 +77,6 @@ def row_id(where: Where) -> str:
 
 def at(where: Where, turn: int) -> Where:
     return Where(where.path, where.row, turn)
-
-
-def shown(value: object) -> str:
-    """A value for an error message: its type and its start, on one line, without control characters."""
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        keys = ", ".join(json.dumps(str(key)[:SHOWN]) for key in list(value)[:12])
-        return f"an object with the keys {keys}" if value else "an empty object"
-    if isinstance(value, str):
-        return "an empty text" if not value.strip() else f"the text {_quoted(value)}"
-    if isinstance(value, Sequence):
-        return f"a list of {len(value)}"
-    return f"{type(value).__name__} {str(value)[:SHOWN]}"
-
-
-def _quoted(text: str) -> str:
-    return repr(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 
 def need(row: Row, keys: Sequence[str], where: Where, expected: str) -> None:

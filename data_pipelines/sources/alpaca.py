@@ -13,7 +13,8 @@ rejected. Rows with a list of ranked outputs are another format and do not fit.
 """
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, at, exchange, items, need, row_id, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, at, exchange, items, need, row_id, string
 
 FORMAT = '{"instruction": …, "input": … or "", "output": …}'
 ORIGIN = "https://github.com/tatsu-lab/stanford_alpaca, alpaca_data.json"

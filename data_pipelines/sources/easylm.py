@@ -27,7 +27,8 @@ import re
 from typing import NamedTuple
 
 from data_pipelines.conversation import SPECIAL, Conversation, DataError, Turn, Where
-from data_pipelines.sources import SHOWN, Row, exchange, need, row_id, shown, string
+from data_pipelines.errors import SHOWN, shown
+from data_pipelines.sources import Row, exchange, need, row_id, string
 
 FORMAT = '{"fields": "[name+name],name,<|eos|>", and a text for each name}'
 ORIGIN = "your own rows for EasyLM, such as koala_data_pipeline writes"

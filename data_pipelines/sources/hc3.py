@@ -17,7 +17,8 @@ of its own.
 """
 
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.sources import Row, exchange, items, need, row_id, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, exchange, items, need, row_id, string
 
 FORMAT = '{"question": …, "human_answers": […], "chatgpt_answers": […]}, or columns text, source, question, label'
 ORIGIN = "https://huggingface.co/datasets/Hello-SimpleAI/HC3, all.jsonl"

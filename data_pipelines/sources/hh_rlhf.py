@@ -22,7 +22,8 @@ not_alternating (the same speaker twice), ends_with_user, empty_text, marker_in_
 import re
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, alternate, at, comparison, need, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, alternate, at, comparison, need, string
 
 FORMAT = '{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}, alike up to the last answer'
 ORIGIN = "https://github.com/anthropics/hh-rlhf"

@@ -12,7 +12,8 @@ Origin and licence: yours. This is the source for one's own data.
 """
 
 from data_pipelines.conversation import ROLES, SPECIAL, Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, at, items, number, row_id, sharegpt, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, at, items, number, row_id, sharegpt, string
 from data_pipelines.sources.text import convert as convert_text
 from data_pipelines.tool_calls import calls_text, tools_text
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.errors import InputError
-from data_pipelines.sources import Filtered, Row, alternate, items, need, row_id, shown, string
+from data_pipelines.errors import InputError, shown
+from data_pipelines.sources import Filtered, Row, alternate, items, need, row_id, string
 
 FORMAT = '{"message_tree_id": …, "prompt": {"text": …, "role": "prompter", "replies": […]}}'
 ORIGIN = "https://huggingface.co/datasets/OpenAssistant/oasst1, *.trees.jsonl.gz"

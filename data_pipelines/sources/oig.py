@@ -15,7 +15,8 @@ the turn where it does not hold. Text before the first marker is an error: as a 
 import re
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, alternate, at, need, row_id, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, alternate, at, need, row_id, string
 
 FORMAT = '{"text": "<human>: …\\n<bot>: …"}'
 ORIGIN = "https://huggingface.co/datasets/laion/OIG, the unified_*.jsonl files named in data_pipelines/sources/oig.py"

@@ -21,7 +21,8 @@ gives two conversations, a verdict one, with ":chosen" or ":rejected" behind the
 from collections.abc import Mapping
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, alpaca, comparison, exchange, items, row_id, sharegpt, shown, string, unhelpful
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, alpaca, comparison, exchange, items, row_id, sharegpt, string, unhelpful
 from data_pipelines.tool_calls import tools_text
 
 FORMAT = '{"conversations": […], "chosen": …, "rejected": …} or {"messages": […], "label": true or false}'

@@ -31,7 +31,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
-from data_pipelines.sources import Row, alternate, at, items, number, row_id, shown, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, alternate, at, items, number, row_id, string
 from data_pipelines.tool_calls import calls_text, tools_text
 
 FORMAT = '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}'

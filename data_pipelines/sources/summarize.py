@@ -17,7 +17,8 @@ that has neither.
 from collections.abc import Mapping
 
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.sources import Row, comparison, exchange, items, need, row_id, shown, stable_hash, string
+from data_pipelines.errors import shown
+from data_pipelines.sources import Row, comparison, exchange, items, need, row_id, stable_hash, string
 
 FORMAT = '{"info": {"post": … or "article": …}, "summaries": [{"text": …}, {"text": …}], "choice": 0 or 1}'
 ORIGIN = "https://huggingface.co/datasets/openai/summarize_from_feedback, comparisons/*.json"

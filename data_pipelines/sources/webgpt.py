@@ -18,19 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.sources import (
-    Filtered,
-    Row,
-    comparison,
-    exchange,
-    items,
-    need,
-    number,
-    row_id,
-    shown,
-    stable_hash,
-    string,
-)
+from data_pipelines.errors import shown
+from data_pipelines.sources import Filtered, Row, comparison, exchange, items, need, number, row_id, stable_hash, string
 
 FORMAT = '{"question": {"full_text": …}, "answer_0": …, "score_0": …, "quotes_0": …, "answer_1": …, …}'
 ORIGIN = "https://huggingface.co/datasets/openai/webgpt_comparisons, comparisons.jsonl"

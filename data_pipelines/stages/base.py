@@ -8,14 +8,13 @@ is an option, by path and hash.
 
 import abc
 import dataclasses
-import difflib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
-from data_pipelines.errors import InputError
+from data_pipelines.errors import known_key
+from data_pipelines.stages.chunk import Ledger, Sample
 
 HALF = "other_half_of_pair"
 NOT_TEXT = ("call", "special")  # roles
@@ -36,11 +35,7 @@ class Stage(abc.ABC):
 
     def __init__(self, options: Mapping[str, Any]):
         """Raises InputError for options that do not fit; check values in an overriding method."""
-        for key in options:
-            if key not in self.OPTIONS:
-                nearest = difflib.get_close_matches(key, self.OPTIONS, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InputError(f"found the key {key!r}; expected one of {', '.join(self.OPTIONS)}{hint}")
+        known_key(options, self.OPTIONS, "")
         self.options = {**self.OPTIONS, **options}
 
     @abc.abstractmethod

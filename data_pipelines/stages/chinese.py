@@ -26,13 +26,12 @@ lost characters, and pages that machines made anew with the sound of characters 
 pages that a search for the words of Chinese sites brought up.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, known_key
 
 OPTIONS: Mapping[str, Any] = {
     "script": None,  # "simplified" or "traditional": texts of the other one, and mixed ones, go
@@ -93,11 +92,8 @@ def checked(options: Any) -> dict[str, Any]:
     """The options with defaults. Raises InputError for what does not fit."""
     if not isinstance(options, Mapping):
         raise InputError(f"chinese: found {options!r}; expected its options, such as {{}}, or None")
+    known_key(options, OPTIONS, "chinese: ")
     for key, value in options.items():
-        if key not in OPTIONS:
-            nearest = difflib.get_close_matches(key, OPTIONS, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise InputError(f"chinese: found the key {key!r}; expected one of {', '.join(OPTIONS)}{hint}")
         if key == "script" and value not in (None, "simplified", "traditional"):
             raise InputError(f'chinese.script: found {value!r}; expected "simplified", "traditional" or None')
         if key == "drop_lines" and not isinstance(value, bool):

@@ -21,13 +21,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipelines import contamination
-from data_pipelines.chunk import Ledger
-from data_pipelines.contamination import Held
+from data_pipelines.contamination.ngrams import BOUNDARY, Words
+from data_pipelines.contamination.overlap import Held, loaded
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
-from data_pipelines.ngrams import BOUNDARY, Words
 from data_pipelines.stages.base import Dropped, Stage
+from data_pipelines.stages.chunk import Ledger
 
 
 class Decontaminate(Stage):
@@ -50,7 +49,7 @@ class Decontaminate(Stage):
         share = self.options["share"]
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise InputError(f"share: found {share!r}; expected a share above 0, 1 at most")
-        self.index = contamination.loaded(str(self.options["index"]), self.options["sha256"])
+        self.index = loaded(str(self.options["index"]), self.options["sha256"])
         self.rules = tuple(self.options["rules"] or self.index.tables)
         if wrong := [rule for rule in self.rules if rule not in self.index.tables]:
             raise InputError(f"rules: found {wrong[0]!r}; expected one of the index's {', '.join(self.index.tables)}")

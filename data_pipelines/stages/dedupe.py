@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
 from data_pipelines.stages.base import Stage, normal
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.minhash import NO_KEY, SCHEME, Signatures, needed, sketch
 
 PARTS = ("", "query", "exchange", "whole")

@@ -42,11 +42,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import chinese, code_spans, refusals
 from data_pipelines.stages.base import NOT_TEXT, Dropped, Stage, map_texts
+from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.language import language
 from data_pipelines.stages.repetition import repetition
 

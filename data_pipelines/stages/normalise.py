@@ -42,11 +42,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import characters, chat_page, code_spans, detokenise, html_markdown
 from data_pipelines.stages.base import NOT_TEXT, Dropped, Stage
+from data_pipelines.stages.chunk import Ledger, Sample
 
 ROUNDS = 6
 

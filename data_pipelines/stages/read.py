@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from data_pipelines import sources
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, DataError, Where
-from data_pipelines.records import read_items
-from data_pipelines.source import COMMON, PrepareError, Source, own_options
+from data_pipelines.files.records import read_items
+from data_pipelines.stages.chunk import Ledger, Sample
+from data_pipelines.stages.source import COMMON, PrepareError, Source, own_options
 
 CHUNK = 1024  # rows
 

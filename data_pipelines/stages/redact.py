@@ -10,11 +10,11 @@ Counted as changed, by kind: "redacted_email" and so on. Nothing is dropped.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
-from data_pipelines.redaction import PLACEHOLDERS, RULES, redacted
 from data_pipelines.stages.base import Stage, map_texts
+from data_pipelines.stages.chunk import Ledger
+from data_pipelines.stages.redaction import PLACEHOLDERS, RULES, redacted
 
 
 class Redact(Stage):

@@ -7,10 +7,10 @@ spaces collapsed). A comparison's two answers, and the several answers to a ques
 
 from typing import ClassVar
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation
 from data_pipelines.sources import stable_hash
 from data_pipelines.stages.base import Stage, normal
+from data_pipelines.stages.chunk import Ledger, Sample
 
 
 class Split(Stage):

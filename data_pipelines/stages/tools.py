@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
 from data_pipelines.stages.base import Dropped, Stage
+from data_pipelines.stages.chunk import Ledger
 
 CHOICES = {"calls": ("keep", "drop"), "unused": ("keep", "drop", "forget")}
 

@@ -25,8 +25,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from data_pipelines.errors import InputError
-from data_pipelines.sources import shown
+from data_pipelines.errors import InputError, shown
 
 Message = dict[str, str]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
-from data_pipelines.records import read_rows
+from data_pipelines.files.records import read_rows
 from data_pipelines.sources import string
 from data_pipelines.synthesis.candidate import Rejected
 from data_pipelines.synthesis.code_route import Ask, Row

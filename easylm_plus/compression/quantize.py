@@ -17,10 +17,10 @@ import jax
 from rich.table import Table
 
 from data_pipelines import datasets
-from data_pipelines.loader import Loader, evaluation_batches
-from data_pipelines.template import load_template
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.training_data import chosen_sources, judged_by, learned_of, template_date
+from data_pipelines.batches.loader import Loader, evaluation_batches
+from data_pipelines.batches.training_data import chosen_sources, judged_by, learned_of, template_date
+from data_pipelines.templates.template import load_template
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus.compression.schemes import Scheme
 from easylm_plus.compression.walk import Batch, Result, walk
 from easylm_plus.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from data_pipelines.conversation import Conversation
-from data_pipelines.template import Template
-from data_pipelines.tokenization import Tokenizer
+from data_pipelines.templates.template import Template
+from data_pipelines.tokenizers.tokenizer import Tokenizer
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator
 from easylm_plus.models.transformer import Transformer

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from data_pipelines.conversation import Conversation
-from data_pipelines.template import Template
-from data_pipelines.tokenization import StreamDecoder, Tokenizer
+from data_pipelines.templates.template import Template
+from data_pipelines.tokenizers.tokenizer import StreamDecoder, Tokenizer
 from easylm_plus.inference.generate import Generator
 from easylm_plus.inference.sampling import GREEDY, Sampling
 

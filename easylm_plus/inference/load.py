@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from data_pipelines.template import Template, load_template
-from data_pipelines.tokenization import Tokenizer, load_tokenizer
-from data_pipelines.training_data import template_date
+from data_pipelines.batches.training_data import template_date
+from data_pipelines.templates.template import Template, load_template
+from data_pipelines.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.inference.chat import Chatter
 from easylm_plus.inference.generate import Generator

@@ -6,7 +6,7 @@
 llama.cpp knows the ways of cutting words by name and has their regular expressions in its source, so a tokenizer whose
 way it does not know cannot be written: leaving the name out, as is often done, gives other tokens and gibberish.
 
-Tokenizers that are trained here (data_pipelines/train_tokenizer.py) have words of their own. llama.cpp's "smollm" cuts
+Tokenizers that are trained here (data_pipelines.tokenizers.training) have words of their own. llama.cpp's "smollm" cuts
 the same text into the same pieces, or into pieces that no token of such a vocabulary reaches across, but for one thing:
 of line breaks (or tabs) in front of a word it cuts off the last. Tokens of several line breaks therefore become
 user-defined, which llama.cpp finds in a text before it cuts, the longest first. Whether this gives the same tokens is
@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.tokenization import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
-from data_pipelines.train_tokenizer import WORDS
+from data_pipelines.tokenizers.files import PieceType, sentencepiece_proto
+from data_pipelines.tokenizers.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from data_pipelines.tokenizers.training import WORDS
 from easylm_plus.errors import UserError
 from easylm_plus.interop.tensor_files import read_json
 

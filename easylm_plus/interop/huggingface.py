@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.tokenization import FILES, load_tokenizer
+from data_pipelines.tokenizers.tokenizer import FILES, load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.interop.beside import beside
 from easylm_plus.interop.bitnet import PACKED, PackedTensors, is_ternary_name

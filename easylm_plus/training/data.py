@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from data_pipelines import training_data
-from data_pipelines.batch_stats import Batch, digest
-from data_pipelines.loader import Loader, merge_states
-from data_pipelines.packing import empty_arrays
+from data_pipelines.batches import training_data
+from data_pipelines.batches.batch_stats import Batch, digest
+from data_pipelines.batches.loader import Loader, merge_states
+from data_pipelines.batches.packing import empty_arrays
+from data_pipelines.batches.training_data import Data
 from data_pipelines.prepare import prepare
-from data_pipelines.text_objective import TextObjective
-from data_pipelines.training_data import Data
+from data_pipelines.templates.text_objective import TextObjective
 from easylm_plus.errors import UserError
 from easylm_plus.parallel.sharding import spec_of
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.training_data import tokenizer_path
+from data_pipelines.batches.training_data import tokenizer_path
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.training.checkpoint import steps
 from easylm_plus.training.data import ensure_prepared

@@ -14,11 +14,11 @@ from rich.console import Console
 from tiny_tokenizers import tiny
 
 from data_pipelines import datasets, inspect
-from data_pipelines.chunk import Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.datasets import DatasetError, open_source, read_manifest, records_of, write_manifest, write_source
-from data_pipelines.template import load_template
-from data_pipelines.text_objective import text_objective
+from data_pipelines.stages.chunk import Sample
+from data_pipelines.templates.template import load_template
+from data_pipelines.templates.text_objective import text_objective
 
 
 def conversations(count, text="tell é"):

@@ -14,14 +14,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines import datasets, graph
+from data_pipelines import datasets
 from data_pipelines import prepare as door
 from data_pipelines.conversation import Conversation, DataError, Turn
 from data_pipelines.datasets import open_source, read_manifest
+from data_pipelines.disk import locked
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import prepare
-from data_pipelines.source import PrepareError
-from data_pipelines.store import locked
+from data_pipelines.preparing import graph
+from data_pipelines.stages.source import PrepareError
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared/data/koala"
@@ -264,7 +265,7 @@ def test_a_bug_in_a_converter_names_the_row(folder, tmp_path, monkeypatch):
 
 
 def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
-    from data_pipelines import train_tokenizer
+    from data_pipelines.tokenizers import training
 
     seen = []
 
@@ -273,7 +274,7 @@ def test_tokenizer_is_trained_on_the_train_split(folder, tmp_path, monkeypatch):
         path.mkdir(parents=True)
         (path / "tokenizer.json").write_text("{}")
 
-    monkeypatch.setattr(train_tokenizer, "train", train)
+    monkeypatch.setattr(training, "train", train)
     wanted = {"train": True, "vocab_size": 300, "special_tokens": ("<a>",)}
     manifest = prepare(config({"alpaca": {}}, tokenizer=wanted), folder, tmp_path / "out")
     ((texts, vocab_size, special_tokens),) = seen

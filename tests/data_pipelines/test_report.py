@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from tiny_tokenizers import tiny
 
 from data_pipelines import datasets
-from data_pipelines.batch_stats import Item
+from data_pipelines.batches.batch_stats import Item
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.inert import INERT, inert
-from data_pipelines.mixture import Mixture
+from data_pipelines.mixing.mixture import Mixture
 from data_pipelines.prepare import prepare
 from data_pipelines.report import report
 from data_pipelines.reporting import charts, mixing, numbers, page, rejects, rendered, runs, scan, views
@@ -30,7 +30,7 @@ from data_pipelines.reporting.accounts import read_accounts
 from data_pipelines.reporting.encoding import Encoded, chosen, encode_sample
 from data_pipelines.reporting.recipe import Recipe, learned_by
 from data_pipelines.reporting.repeats import Repeats
-from data_pipelines.template import Example
+from data_pipelines.templates.template import Example
 from data_pipelines.workers import Workers
 
 ROOT = Path(__file__).parents[2]

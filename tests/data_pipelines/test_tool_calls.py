@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, REAL, real_data, tiny
 
 from data_pipelines import sources
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
-from data_pipelines.jinja_chat import ChatTemplateError
-from data_pipelines.records import read_rows
+from data_pipelines.files.records import read_rows
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.tools import Tools
-from data_pipelines.template import load_template
+from data_pipelines.templates.jinja_chat import ChatTemplateError
+from data_pipelines.templates.template import load_template
 from data_pipelines.tool_calls import messages, tools_text
 
 WHERE = Where("folder/file.jsonl", 7)

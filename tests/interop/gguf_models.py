@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus.interop.gguf_files import write_gguf
 from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
 from easylm_plus.interop.weights import Latents, of_params

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_convert import run
 
 import easylm_plus
-from data_pipelines.train_tokenizer import CHAT_TOKENS
+from data_pipelines.tokenizers.training import CHAT_TOKENS
 from easylm_plus.errors import UserError
 from easylm_plus.inference.load import open_model
 from easylm_plus.interop import tables

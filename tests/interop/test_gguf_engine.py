@@ -11,13 +11,12 @@ multiplies as the processor likes best: by activations in float32 (AMX), by acti
 import dataclasses
 import functools
 import random
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+import tiny_tokenizers
 
 pytest.importorskip("gguf")
 
@@ -26,15 +25,12 @@ import gguf
 from engine import AsEngine, Crashed, ask, far_from_ties, load
 from gguf_models import LLAMA3, random_model, words, written
 
-from data_pipelines.template import CHAT
+from data_pipelines.templates.template import CHAT
 from easylm_plus.interop.gguf_files import encoded, write_gguf
 from easylm_plus.interop.gguf_names import _paired
 from easylm_plus.interop.gguf_tokenizer import tokenizer_keys
 from easylm_plus.interop.weights import of_params
 from easylm_plus.numerics.rules import BITNET
-
-sys.path.insert(0, str(tiny.ROOT / "tests/data_pipelines"))
-import tiny_tokenizers
 
 pytestmark = pytest.mark.engine
 EXACT, TIE = 1e-5, 2e-4  # of logits of a few units; codes
@@ -231,8 +227,8 @@ def test_tokens(tmp_path, engine_python, kind):
 
 
 def test_line_breaks_of_our_own_tokenizers(tmp_path, engine_python, monkeypatch):
-    from data_pipelines.tokenization import load_tokenizer
-    from data_pipelines.train_tokenizer import train
+    from data_pipelines.tokenizers.tokenizer import load_tokenizer
+    from data_pipelines.tokenizers.training import train
     from easylm_plus.interop import gguf_tokenizer
 
     train(["a\n\nb\n\nc the 's def " * 20, "def f():\n    return 1\n\n" * 20], 300, [], tmp_path)
@@ -249,7 +245,7 @@ def test_line_breaks_of_our_own_tokenizers(tmp_path, engine_python, monkeypatch)
 
 def test_chat_template(tmp_path, engine_python):
     from data_pipelines.conversation import Conversation, Turn
-    from data_pipelines.template import load_template
+    from data_pipelines.templates.template import load_template
 
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     messages += [{"role": "user", "content": "And 2 + 2?"}]

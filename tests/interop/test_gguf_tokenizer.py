@@ -2,20 +2,17 @@
 
 import json
 import re
-import sys
 
 import pytest
 import tiny
+import tiny_tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_pipelines.tokenization import load_tokenizer
-from data_pipelines.tokenizer_files import PieceType, sentencepiece_proto
-from data_pipelines.train_tokenizer import train
+from data_pipelines.tokenizers.files import PieceType, sentencepiece_proto
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
+from data_pipelines.tokenizers.training import train
 from easylm_plus.errors import UserError
 from easylm_plus.interop.gguf_tokenizer import PRE, longest_first, open_tokenizer, tokenizer_keys
-
-sys.path.insert(0, str(tiny.ROOT / "tests/data_pipelines"))
-import tiny_tokenizers
 
 LLAMA3, QWEN2 = (next(key[0][1] for key, name in PRE.items() if name == wanted) for wanted in ("llama-bpe", "qwen2"))
 

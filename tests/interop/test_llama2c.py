@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.packing import empty_arrays, fill_row, pack
-from data_pipelines.template import Example
-from data_pipelines.tokenization import load_tokenizer
+from data_pipelines.batches.packing import empty_arrays, fill_row, pack
+from data_pipelines.templates.template import Example
+from data_pipelines.tokenizers.tokenizer import load_tokenizer
 from easylm_plus.errors import UserError
 from easylm_plus.inference.generate import Generator
 from easylm_plus.interop import llama2c

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from data_pipelines.batch_stats import Item, make_batch
-from data_pipelines.packing import pack
-from data_pipelines.template import Example
+from data_pipelines.batches.batch_stats import Item, make_batch
+from data_pipelines.batches.packing import pack
+from data_pipelines.templates.template import Example
 from easylm_plus.interop.huggingface import load_hf
 
 LENGTH = 24

@@ -11,8 +11,8 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
+from data_pipelines.batches.training_data import TEXT_OBJECTIVE
 from data_pipelines.prepare import prepare
-from data_pipelines.training_data import TEXT_OBJECTIVE
 from easylm_plus.config import base, check
 from easylm_plus.errors import UserError
 from easylm_plus.training import data as data_module

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.stages import chat_page, code_spans, html_markdown
 from data_pipelines.stages.base import Dropped
+from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.normalise import Normalise
 
 DIV = '<div class="markdown prose w-full break-words dark:prose-invert light">'

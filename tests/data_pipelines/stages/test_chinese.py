@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.chunk import Ledger
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
 from data_pipelines.sources import zh_web
 from data_pipelines.stages import chinese
 from data_pipelines.stages.base import Dropped
+from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.filter import Filter
 
 ARTICLES = Path(__file__).parents[4] / "shared/data/eval/skywork/zh_general.jsonl.gz"

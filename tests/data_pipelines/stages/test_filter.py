@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import filter as filters
 from data_pipelines.stages import refusals
 from data_pipelines.stages.base import Dropped
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.filter import ORIGINS, Filter
 from data_pipelines.stages.language import language
 from data_pipelines.stages.repetition import repetition

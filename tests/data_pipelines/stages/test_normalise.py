@@ -14,11 +14,11 @@ from ftfy.badness import BADNESS_RE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.chunk import Ledger, Sample
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.stages import characters, code_spans, detokenise
 from data_pipelines.stages.base import Dropped
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.normalise import Normalise
 
 REAL = Path(__file__).parents[4] / "shared/data/koala"

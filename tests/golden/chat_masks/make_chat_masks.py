@@ -22,8 +22,9 @@ SYSTEM = "You are brief. 湖 🐟"
 
 
 def tokenizer(hh: str, oasst: str) -> None:
-    from data_pipelines import sources, train_tokenizer
+    from data_pipelines import sources
     from data_pipelines.conversation import Where
+    from data_pipelines.tokenizers import training
 
     conversations = []
     for kind, path, rows in (("hh_rlhf", hh, HH_ROWS), ("oasst", oasst, OASST_ROWS)):
@@ -35,7 +36,7 @@ def tokenizer(hh: str, oasst: str) -> None:
     harmless = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     conversations.append([{"role": "user", "content": ATTACK}, harmless[1], *harmless])
     texts = [message["content"] for conversation in conversations for message in conversation]
-    train_tokenizer.train(texts, 600, SPECIAL, HERE)
+    training.train(texts, 600, SPECIAL, HERE)
     write({"conversations": conversations})
 
 

@@ -1,0 +1,1 @@
+"""Raw files, on this machine or behind a URL, and the rows in them."""

@@ -1,0 +1,207 @@
+"""The steps of preparation on one machine: each finds in the store what it need not do again, and shares the rest out
+among the workers. `prepare` puts them in their order; `beam_graph` has the same order for Apache Beam.
+
+What happens to a chunk is the same function everywhere (`read_chunks`, `stage_chunk`); here is what its key is made of.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import datasets, stages
+from data_pipelines.addresses import code_of, key_of, sha256_of
+from data_pipelines.conversation import Conversation
+from data_pipelines.disk import write_whole
+from data_pipelines.preparing.store import Made, Store, made_before, read_lines, read_samples, write_chunk
+from data_pipelines.stages.chunk import Ledger
+from data_pipelines.stages.read import Reader
+from data_pipelines.stages.source import PrepareError, Source
+from data_pipelines.tokenizers import training as tokenizer_training
+from data_pipelines.workers import Workers, advance
+
+Chunks = dict[str, list[Made]]  # source -> its chunks, in order
+Files = dict[str, dict[str, dict[str, Any]]]  # source -> file -> bytes, sha256
+Tasks = list[tuple[Any, ...]]
+
+############################################### Files ################################################
+
+
+def hashed(store: Store, planned: Sequence[Source], pool: Workers) -> Files:
+    """Size and sha256 of every file. One that is as large and as old as it was when last hashed is not read again."""
+    memory = store.folder / "files.json"
+    known: dict[str, Any] = json.loads(memory.read_text()) if memory.exists() else {}
+    stamps = {
+        (source.name, file): {"url": f"{source.folder.url}/{file}", **source.folder.stamp(file)}
+        for source in planned
+        for file in source.files
+    }
+    places = {place: json.dumps(stamp, sort_keys=True) for place, stamp in stamps.items()}
+    folders = {source.name: source.folder for source in planned}
+    new = [place for place, stamp in places.items() if stamp not in known or stamps[place]["changed"] is None]
+    digests = pool.run("hash", hash_file, [(folders[name], file) for name, file in new]) if new else []
+    known |= {places[place]: digest for place, digest in zip(new, digests)}
+    if new:
+        write_whole(memory, json.dumps({stamp: known[stamp] for stamp in places.values()}).encode())
+    found: Files = {source.name: {} for source in planned}
+    for (name, file), stamp in places.items():
+        found[name][file] = {"bytes": stamps[name, file]["bytes"], "sha256": known[stamp]}
+    return found
+
+
+def hash_file(folder: Any, file: str) -> str:
+    digest: str = folder.sha256(file)
+    return digest
+
+
+############################################### Stages ###############################################
+
+
+def read(store: Store, planned: Sequence[Source], files: Files, settings: Mapping[str, Any], pool: Workers) -> Chunks:
+    """Reads all sources, a task a file; those with a limit, or without files, are one task."""
+    options = read_options(settings)
+    code = code_of(stages.module_of("read"))
+    tasks: Tasks = []
+    for source in planned:
+        for part in source.parts():
+            digests = [(file, files[source.name][file]["sha256"]) for file in part]
+            own = {key: value for key, value in source.options.items() if key not in ("weight", "stages")}
+            own["python"] = platform.python_version() if source.generated else ""  # whose library it may read
+            key = key_of(code, code_of(source.module.__name__), source.name, source.kind, own, options, digests)
+            tasks.append((store, source, part, options, key))
+    total = sum(file["bytes"] for each in files.values() for file in each.values())
+    made: Chunks = {source.name: [] for source in planned}
+    for task, chunks in zip(tasks, pool.run("read", read_chunks, tasks, total or None)):
+        made[task[1].name] += chunks
+    return made
+
+
+def read_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Reader is told, besides the source."""
+    return {"max_turn_chars": settings["max_turn_chars"], "strict": settings["policy"] == "error"}
+
+
+def read_chunks(
+    store: Store, source: Source, files: tuple[str, ...], options: Mapping[str, Any], key: str
+) -> list[Made]:
+    """The chunks of some files. Their list is written last, so a killed run reads a file again from its start."""
+    index = store.path("read", key, ".json")
+    if index.exists():
+        before = [made_before(store.path("read", name), "read") for name in json.loads(index.read_text())]
+        if None not in before:
+            return [made for made in before if made is not None]
+    made: list[Made] = []
+    names: list[str] = []
+    for number, (samples, ledger) in enumerate(Reader(source, **options, progress=advance).chunks(files)):
+        names.append(f"{key}-{number:05d}")
+        made.append(write_chunk(store.path("read", names[-1]), samples, "read", ledger))
+    write_whole(index, json.dumps(names).encode())
+    return made
+
+
+def made_by(planned: Sequence[Source]) -> dict[str, str]:
+    """Hashes of the code of all stages and sources, and of the benchmarks that each source is compared with."""
+    found = {stage: code_of(stages.module_of(stage)) for stage in ("read", *stages_in_use(planned))}
+    for source in planned:
+        found[f"sources.{source.name}"] = code_of(source.module.__name__)
+        if "decontaminate" in source.stages:
+            found[f"benchmarks of {source.name}"] = source.stages["decontaminate"]["sha256"]
+    return found
+
+
+def stages_in_use(planned: Sequence[Source]) -> list[str]:
+    """The stages after reading, in their order."""
+    return [stage for stage in (*stages.CONFIGURED, "split") if any(stage in source.stages for source in planned)]
+
+
+def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, pool: Workers) -> Chunks:
+    """What a stage makes of the chunks of all sources; a source without the stage keeps those that it has."""
+    code = code_of(stages.module_of(stage))
+    tasks: Tasks = []
+    for source in planned:
+        for made in before[source.name] if stage in source.stages else ():
+            options = {key: value for key, value in source.stages[stage].items() if key != "index"}  # has its sha256
+            key = key_of(code, options, made.digest)
+            tasks.append((stage, source.stages[stage], made.path, store.path(stage, key)))
+    results = iter(pool.run(stage, stage_chunk, tasks))
+    return {
+        source.name: [next(results) if stage in source.stages else made for made in before[source.name]]
+        for source in planned
+    }
+
+
+def stage_chunk(stage: str, options: Mapping[str, Any], chunk: str, target: Path) -> Made:
+    before = made_before(target, stage)
+    if before is not None:
+        return before
+    ledger = Ledger()
+    samples = list(stages.make(stage, options)(read_samples(chunk), ledger))
+    return write_chunk(target, samples, stage, ledger)
+
+
+############################################### Output ###############################################
+
+
+def write_datasets(
+    store: Store, planned: Sequence[Source], chunks: Chunks, pool: Workers
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """source -> the folder of its dataset, and what the manifest says of its splits."""
+    code = code_of(datasets.__name__)
+    tasks = [(store, name, made, key_of(code, name, [m.digest for m in made])) for name, made in chunks.items()]
+    return dict(zip(chunks, pool.run("write", write_dataset, tasks)))
+
+
+def write_dataset(store: Store, name: str, chunks: Sequence[Made], key: str) -> tuple[Path, dict[str, Any]]:
+    folder, summary = store.folder / "dataset" / key, store.path("dataset", key, ".json")
+    if not (summary.exists() and datasets.whole(folder, json.loads(summary.read_text()))):
+        scratch = folder.with_name(f"{key}.tmp")
+        for left in (scratch, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        described = datasets.write_source(scratch, name, records(chunks))
+        (scratch / name).rename(folder)
+        scratch.rmdir()
+        write_whole(summary, json.dumps(described).encode())
+    return folder, json.loads(summary.read_text())
+
+
+def records(chunks: Sequence[Made]) -> Iterator[datasets.Record]:
+    """As the last stage wrote them: nothing has to be parsed."""
+    for made in chunks:
+        for line in read_lines(made.path):
+            head, *written = line.split("\t")
+            _, split, characters = json.loads(head)
+            yield datasets.Record(split, written, characters)
+
+
+def conversations(chunks: Sequence[Made], split: str) -> Iterator[Conversation]:
+    for made in chunks:
+        for sample in read_samples(made.path):
+            if sample.split == split:
+                yield from sample.conversations
+
+
+def train_tokenizer(store: Store, options: Mapping[str, Any], chunks: Chunks) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of the tokenizer, and what the manifest says of it; None if none is wanted."""
+    if not options.get("train"):
+        return None
+    digests = [made.digest for each in chunks.values() for made in each]
+    folder = store.folder / "tokenizer" / key_of(code_of(tokenizer_training.__name__), dict(options), digests)
+    if not folder.exists():
+        scratch = folder.with_name(f"{folder.name}.tmp")
+        special_tokens = tuple(options.get("special_tokens") or ())
+        try:
+            tokenizer_training.train(texts(chunks), options["vocab_size"], special_tokens, scratch)
+        except ValueError as error:
+            raise PrepareError(f"config.tokenizer: {error}") from error
+        scratch.rename(folder)
+    path = folder / tokenizer_training.FILE
+    return folder, {"path": f"tokenizer/{path.name}", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def texts(chunks: Chunks) -> Iterator[str]:
+    """All that is said in the train splits."""
+    for each in chunks.values():
+        for conversation in conversations(each, "train"):
+            yield from (turn.text for turn in conversation.turns)
