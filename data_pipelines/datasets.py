@@ -300,18 +300,21 @@ def write_manifest(directory: Path | str, manifest: Manifest) -> Manifest:
 
 
 def check_accounts(name: str, entry: Mapping[str, Any]) -> None:
-    """Raises AssertionError if anything came from nowhere, or went there."""
+    """Raises RuntimeError, which is a defect of a stage, if anything came from nowhere, or went there."""
     rows, kept, rejected = entry["rows"], entry["kept_rows"], sum(entry["rejected"].values())
-    assert rows == kept + rejected, f"{name}: {rows} rows, {kept} kept, {rejected} rejected"
+    if rows != kept + rejected:
+        raise RuntimeError(f"{name}: {rows} rows, {kept} kept, {rejected} rejected")
     for stage, accounts in entry["stages"].items():
         entered, left, dropped = accounts["entered"], accounts["left"], sum(accounts["dropped"].values())
-        assert entered == left + dropped, f"{name}, {stage}: {entered} entered, {left} left, {dropped} dropped"
+        if entered != left + dropped:
+            raise RuntimeError(f"{name}, {stage}: {entered} entered, {left} left, {dropped} dropped")
     examples = sum(split["examples"] for split in entry["splits"].values())
     for (stage, before), (following, after) in itertools.pairwise(
         [*entry["stages"].items(), ("write", {"entered": examples})]
     ):
         left, entered = before["left"], after["entered"]
-        assert left == entered, f"{name}: {left} left {stage}, {entered} entered {following}"
+        if left != entered:
+            raise RuntimeError(f"{name}: {left} left {stage}, {entered} entered {following}")
 
 
 def read_manifest(directory: Path | str) -> Manifest:

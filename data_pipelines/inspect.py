@@ -182,6 +182,9 @@ def main(argv: list[str]) -> None:
             return
         dataset = open_source(directory, FLAGS.source, FLAGS.split)
         indices = range(len(dataset))[rows(FLAGS.rows or "0:5")]
+        if not indices:
+            told = f"{FLAGS.source}, {FLAGS.split}: found {len(dataset)} conversations, none of them in these rows"
+            console.print(plain(told))
         if FLAGS.template:
             shown = examples(dataset, FLAGS.source, indices, learned_by_flags(directory))
         else:

@@ -39,7 +39,7 @@ from data_pipelines.files.folder import Folder
 from data_pipelines.inert import inert
 from data_pipelines.preparing import graph
 from data_pipelines.preparing.graph_dedupe import dedupe
-from data_pipelines.preparing.settings import KEYS, plan_all, read_settings, with_indexes
+from data_pipelines.preparing.settings import KEYS, plan_all, read_settings
 from data_pipelines.preparing.store import Made, Store, read_drops
 from data_pipelines.reporting.manifest_table import manifest_table
 from data_pipelines.stages.chunk import Ledger
@@ -72,13 +72,16 @@ def prepare(
     settings = read_settings(config)
     existing = None if nothing_of_ours(output) or force else complete(output, settings)
     if existing is not None and (input_dir is None or not Folder(str(input_dir)).exists()):
+        if input_dir is not None:
+            warn(f"{input_dir}: found no such folder; {output} is complete, but was not compared with its files")
         return existing
 
     planned, missing = plan_all(settings, None if input_dir is None else str(input_dir))
 
     with locked(store.folder, "preparation"), Workers(workers) as pool:
+        store.tidy()
         ################################### What there is to read ####################################
-        planned = with_indexes(planned, store.folder / "benchmarks")
+        planned = graph.with_indexes(planned, store.folder / "benchmarks")
         files = graph.hashed(store, planned, pool)
         made_by = graph.made_by(planned)
         if existing is not None:
@@ -205,7 +208,11 @@ def check_left(planned: Sequence[Source], made: Mapping[str, graph.Chunks]) -> N
         told = f"sources.{source.name}: the stages left nothing of it; dropped: {dropped}"
         if len(empty) == len(planned):
             raise PrepareError(told)
-        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
+        warn(told)
+
+
+def warn(text: str) -> None:
+    Console(stderr=True).print(inert(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def total(chunks: list[Made]) -> Ledger:

@@ -2,7 +2,8 @@
 long things are. Every rule is shown to catch an offender.
 
 Floors, top to bottom: a package imports from its own floor and from those below. `errors` and `tree` are for all;
-`config` and `door` for the commands only. In data_pipelines what lies beside the doors is for all, and doors are nobody's.
+`config` and `door` for the commands only. In data_pipelines what lies beside the doors is for all,
+and no door imports another.
 """
 
 import ast

@@ -26,7 +26,6 @@ import numpy as np
 from data_pipelines.batches.batch_stats import Batch, Item, Statistics, make_batch
 from data_pipelines.batches.examples import Encode, Examples, Handle, Source
 from data_pipelines.batches.packing import Packing, Piece, count_rows, pack
-from data_pipelines.batches.prefetch import Prefetch as Prefetch
 from data_pipelines.errors import InputError
 from data_pipelines.mixing.mixture import Draws, Mixture
 from data_pipelines.mixing.order import Order

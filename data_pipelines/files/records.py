@@ -259,14 +259,17 @@ class _Reader:
         size = 0
         for line in split:
             if line is not None:
-                document.append(line)
                 size += len(line)
-                if size > self.max_row_bytes:
-                    self.stop_too_long()
+                if size <= self.max_row_bytes:  # of a longer one nothing more is kept
+                    document.append(line)
                 continue
-            text = "".join(document).strip("\n")
+            text, too_long = "".join(document).strip("\n"), size > self.max_row_bytes
             document, size = [], 0
-            if text.strip():
+            if too_long:
+                self.row += 1
+                found = f"a document of more than {self.max_row_bytes:,} characters"
+                yield self.rejected(found, "shorter documents", "row_too_long")
+            elif text.strip():
                 self.row += 1
                 yield self.accepted({"text": text})
 

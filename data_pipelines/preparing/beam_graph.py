@@ -24,6 +24,7 @@ import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_pipelines import stages
+from data_pipelines.conversation import DataError
 from data_pipelines.errors import InputError
 from data_pipelines.preparing.graph import Chunks, read_options
 from data_pipelines.preparing.graph_dedupe import deduper
@@ -127,8 +128,11 @@ def read_pieces(
     task: tuple[str, int, tuple[str, ...]], sources: Mapping[str, Source], options: Mapping[str, Any]
 ) -> Iterator[Piece]:
     name, first, files = task
-    for number, (samples, ledger) in enumerate(Reader(sources[name], **options).chunks(files)):
-        yield first + place_of(0, 0, number), packed(samples, {"read": ledger})[0]
+    try:
+        for number, (samples, ledger) in enumerate(Reader(sources[name], **options).chunks(files)):
+            yield first + place_of(0, 0, number), packed(samples, {"read": ledger})[0]
+    except DataError as error:  # Beam makes errors again to add to their messages, and knows only messages
+        raise InputError(f"{error}") from error
 
 
 ############################################### Stages ###############################################

@@ -4,6 +4,7 @@ among the workers. `prepare` puts them in their order; `beam_graph` has the same
 What happens to a chunk is the same function everywhere (`read_chunks`, `stage_chunk`); here is what its key is made of.
 """
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -13,8 +14,10 @@ from typing import Any
 
 from data_pipelines import datasets, stages
 from data_pipelines.addresses import code_of, key_of, sha256_of
+from data_pipelines.contamination.index import prepared_index
 from data_pipelines.conversation import Conversation
 from data_pipelines.disk import write_whole
+from data_pipelines.preparing.settings import made_of
 from data_pipelines.preparing.store import Made, Store, made_before, read_lines, read_samples, write_chunk
 from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.read import Reader
@@ -54,6 +57,36 @@ def hashed(store: Store, planned: Sequence[Source], pool: Workers) -> Files:
 def hash_file(folder: Any, file: str) -> str:
     digest: str = folder.sha256(file)
     return digest
+
+
+############################################# Benchmarks #############################################
+
+
+def with_indexes(planned: Sequence[Source], work: Path) -> list[Source]:
+    """The sources with an index of the benchmarks in `work` for each that is decontaminated, in place of what says
+    which benchmarks these are."""
+    known: dict[str, dict[str, Any]] = {}  # most sources are compared with the same benchmarks
+    found = []
+    for source in planned:
+        if "decontaminate" in source.stages:
+            options = source.stages["decontaminate"]
+            key = json.dumps(options, sort_keys=True)
+            known[key] = known.get(key) or indexed(source.name, options, work)
+            source = dataclasses.replace(source, stages={**source.stages, "decontaminate": known[key]})
+        found.append(source)
+    return found
+
+
+def indexed(name: str, options: Mapping[str, Any], work: Path) -> dict[str, Any]:
+    """The options of the stage itself."""
+    own = dict(options)
+    benchmarks, folder = own.pop("benchmarks", None), own.pop("folder", ".")
+    if not benchmarks:
+        raise PrepareError(f"sources.{name}, stage decontaminate: found no benchmarks; expected name -> files")
+    index, digest = prepared_index(benchmarks, folder, work, own.pop("items", None))
+    own |= {"index": str(index), "sha256": digest}
+    made_of(name, "decontaminate", own)
+    return own
 
 
 ############################################### Stages ###############################################

@@ -22,13 +22,11 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from data_pipelines import sources, stages
-from data_pipelines.contamination.index import prepared_index
 from data_pipelines.errors import known_key
 from data_pipelines.files.folder import Folder
 from data_pipelines.stages.source import COMMON, FOR_FILES, PrepareError, Source, own_options
@@ -146,33 +144,6 @@ def stages_of(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any
             if stage != "decontaminate":  # it needs an index that is yet to be made
                 made_of(name, stage, chosen[stage])
     return {**chosen, "split": {"heldout": settings["heldout"]}}
-
-
-def with_indexes(planned: Sequence[Source], work: Path) -> list[Source]:
-    """The sources with an index of the benchmarks in `work` for each that is decontaminated, in place of what says
-    which benchmarks these are."""
-    known: dict[str, dict[str, Any]] = {}  # most sources are compared with the same benchmarks
-    found = []
-    for source in planned:
-        if "decontaminate" in source.stages:
-            options = source.stages["decontaminate"]
-            key = json.dumps(options, sort_keys=True)
-            known[key] = known.get(key) or indexed(source.name, options, work)
-            source = dataclasses.replace(source, stages={**source.stages, "decontaminate": known[key]})
-        found.append(source)
-    return found
-
-
-def indexed(name: str, options: Mapping[str, Any], work: Path) -> dict[str, Any]:
-    """The options of the stage itself."""
-    own = dict(options)
-    benchmarks, folder = own.pop("benchmarks", None), own.pop("folder", ".")
-    if not benchmarks:
-        raise PrepareError(f"sources.{name}, stage decontaminate: found no benchmarks; expected name -> files")
-    index, digest = prepared_index(benchmarks, folder, work, own.pop("items", None))
-    own |= {"index": str(index), "sha256": digest}
-    made_of(name, "decontaminate", own)
-    return own
 
 
 def made_of(name: str, stage: str, options: Mapping[str, Any]) -> None:

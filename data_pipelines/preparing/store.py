@@ -13,6 +13,7 @@ killed run left is whole.
 import gzip
 import hashlib
 import json
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,14 @@ class Store:
 
     def path(self, stage: str, key: str, suffix: str = ".jsonl.gz") -> Path:
         return self.folder / stage / f"{key}{suffix}"
+
+    def tidy(self) -> None:
+        """Removes what runs that were killed had not finished. Only for whoever holds the folder's lock."""
+        for path in [*self.folder.rglob("*.tmp")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_chunk(path: Path, samples: Sequence[Sample], stage: str, ledger: Ledger) -> Made:

@@ -7,8 +7,9 @@ its keeper is the end of the chain of edges that starts with its own. The two en
 of a chain need not. A pair is missed where all its buckets have FIRST others before the earlier one, which takes
 millions of texts that are much alike. What comes out depends on ranks and signatures, not on how samples lie in chunks.
 
-There are two ways to the same edges: `bucket_edges` for one bucket, wherever it was gathered (Beam groups by key), with
-`merge` over all buckets; and `find_edges` for all samples on one machine, a band at a time, their signatures in files.
+There are two ways to the same edges: `bucket_edges` for one bucket, wherever it was gathered (Beam groups by key, and
+takes of each rank's edges the one to the smallest rank, an exact one before a similar one); and `find_edges` for all
+samples on one machine, a band at a time, their signatures in files.
 """
 
 import dataclasses
@@ -68,14 +69,6 @@ def find_edges(signatures: Signatures) -> Edges:
     for band in range(signatures.bands.shape[1]):
         nearest.compare(*_buckets(signatures.bands[:, band]), signatures.sketches, signatures.needed)
     return nearest.edges(signatures.sketches.shape[1])
-
-
-def merge(parts: Iterable[Edges]) -> Edges:
-    """Of all edges of a rank the one to the smallest rank, an exact one before a similar one; by ascending rank."""
-    every = [_Nearest(0).edges(permutations=1), *parts]
-    edges = Edges(*(np.concatenate([getattr(e, field.name) for e in every]) for field in dataclasses.fields(Edges)))
-    order = np.lexsort((~edges.exact, edges.keepers, edges.ranks))
-    return edges[order[np.unique(edges.ranks[order], return_index=True)[1]]]
 
 
 def resolve(edges: Edges) -> Int64:

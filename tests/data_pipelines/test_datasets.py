@@ -165,7 +165,7 @@ def test_accounts_must_add_up(tmp_path):
         },
     }
     for message, entry in wrong.items():
-        with pytest.raises(AssertionError, match=f"chat: {message}|chat, {message}"):
+        with pytest.raises(RuntimeError, match=f"chat: {message}|chat, {message}"):
             write_manifest(tmp_path, {"sources": {"chat": entry}})
 
 

@@ -160,7 +160,7 @@ def test_missing_sources_are_all_named(folder, tmp_path):
         prepare(config(sources, missing="skip"), None, tmp_path / "none")
 
 
-def test_complete_output_is_kept_unless_forced(folder, tmp_path):
+def test_complete_output_is_kept_unless_forced(folder, tmp_path, capsys):
     out = tmp_path / "out"
     first = prepare(config({"alpaca": {}}), folder, out)
     assert prepare(config({"alpaca": {}}), folder, out) == first
@@ -170,6 +170,7 @@ def test_complete_output_is_kept_unless_forced(folder, tmp_path):
     with pytest.raises(PrepareError, match=r"prepared with other files \(alpaca/a.json\)"):
         prepare(config({"alpaca": {}}), folder, out)
     assert prepare(config({"alpaca": {}}), tmp_path / "unplugged", out) == first
+    assert "unplugged: found no such folder;" in capsys.readouterr().err
     (folder / "alpaca/a.json").write_text("[")
     with pytest.raises(PrepareError, match=r"none of 1 rows fits; the first: alpaca/a.json, row 1"):
         prepare(config({"alpaca": {}}), folder, out, force=True)

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from tiny_tokenizers import REAL, real_data, tiny
 
 from data_pipelines import tokenize
-from data_pipelines.batches.loader import POOL, Loader, Prefetch, evaluation_batches, merge_states
+from data_pipelines.batches.loader import POOL, Loader, evaluation_batches, merge_states
 from data_pipelines.batches.packing import PACKINGS
+from data_pipelines.batches.prefetch import Prefetch
 from data_pipelines.batches.training_data import make_loader, open_data
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.mixing.mixture import Mixture

@@ -170,6 +170,7 @@ def test_reading_goes_on_after_a_bad_row(tmp_path):
         ("a.json", "[" + GOOD + ', {"n": "' + "x" * 500 + '"}]', [1]),
         ("a.csv", "n\n1\n" + "x" * 500 + "\n", [1]),
         ("a.txt", "1\n\n" + "x\n" * 250, [1]),
+        ("a.txt", "1\n\n" + "x\n" * 250 + "\n\n3\n", [1, 3]),
     ],
 )
 def test_rows_over_the_limit(tmp_path, monkeypatch, name, data, rows_left):

@@ -42,11 +42,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def prepare(python, folder, output, *flags):
+def run(python, folder, output, *flags):
     command = [python, "-m", "data_pipelines.prepare", f"--config={folder / 'config.py'}", f"--input={folder / 'in'}"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, f"--output={folder / output}", *flags], cwd=ROOT, capture_output=True, text=True, check=False
     )
+
+
+def prepare(python, folder, output, *flags):
+    done = run(python, folder, output, *flags)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / output / "manifest.json").read_text())
     return manifest, (folder / output / "rejects.jsonl").read_text()
@@ -63,6 +67,13 @@ def test_beam_makes_what_one_process_makes(folder, beam_python, flags):
     )
     assert there["sources"] == here["sources"]  # counts, hashes of the records in their order, shards
     assert there["hash"] == here["hash"] and also == rejects
+
+
+@pytest.mark.beam
+def test_a_row_that_does_not_fit_stops_it_with_its_place(folder, beam_python):
+    done = run(beam_python, folder, "there", "--runner=FnApiRunner", "--policy=error")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "alpaca/a.json, row 2501: found" in done.stderr.splitlines()[-1]
 
 
 def test_without_beam_it_says_what_to_install(folder):

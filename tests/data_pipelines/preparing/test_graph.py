@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines import stages
+from data_pipelines import addresses, stages
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.datasets import open_source
 from data_pipelines.errors import InputError
@@ -231,17 +231,27 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, kills):
     assert splits[0] == splits[1]
 
 
+def test_what_a_killed_run_left_is_removed(folder, tmp_path):
+    cache = tmp_path / "out.cache"
+    (cache / "dataset/0.tmp/alpaca").mkdir(parents=True)
+    (cache / "dataset/0.tmp/alpaca/half.tmp").touch()
+    (cache / "read").mkdir()
+    (cache / "read/1.jsonl.gz.77.tmp").touch()
+    prepare(config({"alpaca": {}}), folder, tmp_path / "out")
+    assert not [*cache.rglob("*.tmp")] and [*cache.glob("read/*.gz")]
+
+
 def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     (tmp_path / "pipes").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(store, "PACKAGE", "pipes")
+    monkeypatch.setattr(addresses, "PACKAGE", "pipes")
 
     def code(first="def f():\n    return inner.g()\n", second="def g():\n    return 1\n"):
         (tmp_path / "pipes/__init__.py").touch()
         (tmp_path / "pipes/outer.py").write_text(f"from pipes import inner\n{first}")
         (tmp_path / "pipes/inner.py").write_text(second)
-        store.code_of.cache_clear()
-        return store.code_of("pipes.outer")
+        addresses.code_of.cache_clear()
+        return addresses.code_of("pipes.outer")
 
     was = code()
     assert code(first='def f():\n    """Says why."""\n    return inner.g()  # and how\n') == was
@@ -249,7 +259,7 @@ def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     assert code(second="def g():\n    return 2\n") != was
     assert code(first="def f():\n    import jinja2\n    return inner.g()\n") != was
     assert code() == was
-    store.code_of.cache_clear()
+    addresses.code_of.cache_clear()
 
 
 def test_duplicates_across_sources_and_what_they_name(folder, tmp_path, monkeypatch):
