@@ -220,7 +220,7 @@ def test_repairs_can_be_switched_off(folder, tmp_path):
 )
 def test_wrong_configurations(folder, tmp_path, sources, others, message):
     (folder / "alpaca/a.jsonl").write_text("{}")
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(InputError, match=message):
         prepare(config(sources, **others), folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -249,7 +249,7 @@ def test_generated_sources(made_up, tmp_path):
     assert (source["rows"], source["kept_rows"], source["rejected"]) == (5, 4, {"empty_text": 1})
     assert [c.id for c in open_source(tmp_path / "out", "up", "heldout")] == ["n:0", "n:2", "n:4"]
     assert [c.id for c in open_source(tmp_path / "out", "up", "train")] == ["n:1"]
-    with pytest.raises(PrepareError, match=r"found the key 'cuont'.*did you mean 'count'"):
+    with pytest.raises(InputError, match=r"found the key 'cuont'.*did you mean 'count'"):
         prepare(config({"up": {**made_up, "cuont": 5}}), None, tmp_path / "wrong")
     with pytest.raises(PrepareError, match=r"sources\.up: count: found a negative one"):
         prepare(config({"up": {**made_up, "count": -1}}), None, tmp_path / "wrong")
@@ -373,7 +373,7 @@ def test_the_real_files(tmp_path):
 )
 def test_values_that_do_not_fit(folder, tmp_path, changes, message):
     settings = ConfigDict({"sources": {"alpaca": {}}, **changes})
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(InputError, match=message):
         prepare(settings, folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -9,7 +9,7 @@ import zlib
 import pytest
 
 from data_pipelines.conversation import DataError
-from data_pipelines.files.folder import json_stream
+from data_pipelines.files import json_stream
 from data_pipelines.files.records import read_items, read_rows
 
 

@@ -231,13 +231,13 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, kills):
     assert splits[0] == splits[1]
 
 
-def test_what_a_killed_run_left_is_removed(folder, tmp_path):
+def test_what_a_killed_run_left_is_removed(folder, tmp_path, toys):
     cache = tmp_path / "out.cache"
     (cache / "dataset/0.tmp/alpaca").mkdir(parents=True)
     (cache / "dataset/0.tmp/alpaca/half.tmp").touch()
     (cache / "read").mkdir()
     (cache / "read/1.jsonl.gz.77.tmp").touch()
-    prepare(config({"alpaca": {}}), folder, tmp_path / "out")
+    prepare(config(), folder, tmp_path / "out")
     assert not [*cache.rglob("*.tmp")] and [*cache.glob("read/*.gz")]
 
 
