@@ -14,7 +14,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -27,7 +27,6 @@ from jinja2.parser import Parser
 from data_pipelines.errors import InputError
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
-_SPAN = re.compile(f"([{_OPEN}{_CLOSE}])")
 _NOT_ASCII = re.compile("[^\x00-\x7f\ue000-\ue002\U000f0000-\U000ffffd]")  # but for marks and their stand-ins
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
@@ -85,6 +84,11 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
     swapped: Mapping[int, str]
 
+    @property
+    def as_it_is(self) -> bool:
+        """Whether no part of it has to be cleaned."""
+        return not self.swapped and _INERT not in self.text
+
     def clean(self, start: int, end: int) -> str:
         """The real text of a part: inert marks taken out, swapped characters back in place."""
         text = self.text[start:end].replace(_INERT, "")
@@ -133,16 +137,15 @@ class ChatRenderer:
 
         Everything in them but the roles is taken for text of strangers, the names of keys included.
         """
-        texts = _strings([messages, tools])
-        swap = _unused(texts)
+        given = "".join(_strings(messages, _strings(tools, [])))
+        swap = _unused(given)
         changed = (lambda text: self._inert(text.translate(swap))) if swap else self._inert
         names = changed if swap else self._name
-        inert = [{**_changed(message, changed, names), "role": message["role"]} for message in messages]
-        limit = (1 << 20) + 10 * sum(map(len, texts))
+        inert = [_message(message, changed, names) for message in messages]
         try:
             offered = None if tools is None else _changed(list(tools), changed, names)
             parts = self._template.generate(messages=inert, tools=offered, documents=None, **variables)
-            marked = "".join(_at_most(limit, parts))
+            marked = _joined(parts, (1 << 20) + 10 * len(given))
         except jinja2.exceptions.SecurityError as error:
             raise ChatTemplateError(f"the chat template tries something that is not allowed: {error}") from error
         except _FAILURES as error:
@@ -183,59 +186,66 @@ def _first_characters(pieces: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
-def _strings(value: Any) -> list[str]:
-    """Every text in a value of JSON, keys included, in any order."""
-    found: list[str] = []
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, str):
-            found.append(each)
-        elif isinstance(each, Mapping):
-            waiting += each.keys()
-            waiting += each.values()
-        elif isinstance(each, Sequence):
-            waiting += each
+def _strings(value: Any, found: list[str]) -> list[str]:
+    """`found` with every text in a value of JSON, keys included."""
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, dict):
+        found += value
+        for each in value.values():
+            _strings(each, found)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _strings(each, found)
     return found
+
+
+def _message(message: Mapping[str, Any], change: Callable[[str], str], name: Callable[[str], str]) -> dict[str, Any]:
+    """A message with every text in it changed but the role, which is not a stranger's."""
+    return {
+        name(key): each if key == "role" else change(each) if isinstance(each, str) else _changed(each, change, name)
+        for key, each in message.items()
+    }
 
 
 def _changed(value: Any, change: Callable[[str], str], name: Callable[[str], str]) -> Any:
     """The value with every text in it changed, and the names of keys by `name`."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name(key): _changed(each, change, name) for key, each in value.items()}
-    return [_changed(each, change, name) for each in value] if isinstance(value, Sequence) else value
+    return [_changed(each, change, name) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _at_most(limit: int, parts: Iterable[str]) -> Iterator[str]:
+def _joined(parts: Iterable[str], limit: int) -> str:
+    found = []
     for part in parts:
         limit -= len(part)
         if limit < 0:
             raise InputError("it writes more than 1 MiB and ten times its input")
-        yield part
+        found.append(part)
+    return "".join(found)
 
 
-def _unused(contents: Iterable[str]) -> dict[int, str]:
-    """{mark: stand-in} for contents that hold a mark; stand-ins are private-use characters found in none of them."""
-    joined = "".join(contents)
-    if not any(mark in joined for mark in _MARKS):
+def _unused(given: str) -> dict[int, str]:
+    """{mark: stand-in} for a text that holds a mark; stand-ins are private-use characters that it does not hold."""
+    if not any(mark in given for mark in _MARKS):
         return {}
-    used = set(joined)
+    used = set(given)
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
     return {ord(mark): next(free) for mark in _MARKS}
 
 
 def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    parts: list[str] = []
     spans: list[tuple[int, int]] = []
-    at, opened = 0, None
-    for part in _SPAN.split(marked):
-        if part == _OPEN:
-            opened = at
-        elif part == _CLOSE and opened is not None:
-            spans.append((opened, at))
-        elif part != _CLOSE:
+    before, *opened = marked.split(_OPEN)
+    parts = before.split(_CLOSE)
+    at = sum(map(len, parts))
+    for block in opened:
+        start = at
+        for number, part in enumerate(block.split(_CLOSE)):
+            if number:
+                spans.append((start, at))
             parts.append(part)
             at += len(part)
     return "".join(parts), spans

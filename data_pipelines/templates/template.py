@@ -33,7 +33,7 @@ import numpy.typing as npt
 from data_pipelines.conversation import ANSWERS, SPECIAL, Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.templates.jinja_chat import ChatRenderer, ChatTemplateError, Rendered
-from data_pipelines.tokenizers.tokenizer import Ids, Tokenizer
+from data_pipelines.tokenizers.tokenizer import Ids, Span, Tokenizer
 from data_pipelines.tool_calls import messages
 
 CHAT = """\
@@ -84,7 +84,7 @@ class Segment(NamedTuple):
 
     content: str | int
     weight: float = 0.0
-    spans: tuple[tuple[int, int, float], ...] = ()
+    spans: tuple[Span, ...] = ()
     continued: bool = False
 
 
@@ -129,14 +129,19 @@ class Template(abc.ABC):
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Example | None]:
         """`encode` of each; one call of the tokenizer for all texts, each of them once."""
         layouts = [self._layout(conversation, prompt=False) for conversation in conversations]
-        encoded: dict[tuple[bool, bool], dict[str, Any]] = {}
+        texts: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # by whether they go on after something: text -> its ids
+        spanned: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}  # (text, spans) -> its ids, and the tokens of each span
         for content, _, spans, continued in itertools.chain.from_iterable(layouts):
-            if isinstance(content, str):
-                encoded.setdefault((continued, bool(spans)), {})[content] = None
-        for (continued, spanned), texts in encoded.items():
-            tokenize = self.tokenizer.encode_offsets if spanned else self.tokenizer.encode_batch
-            texts.update(zip(list(texts), tokenize(list(texts), continued=continued)))
-        return [self._assemble(layout, encoded) for layout in layouts]
+            if spans:
+                spanned[continued][content, spans] = None
+            elif isinstance(content, str):
+                texts[continued][content] = None
+        for continued in (False, True):
+            found = self.tokenizer.encode_batch(list(texts[continued]), continued=continued)
+            texts[continued].update(zip(list(texts[continued]), found))
+            ranges = self.tokenizer.encode_within(list(spanned[continued]), continued=continued)
+            spanned[continued].update(zip(list(spanned[continued]), ranges))
+        return self._assemble(layouts, texts, spanned)
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
         """Ids that the assistant's next answer continues; of a document, its beginning without eos."""
@@ -189,42 +194,35 @@ class Template(abc.ABC):
         return parts if prompt or ended else [*parts, Segment(self._eos, turns[-1].weight)]
 
     def _assemble(
-        self, layout: list[Segment], encoded: Mapping[tuple[bool, bool], Mapping[str, Any]]
-    ) -> Example | None:
-        """`encoded`: (continued, whether offsets are needed) -> text -> what the tokenizer gave for it."""
-        parts: list[Any] = [
-            content if isinstance(content, int) else encoded[continued, bool(spans)][content]
-            for content, _, spans, continued in layout
-        ]
-        lengths = [
-            1 if isinstance(part, int) else len(part[0] if segment.spans else part)
-            for part, segment in zip(parts, layout)
-        ]
-        size = sum(lengths)
-        ids, weights = np.empty(size, np.int32), np.zeros(size, np.float32)
+        self, layouts: Sequence[list[Segment]], texts: Sequence[Mapping[str, Ids]], spanned: Sequence[Mapping[Any, Any]]
+    ) -> list[Example | None]:
+        """The examples of layouts, all of whose segments are laid end to end first."""
+        parts, weights, ends, within = list[Ids](), list[float](), list[int](), list[Span]()
+        special: dict[int, Ids] = {}
         at = 0
-        for part, length, (_, weight, spans, _) in zip(parts, lengths, layout):
-            if isinstance(part, int):
-                ids[at] = part
-            else:
-                ids[at : at + length] = part[0] if spans else part
-            if spans:
-                weights[at : at + length] = _weights(spans, *part)
-            elif weight:
-                weights[at : at + length] = weight
-            at += length
-        cut = 0 if self.max_length is None else max(0, size - self.max_length)
-        if cut:
-            ids, weights = ids[:-cut].copy(), weights[:-cut].copy()
-        return Example(ids, weights, cut) if weights[1:].any() else None
+        for layout in layouts:
+            for content, weight, spans, continued in layout:
+                if spans:
+                    part, found = spanned[continued][content, spans]
+                    within += [(at + first, at + last, each) for first, last, each in found]
+                elif isinstance(content, str):
+                    part = texts[continued][content]
+                else:
+                    part = special.setdefault(content, np.full(1, content, np.int32))
+                parts.append(part)
+                weights.append(weight)
+                at += len(part)
+            ends.append(at)
+        ids = np.concatenate([np.empty(0, np.int32), *parts])
+        learned = np.repeat(np.array(weights, np.float32), list(map(len, parts)))
+        for first, last, weight in within:
+            learned[first:last] = weight
+        return [self._example(ids[start:end], learned[start:end]) for start, end in itertools.pairwise([0, *ends])]
 
-
-def _weights(spans: Sequence[tuple[int, int, float]], ids: Ids, starts: Ids, ends: Ids) -> npt.NDArray[np.float32]:
-    """A token belongs to a span that it overlaps; one with an empty range counts as one character long."""
-    weights, ends = np.zeros(len(ids), np.float32), np.maximum(ends, starts + 1)
-    for start, end, weight in spans:
-        weights[(starts < end) & (ends > start)] = weight
-    return weights
+    def _example(self, ids: Ids, weights: npt.NDArray[np.float32]) -> Example | None:
+        cut = 0 if self.max_length is None else max(0, len(ids) - self.max_length)
+        ids, weights = ids[: len(ids) - cut], weights[: len(ids) - cut]
+        return Example(ids.copy(), weights.copy(), cut) if weights[1:].any() else None
 
 
 class TextTemplate(Template):
@@ -332,15 +330,20 @@ class JinjaTemplate(Template):
         given = json.loads(tools) if tools else None
         rendered = self._renderer.render(said, given, add_generation_prompt=prompt, **self._variables)
         spans = [] if prompt else _weighted(rendered.spans, weights)
+        text, plain = rendered.text, rendered.as_it_is
         segments, first = [], 0
-        for start, end, special in self.tokenizer.split_special(rendered.text):
+        for start, end, special in self.tokenizer.split_special(text):
             while first < len(spans) and spans[first][1] <= start:
                 first += 1
             last = first
             while last < len(spans) and spans[last][0] < end:
                 last += 1
-            segments.append(_segment(rendered, spans[first:last], start, end, special))
-        return [segment for segment in segments if segment.content != ""]
+            if special is not None:
+                segments.append(Segment(special, spans[first][2] if last > first else 0.0))
+            elif content := text[start:end] if plain else rendered.clean(start, end):
+                weight, parts = _learned(rendered, spans[first:last], start, end) if last > first else (0.0, ())
+                segments.append(Segment(content, weight, parts, start > 0))
+        return segments
 
 
 def _weighted(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[tuple[int, int, float]]:
@@ -352,20 +355,12 @@ def _weighted(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> lis
     return [(start, end, weight) for (start, end), weight in zip(spans, weights) if weight]
 
 
-def _segment(
-    rendered: Rendered, spans: Sequence[tuple[int, int, float]], start: int, end: int, special: int | None
-) -> Segment:
-    """A piece; `spans` are those that reach into it."""
-    if special is not None:
-        return Segment(special, spans[0][2] if spans else 0.0)
-    text = rendered.clean(start, end)
-    if not spans:
-        return Segment(text, 0.0, (), start > 0)
+def _learned(rendered: Rendered, spans: Sequence[Span], start: int, end: int) -> tuple[float, tuple[Span, ...]]:
+    """(weight, spans) of a Segment from `start` to `end`; `spans` are those that reach into it."""
     inside = [(max(a, start), min(b, end), weight) for a, b, weight in spans]
     if len(inside) == 1 and inside[0][:2] == (start, end):
-        return Segment(text, inside[0][2], (), start > 0)
-    parts = tuple([(rendered.position(start, a), rendered.position(start, b), weight) for a, b, weight in inside])
-    return Segment(text, 0.0, parts, start > 0)
+        return inside[0][2], ()
+    return 0.0, tuple([(rendered.position(start, a), rendered.position(start, b), weight) for a, b, weight in inside])
 
 
 def load_template(

@@ -22,7 +22,7 @@ reached by merges; Llama 3's tokenizer.model has no merges to differ from (`tikt
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ import numpy.typing as npt
 from tokenizers import pre_tokenizers
 
 Ids = npt.NDArray[np.int32]
+Span = tuple[int, int, float]  # from, to, and what belongs to it
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
@@ -78,6 +79,19 @@ class BytePairs:
         data = np.frombuffer(text.encode(), np.uint8)
         character = np.cumsum((data & 0xC0) != 0x80, dtype=np.int32) - 1  # of each byte
         return character[ends - sizes], character[ends - 1] + 1
+
+    def within(self, text: str, spans: Sequence[Span]) -> tuple[Ids, list[Span]]:
+        """The ids of a text, and its spans of characters as spans of tokens; one that holds a part of a character holds
+        it."""
+        ids, found = self.encode(text), []
+        ends = self._bytes[ids].cumsum()
+        for start, end, value in spans:
+            if not text.isascii():
+                start, end = len(text[:start].encode()), len(text[:end].encode())
+            first, last = int(ends.searchsorted(start, "right")), int(ends.searchsorted(end, "left")) + 1
+            if end and first < last:
+                found.append((first, min(last, len(ids)), value))
+        return ids, found
 
 
 class Quick:

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from data_pipelines.tokenizers.files import (
 )
 
 Ids = npt.NDArray[np.int32]
+Span = byte_level.Span
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -108,6 +109,19 @@ class Tokenizer(abc.ABC):
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:
         """(ids, starts, ends) of each text, the last two in characters of it; a character that takes several
         tokens may give some of them an empty range."""
+
+    def encode_within(
+        self, texts: Sequence[tuple[str, Sequence[Span]]], *, continued: bool = False
+    ) -> list[tuple[Ids, list[Span]]]:
+        """For texts with spans of characters, each with a value: (ids, the same as spans of tokens) of each. A token
+        belongs to a span that it overlaps; one with an empty range counts as one character long."""
+        found = []
+        offsets = self.encode_offsets([text for text, _ in texts], continued=continued)
+        for (_, spans), (ids, starts, ends) in zip(texts, offsets):
+            ends = np.maximum(ends, starts + 1)
+            inside = [(np.flatnonzero((starts < end) & (ends > start)), value) for start, end, value in spans]
+            found.append((ids, [(run[0], run[-1] + 1, value) for tokens, value in inside for run in _runs(tokens)]))
+        return found
 
     @abc.abstractmethod
     def token_id(self, piece: str) -> int:
@@ -221,12 +235,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._encode(texts, self._tokenizer if self._quick else self._inside())
 
     def encode_offsets(self, texts: Sequence[str], *, continued: bool = False) -> list[tuple[Ids, Ids, Ids]]:
-        quick = self._quick if self._quick and self._quick.offsets else None
-        slowly = [text for text in texts if not (quick and quick.takes(text))]
+        quick, taken = self._quick, self._taken(texts, offsets=True)
+        slowly = [text for text, yes in zip(texts, taken) if not yes]
         encodings = iter(self._which(continued).encode_batch(slowly, add_special_tokens=False))
         found = []
-        for text in texts:
-            if quick and quick.takes(text):
+        for text, yes in zip(texts, taken):
+            if quick and yes:
                 ids = quick.pairs.encode(text)
                 found.append((ids, *quick.pairs.offsets(text, ids)))
             else:
@@ -234,13 +248,26 @@ class HuggingFaceTokenizer(Tokenizer):
                 found.append(_with_offsets(encoding.ids, encoding.offsets))
         return found
 
-    def _encode(self, texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> list[Ids]:
+    def encode_within(
+        self, texts: Sequence[tuple[str, Sequence[Span]]], *, continued: bool = False
+    ) -> list[tuple[Ids, list[Span]]]:
+        quick, taken = self._quick, self._taken([text for text, _ in texts], offsets=True)
+        slowly = iter(super().encode_within([t for t, yes in zip(texts, taken) if not yes], continued=continued))
+        return [quick.pairs.within(*text) if quick and yes else next(slowly) for text, yes in zip(texts, taken)]
+
+    def _taken(self, texts: Sequence[str], offsets: bool = False) -> list[bool]:
+        """Which texts tiktoken encodes."""
         quick = self._quick
-        slowly = [text for text in texts if not (quick and quick.takes(text))]
+        able = quick is not None and (quick.offsets or not offsets)
+        return [quick.takes(text) if quick and able else False for text in texts]
+
+    def _encode(self, texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> list[Ids]:
+        quick, taken = self._quick, self._taken(texts)
+        slowly = [text for text, yes in zip(texts, taken) if not yes]
         encodings = iter(tokenizer.encode_batch_fast(slowly, add_special_tokens=False))
         return [
-            quick.pairs.encode(text) if quick and quick.takes(text) else np.array(next(encodings).ids, np.int32)
-            for text in texts
+            quick.pairs.encode(text) if quick and yes else np.array(next(encodings).ids, np.int32)
+            for text, yes in zip(texts, taken)
         ]
 
     def token_id(self, piece: str) -> int:
@@ -323,6 +350,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         size = self._processor.vocab_size()
         return str(self._processor.decode([i for i in ids if i < size]))
+
+
+def _runs(numbers: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """Ascending numbers cut where one is left out."""
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+        if len(run):
+            yield run.tolist()
 
 
 def _with_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> tuple[Ids, Ids, Ids]:
