@@ -13,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
 
@@ -23,18 +23,13 @@ SPECIAL = ("<|bos|>", "<|eos|>")
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One utterance. `helpful=False` marks an answer that people liked less (Koala's "An Unhelpful Answer:")."""
 
     role: str
     text: str
     weight: float
     helpful: bool = True
-
-    def to_list(self) -> list[str | float | bool]:
-        """As JSON has it; `Turn(*…)` is the way back."""
-        return [self.role, self.text, self.weight, self.helpful]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ class Conversation:
         record: dict[str, Any] = {
             "source": self.source,
             "id": self.id,
-            "turns": [turn.to_list() for turn in self.turns],
+            "turns": self.turns,  # lists, in JSON; `Turn(*…)` is the way back
         }
         return record | {"tools": self.tools} if self.tools else record
 
@@ -78,8 +73,7 @@ class Conversation:
         return cls(record["source"], record["id"], turns, record.get("tools", ""))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """A place in the input: file, row (from 1) and, inside a conversation, turn (from 1)."""
 
     path: Path | str

@@ -40,6 +40,7 @@ MANIFEST_VERSION = 2
 DATASET_VERSION = "1.0.0"
 FEATURE = "conversation"
 SHARD = 65_536  # examples
+RECORDS = "group_size:1,snappy"  # each alone, so that any can be read; docs/LOG.md has the other ways
 
 Manifest = dict[str, Any]
 
@@ -100,7 +101,7 @@ class _Split:
         for line in lines:
             if self._writer is None or self.lengths[-1] == SHARD:
                 self.close()
-                self._writer = ArrayRecordWriter(str(self._shard(len(self.lengths))), "group_size:1")
+                self._writer = ArrayRecordWriter(str(self._shard(len(self.lengths))), RECORDS)
                 self.lengths.append(0)
             content = line.encode()
             record = serialised(content)

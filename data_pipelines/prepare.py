@@ -122,12 +122,13 @@ def stage_by_stage(
     """stage -> the chunks after it, made by the processes of this machine."""
     made = {"read": graph.read(store, planned, files, settings, pool)}
     check_rows(planned, made["read"])
-    for stage in graph.stages_in_use(planned):
-        before = made[list(made)[-1]]
-        if stage == "dedupe":
-            made[stage] = dedupe(store, planned, settings, before, pool)
-        else:
-            made[stage] = graph.apply(store, stage, planned, before, pool)
+    wanted = graph.stages_in_use(planned)
+    at = wanted.index("dedupe") if "dedupe" in wanted else len(wanted)  # which needs all chunks at once
+    before, after = wanted[:at], wanted[at + 1 :]
+    made |= graph.apply(store, before, planned, made["read"], pool)
+    if at < len(wanted):
+        made["dedupe"] = dedupe(store, planned, settings, made[list(made)[-1]], pool)
+        made |= graph.apply(store, after, planned, made["dedupe"], pool)
     return made
 
 

@@ -44,7 +44,7 @@ from data_pipelines.tokenizers.tokenizer import Ids
 
 VERSION = 1
 FOLDER = "tokens"
-PART = 65_536  # examples of a file
+PART = 16_384  # examples of a file, which one process tokenises
 _BATCH = 512  # conversations tokenised together
 _OPEN_FILES = 256
 _HEAD = struct.Struct("<IIII")

@@ -19,7 +19,7 @@ from data_pipelines.conversation import Conversation
 from data_pipelines.disk import write_whole
 from data_pipelines.preparing.settings import made_of
 from data_pipelines.preparing.store import Made, Store, made_before, read_lines, read_samples, write_chunk
-from data_pipelines.stages.chunk import Ledger
+from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.read import Reader
 from data_pipelines.stages.source import PrepareError, Source
 from data_pipelines.tokenizers import training as tokenizer_training
@@ -149,29 +149,46 @@ def stages_in_use(planned: Sequence[Source]) -> list[str]:
     return [stage for stage in (*stages.CONFIGURED, "split") if any(stage in source.stages for source in planned)]
 
 
-def apply(store: Store, stage: str, planned: Sequence[Source], before: Chunks, pool: Workers) -> Chunks:
-    """What a stage makes of the chunks of all sources; a source without the stage keeps those that it has."""
-    code = code_of(stages.module_of(stage))
-    tasks: Tasks = []
-    for source in planned:
-        for made in before[source.name] if stage in source.stages else ():
-            options = {key: value for key, value in source.stages[stage].items() if key != "index"}  # has its sha256
-            key = key_of(code, options, made.digest)
-            tasks.append((stage, source.stages[stage], made.path, store.path(stage, key)))
-    results = iter(pool.run(stage, stage_chunk, tasks))
-    return {
-        source.name: [next(results) if stage in source.stages else made for made in before[source.name]]
+def apply(
+    store: Store, wanted: Sequence[str], planned: Sequence[Source], before: Chunks, pool: Workers
+) -> dict[str, Chunks]:
+    """What some stages, one after the other, make of the chunks of all sources: stage -> chunks; a source without a
+    stage keeps those that it has."""
+    code = {stage: code_of(stages.module_of(stage)) for stage in wanted}
+    steps = {
+        source.name: [(stage, source.stages[stage], code[stage]) for stage in wanted if stage in source.stages]
         for source in planned
     }
+    tasks = [(store, steps[source.name], made) for source in planned for made in before[source.name]]
+    results = iter(pool.run(", ".join(wanted), stage_chunk, tasks))
+    after: dict[str, Chunks] = {stage: {source.name: [] for source in planned} for stage in wanted}
+    for source in planned:
+        for made in before[source.name]:
+            found = next(results)
+            for stage in wanted:
+                made = found.get(stage, made)
+                after[stage][source.name].append(made)
+    return after
 
 
-def stage_chunk(stage: str, options: Mapping[str, Any], chunk: str, target: Path) -> Made:
-    before = made_before(target, stage)
-    if before is not None:
-        return before
-    ledger = Ledger()
-    samples = list(stages.make(stage, options)(read_samples(chunk), ledger))
-    return write_chunk(target, samples, stage, ledger)
+def stage_chunk(store: Store, steps: Sequence[tuple[str, Mapping[str, Any], str]], before: Made) -> dict[str, Made]:
+    """stage -> what it made of a chunk, for steps of (stage, options, hash of its code). The samples stay in memory
+    from one stage to the next; each stage's are written all the same, so that it need not run again."""
+    found: dict[str, Made] = {}
+    samples: list[Sample] | None = None
+    for stage, options, code in steps:
+        counting = {key: value for key, value in options.items() if key != "index"}  # its path; it has its sha256
+        target = store.path(stage, key_of(code, counting, before.digest))
+        made = made_before(target, stage)
+        if made is None:
+            ledger = Ledger()
+            given = read_samples(before.path) if samples is None else samples
+            samples = list(stages.make(stage, options)(given, ledger))
+            made = write_chunk(target, samples, stage, ledger)
+        else:
+            samples = None
+        found[stage] = before = made
+    return found
 
 
 ############################################### Output ###############################################

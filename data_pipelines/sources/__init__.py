@@ -135,8 +135,8 @@ def comparison(
 def unhelpful(conversation: Conversation) -> Conversation:
     """The conversation with its last answer as an unhelpful one, of which nothing else is learned."""
     *before, last = conversation.turns
-    read = [dataclasses.replace(turn, weight=0.0) for turn in before]
-    return dataclasses.replace(conversation, turns=(*read, dataclasses.replace(last, helpful=False)))
+    read = [turn._replace(weight=0.0) for turn in before]
+    return dataclasses.replace(conversation, turns=(*read, last._replace(helpful=False)))
 
 
 def alternate(roles: Sequence[str], where: Where, expected: str, numbers: Sequence[int] | None = None) -> None:
@@ -172,19 +172,22 @@ def alternate(roles: Sequence[str], where: Where, expected: str, numbers: Sequen
 
 def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None:
     """What must hold for a conversation of any source, beyond its types. Raises DataError naming the turn."""
-    for turn_number, turn in enumerate(conversation.turns, start=1):
-        here = at(where, turn_number)
-        if not turn.text.strip():
-            raise DataError(here, "an empty turn", "a turn with text in it", "empty_text")
-        if len(turn.text) > max_turn_chars:
-            found = f"a turn of {len(turn.text):,} characters"
-            raise DataError(here, found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long")
-        writable(turn.text, here)
-        if not (math.isfinite(turn.weight) and turn.weight >= 0):
-            raise DataError(here, f"the weight {turn.weight}", "a finite weight, 0 or more", "wrong_weight")
-        if turn.weight and turn.role in READ:
-            found = f"the weight {turn.weight:g} of a turn of the {turn.role}"
-            raise DataError(here, found, "0: templates learn what the assistant says", "wrong_weight")
+    for turn_number, (role, text, weight, _) in enumerate(conversation.turns, start=1):
+        if not text or text.isspace():
+            raise DataError(at(where, turn_number), "an empty turn", "a turn with text in it", "empty_text")
+        if len(text) > max_turn_chars:
+            found = f"a turn of {len(text):,} characters"
+            raise DataError(
+                at(where, turn_number), found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long"
+            )
+        writable(text, where, turn_number)
+        if not 0 <= weight < math.inf:
+            expected = "a finite weight, 0 or more"
+            raise DataError(at(where, turn_number), f"the weight {weight}", expected, "wrong_weight")
+        if weight and role in READ:
+            found = f"the weight {weight:g} of a turn of the {role}"
+            expected = "0: templates learn what the assistant says"
+            raise DataError(at(where, turn_number), found, expected, "wrong_weight")
     if len(conversation.tools) > max_turn_chars:
         found = f"a list of tools of {len(conversation.tools):,} characters"
         raise DataError(where, found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long")
@@ -193,12 +196,12 @@ def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None
         raise DataError(where, "no turn with a weight above 0", "something to learn", "nothing_to_learn")
 
 
-def writable(text: str, where: Where) -> None:
+def writable(text: str, where: Where, turn: int | None = None) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = f"half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
-        raise DataError(where, found, "text that UTF-8 can hold", "half_surrogate") from None
+        raise DataError(where._replace(turn=turn), found, "text that UTF-8 can hold", "half_surrogate") from None
 
 
 def stable_hash(key: str) -> int:

@@ -70,8 +70,7 @@ def map_texts(conversation: Conversation, change: Callable[[Turn], str]) -> Conv
     """The conversation with the texts that `change` gives for its turns; the same object if none differs. What is not
     text, calls of tools and special tokens, stays as it is."""
     turns = tuple(
-        t if t.role in NOT_TEXT or (text := change(t)) == t.text else dataclasses.replace(t, text=text)
-        for t in conversation.turns
+        t if t.role in NOT_TEXT or (text := change(t)) == t.text else t._replace(text=text) for t in conversation.turns
     )
     return conversation if turns == conversation.turns else dataclasses.replace(conversation, turns=turns)
 

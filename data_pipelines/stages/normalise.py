@@ -129,7 +129,7 @@ class Normalise(Stage):
                     text = _noted("trailing_spaces", _stripped, text, changed)
                 if text == turn.text:
                     break
-                turn = dataclasses.replace(turn, text=text)
+                turn = turn._replace(text=text)
             else:
                 raise Dropped("no_stable_form", f"a text that still changes after {ROUNDS} rounds", number)
         except html_markdown.PageTooLarge as error:

@@ -137,10 +137,12 @@ class Template(abc.ABC):
             elif isinstance(content, str):
                 texts[continued][content] = None
         for continued in (False, True):
-            found = self.tokenizer.encode_batch(list(texts[continued]), continued=continued)
-            texts[continued].update(zip(list(texts[continued]), found))
-            ranges = self.tokenizer.encode_within(list(spanned[continued]), continued=continued)
-            spanned[continued].update(zip(list(spanned[continued]), ranges))
+            for wanted, tokenize in (
+                (texts[continued], self.tokenizer.encode_batch),
+                (spanned[continued], self.tokenizer.encode_within),
+            ):
+                if wanted:
+                    wanted.update(zip(list(wanted), tokenize(list(wanted), continued=continued)))
         return self._assemble(layouts, texts, spanned)
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
@@ -170,7 +172,7 @@ class Template(abc.ABC):
             if conversation.tools and not self.takes_tools:
                 raise InputError("found a list of tools, for which this template has no place")
             if self.ignore_helpful:
-                turns = tuple(dataclasses.replace(turn, helpful=True) for turn in turns)
+                turns = tuple(turn._replace(helpful=True) for turn in turns)
             return self.segments(turns, prompt=prompt, tools=conversation.tools)
         except ValueError as error:
             raise ChatTemplateError(f"{conversation.source}/{conversation.id}: {error}") from error
