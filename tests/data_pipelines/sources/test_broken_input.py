@@ -32,7 +32,7 @@ Read = namedtuple("Read", "rows kept rejected conversations")
 
 def read(kind, suffix, data, **options):
     """What is read of a file, after checking that the accounts add up and every message says what it should."""
-    folder = SimpleNamespace(open=lambda name: io.BytesIO(data))
+    folder = SimpleNamespace(open=lambda name: io.BytesIO(data), local=lambda name: None)
     source = Source("s", kind, options, {}, folder, (f"f.{suffix}",))
     accounts, samples, drops = Ledger(), [], []
     for chunk, ledger in Reader(source, LONGEST, strict=False).chunks():
