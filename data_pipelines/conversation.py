@@ -1,10 +1,11 @@
 """The one record that every source becomes and everything downstream reads, and the error for what does not fit.
 
 A turn's weight multiplies the loss of its tokens: 0 for what is read but not learned (questions, system prompts, tool
-results), 1 for what is learned. Two roles stand for something else than a person's words:
+results), 1 for what is learned. Three roles stand for something else than a person's words:
 
 * `text`: a plain document, a conversation of this one turn. A document of which parts carry loss is several turns of
   `text`, each tokenised on its own, among which `special` ("<|eos|>" or "<|bos|>") puts a token by its name.
+* `ids`: token ids, of an example that another program tokenised; a conversation of such turns alone, see `token_ids`.
 * `call`: the assistant calls tools; the text is JSON, see `tool_calls`. What they answer is a turn of the `tool`. The
   tools there are, as JSON, are the conversation's `tools`.
 """
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
 
-ROLES = ("system", "user", "assistant", "call", "tool", "text", "special")
+ROLES = ("system", "user", "assistant", "call", "tool", "text", "special", "ids")
 ANSWERS = ("assistant", "call")  # what the assistant says and does, which is what can be learned of a chat
 SPECIAL = ("<|bos|>", "<|eos|>")
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode

@@ -59,6 +59,11 @@ class Folder:
         remote = {} if files.protocol[0] == "file" else {"block_size": BUFFER}
         return cast(BinaryIO, files.open(f"{root}/{name}", "rb", **remote))
 
+    def local(self, name: str) -> str | None:
+        """The path of a file, where it is on this machine."""
+        files, root = self._opened()
+        return f"{root}/{name}" if files.protocol[0] == "file" else None
+
     def stamp(self, name: str) -> dict[str, Any]:
         """Size in bytes, and what the system says of the file's last change, None if nothing: what tells that it is
         still the same."""

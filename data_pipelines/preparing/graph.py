@@ -22,6 +22,7 @@ from data_pipelines.preparing.store import Made, Store, made_before, read_lines,
 from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.read import Reader
 from data_pipelines.stages.source import PrepareError, Source
+from data_pipelines.token_ids import ROLE
 from data_pipelines.tokenizers import training as tokenizer_training
 from data_pipelines.workers import Workers, advance
 
@@ -251,7 +252,7 @@ def train_tokenizer(store: Store, options: Mapping[str, Any], chunks: Chunks) ->
 
 
 def texts(chunks: Chunks) -> Iterator[str]:
-    """All that is said in the train splits."""
+    """All that is said in the train splits; token ids are of another tokenizer, and no text."""
     for each in chunks.values():
         for conversation in conversations(each, "train"):
-            yield from (turn.text for turn in conversation.turns)
+            yield from (turn.text for turn in conversation.turns if turn.role != ROLE)

@@ -16,6 +16,7 @@ from data_pipelines.datasets import SourceDataset, open_source
 from data_pipelines.reporting.accounts import Account
 from data_pipelines.reporting.repeats import Repeats
 from data_pipelines.stages.split import prompt
+from data_pipelines.token_ids import ROLE
 from data_pipelines.workers import Workers, advance
 
 RANGE = 8192  # examples of a part, at least
@@ -30,8 +31,8 @@ _ROW = re.compile(r".+?:\d+(?=:|$)")
 @dataclasses.dataclass
 class Scan:
     """Of examples: `lengths` in characters and `turns` as value -> examples, `roles` as role -> turns,
-    `role_characters` as role -> characters. `learned` characters are those of turns with a weight above 0. `prompts`
-    counts rows by their first question."""
+    `role_characters` as role -> characters. `learned` characters are those of turns with a weight above 0. Token ids
+    have the characters of their numbers, which are no `words`. `prompts` counts rows by their first question."""
 
     examples: int = 0
     characters: int = 0
@@ -50,7 +51,7 @@ class Scan:
         for turn in conversation.turns:
             size = len(turn.text)
             length += size
-            self.words += len(turn.text.split())
+            self.words += 0 if turn.role == ROLE else len(turn.text.split())
             self.roles[turn.role] += 1
             self.role_characters[turn.role] += size
             self.unhelpful += not turn.helpful

@@ -30,6 +30,8 @@ from typing import Any
 
 from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
 from data_pipelines.errors import InputError, nearest, shown
+from data_pipelines.files import array_records
+from data_pipelines.token_ids import FORM, ROLE, read_ids
 
 Row = Mapping[str, Any]
 
@@ -64,8 +66,11 @@ def load(kind: str) -> ModuleType:
 
 @functools.lru_cache(maxsize=1024)  # asked for every row of a file
 def stem(path: PurePath | str) -> str:
-    """`hc3/all.jsonl.gz` -> `hc3/all`: what the ids of a file's conversations start with."""
+    """`hc3/all.jsonl.gz` -> `hc3/all`, `c4.array_record-00000-of-00008` -> `c4-00000-of-00008`: what the ids of a
+    file's conversations start with."""
     pure = PurePath(path)
+    if array_records.NAME.search(pure.name):
+        return pure.with_name(array_records.NAME.sub("", pure.name)).as_posix()
     if pure.suffix.lower() == ".gz":
         pure = pure.with_suffix("")
     return pure.with_suffix("").as_posix()
@@ -171,15 +176,17 @@ def alternate(roles: Sequence[str], where: Where, expected: str, numbers: Sequen
 
 
 def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None:
-    """What must hold for a conversation of any source, beyond its types. Raises DataError naming the turn."""
+    """What must hold for a conversation of any source, beyond its types. Raises DataError naming the turn.
+
+    `max_turn_chars` counts a token id as one character, however many digits it has."""
     for turn_number, (role, text, weight, _) in enumerate(conversation.turns, start=1):
         if not text or text.isspace():
             raise DataError(at(where, turn_number), "an empty turn", "a turn with text in it", "empty_text")
-        if len(text) > max_turn_chars:
-            found = f"a turn of {len(text):,} characters"
-            raise DataError(
-                at(where, turn_number), found, f"max_turn_chars={max_turn_chars:,} or fewer", "turn_too_long"
-            )
+        size = count_ids(text, at(where, turn_number)) if role == ROLE else len(text)
+        if size > max_turn_chars:
+            found = f"a turn of {size:,} {'token ids' if role == ROLE else 'characters'}"
+            expected = f"max_turn_chars={max_turn_chars:,} or fewer"
+            raise DataError(at(where, turn_number), found, expected, "turn_too_long")
         writable(text, where, turn_number)
         if not 0 <= weight < math.inf:
             expected = "a finite weight, 0 or more"
@@ -194,6 +201,16 @@ def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None
     writable(conversation.tools, where)
     if not any(turn.weight for turn in conversation.turns):
         raise DataError(where, "no turn with a weight above 0", "something to learn", "nothing_to_learn")
+    if len(roles := {turn.role for turn in conversation.turns}) > 1 and ROLE in roles:
+        raise DataError(where, f"turns of {' and '.join(sorted(roles))}", "turns of ids alone", "mixed_ids")
+
+
+def count_ids(text: str, where: Where) -> int:
+    """How many there are in a turn of ids."""
+    try:
+        return len(read_ids(text))
+    except InputError:
+        raise DataError(where, f"{shown(text)} as token ids", FORM, "wrong_ids") from None
 
 
 def writable(text: str, where: Where, turn: int | None = None) -> None:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from data_pipelines.conversation import Conversation, Turn
 from data_pipelines.errors import known_key
 from data_pipelines.stages.chunk import Ledger, Sample
+from data_pipelines.token_ids import ROLE
 
 HALF = "other_half_of_pair"
-NOT_TEXT = ("call", "special")  # roles
+NOT_TEXT = ("call", "special", ROLE)  # roles
 
 
 class Dropped(Exception):
@@ -68,7 +69,7 @@ class Stage(abc.ABC):
 
 def map_texts(conversation: Conversation, change: Callable[[Turn], str]) -> Conversation:
     """The conversation with the texts that `change` gives for its turns; the same object if none differs. What is not
-    text, calls of tools and special tokens, stays as it is."""
+    text, calls of tools, special tokens and token ids, stays as it is."""
     turns = tuple(
         t if t.role in NOT_TEXT or (text := change(t)) == t.text else t._replace(text=text) for t in conversation.turns
     )

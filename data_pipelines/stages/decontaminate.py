@@ -3,7 +3,8 @@
 What counts as held is said in `contamination`; the index is a file by `contamination_index.prepared_index`. A
 conversation is dropped whole, as "contaminated/<benchmark>" of what comes first in it. (GPT-3 cut the run and 200
 characters around it out of its documents, since one quotation should not cost a book; half a conversation is no
-example, and long documents can be looked at with `report_only`.) Of a comparison both answers go.
+example, and long documents can be looked at with `report_only`.) Of a comparison both answers go. Token ids cannot be
+compared with texts: examples of these stay, whatever they hold.
 
     index, sha256   the file, and what it must be
     rules           those of the index by default
@@ -27,6 +28,7 @@ from data_pipelines.conversation import Conversation
 from data_pipelines.errors import InputError
 from data_pipelines.stages.base import Dropped, Stage
 from data_pipelines.stages.chunk import Ledger
+from data_pipelines.token_ids import ROLE
 
 
 class Decontaminate(Stage):
@@ -56,7 +58,8 @@ class Decontaminate(Stage):
         self.ignored = frozenset(self.options["ignore"])
 
     def conversation(self, conversation: Conversation, ledger: Ledger) -> Conversation:
-        read = [turn.role == "user" or self.options["turns"] == "all" for turn in conversation.turns]
+        everything = self.options["turns"] == "all"
+        read = [turn.role == "user" or (everything and turn.role != ROLE) for turn in conversation.turns]
         texts = [turn.text.replace(BOUNDARY, " ") for turn, wanted in zip(conversation.turns, read) if wanted]
         words = Words(BOUNDARY.join(texts))
         first: tuple[str, str, Held] | None = None

@@ -6,7 +6,8 @@ unit is the sample: the answers of a row belong to its question, the halves of a
 Exact duplicates agree in a part, whatever the rest of them says: "query" is the first question, by which Koala went in
 ShareGPT; "exchange" that and the first answer to it, by which Vicuna went; "whole" all that is said. Near duplicates
 have a part in common that is similar (`minhash`). Both compare normalised text: Unicode's NFKC, cases folded, white
-space collapsed. Samples are compared with those of other sources that go by the same part.
+space collapsed. Samples are compared with those of other sources that go by the same part. Token ids are compared with
+token ids, all those of an example whichever the part, and exactly only.
 
 Similar means on the surface. A sum with other numbers in it, or a page that is boilerplate to three quarters, can
 resemble another as much as a copy does of which 2 % of the characters were changed: at a similarity of 0.7 one in 17
@@ -29,6 +30,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.stages.base import Stage, normal
 from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.minhash import NO_KEY, SCHEME, Signatures, needed, sketch
+from data_pipelines.token_ids import all_ids
 
 PARTS = ("", "query", "exchange", "whole")
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
@@ -80,6 +82,10 @@ class Dedupe(Stage):
         """Of the samples of a chunk, in their order."""
         exact, texts = np.full(len(samples), NO_KEY, np.uint64), [""] * len(samples)
         for row, sample in enumerate(samples):
+            ids = [all_ids(conversation.turns) for conversation in sample.conversations]
+            if any(ids):
+                exact[row] = exact_key("ids", ids if self.exact else ())
+                continue
             parts = {part: said(sample, part) for part in {self.exact, self.near}}
             exact[row] = exact_key(self.exact, parts[self.exact])
             text = " ".join(parts[self.near])

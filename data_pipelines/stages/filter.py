@@ -4,7 +4,8 @@
     stages.filter = {"languages": ("zh",), "min_chars": 200, "repetition": True, "chinese": {}}              web text
 
 Every rule is off until a configuration asks for it. They are applied in this order; the first that applies is the
-reason, and is what `dropped` counts by. (Conversations with tools are for the stage `tools`.)
+reason, and is what `dropped` counts by. (Conversations with tools are for the stage `tools`.) They are about text, so
+examples that are token ids go through as they are.
 
     page_errors      False   True: a chat ends before "Too many requests in 1 hour" and the like (counted as changed);
                              page_error where nothing is left of it
@@ -49,6 +50,7 @@ from data_pipelines.stages.base import NOT_TEXT, Dropped, Stage, map_texts
 from data_pipelines.stages.chunk import Ledger
 from data_pipelines.stages.language import language
 from data_pipelines.stages.repetition import repetition
+from data_pipelines.token_ids import ROLE
 
 ORIGINS = ("openai", "open-ai", "open ai", "chatgpt", "chat-gpt", "chadgpt", "gpt-3", "gpt3")  # Koala's
 
@@ -120,6 +122,8 @@ class Filter(Stage):
                 raise InputError(f'{key}: found {self.options[key]!r}; expected "drop", "flag" or False')
 
     def conversation(self, conversation: Conversation, ledger: Ledger) -> Conversation:
+        if conversation.turns[0].role == ROLE:
+            return conversation
         kept = _before_error(conversation) if self.options["page_errors"] else conversation
         for rule in self.rules:
             rule(kept, ledger)

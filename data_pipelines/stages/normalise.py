@@ -24,9 +24,9 @@ Options, and what `changed` counts (conversations in which it was):
 
 Always: line ends become "\\n"; what is invisible goes; spaces that do not break become plain ones (line_ends, control,
 bidi, zero_width, no_break_space). U+FFFD, which stands where something was lost for good, stays and is counted (table
-"characters"). Roles, weights and the order of turns are as before; calls of tools and special tokens are no text and
-stay as they are. A turn of which nothing is left drops its conversation (empty_after_normalise), and so does a page too
-large to convert (html_too_large); a comparison goes whose two answers have become the same (identical_pair).
+"characters"). Roles, weights and the order of turns are as before; calls of tools, special tokens and token ids are no
+text and stay as they are. A turn of which nothing is left drops its conversation (empty_after_normalise), and so does a
+page too large to convert (html_too_large); a comparison goes whose two answers have become the same (identical_pair).
 
 Code in a text (`code_spans`) is touched by "always" alone, since all else can break it: the space at the end of a line
 of a diff, an "é" in a string, an entity in HTML. See `chat_page`, `characters` and `detokenise` for what is done and

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipelines import sources
 from data_pipelines.conversation import Conversation, DataError, Where
+from data_pipelines.files import array_records
 from data_pipelines.files.records import read_items
 from data_pipelines.stages.chunk import Ledger, Sample
 from data_pipelines.stages.source import COMMON, PrepareError, Source, own_options
@@ -68,9 +69,12 @@ class Reader:
     def rows_of(self, file: str) -> Iterator[tuple[Sample, list[str]] | DataError]:
         """A sample and its repairs, or an error, for every row."""
         separator: Any = self.source.options.get("separator") or getattr(self.module, "SEPARATOR", 1)
+        local = self.source.folder.local(file)
         with _Watched(self.source.folder.open(file), self.progress) as raw:
-            for item in read_items(file, name=file, raw=cast(BinaryIO, raw), separator=separator):
+            for item in read_items(file, name=file, raw=cast(BinaryIO, raw), local=local, separator=separator):
                 yield item if isinstance(item, DataError) else self.sample(*item)
+        if local and array_records.NAME.search(file):  # read past the watched file
+            self.progress(self.source.folder.stamp(file)["bytes"])
 
     def sample(self, where: Where, row: sources.Row) -> tuple[Sample, list[str]] | DataError:
         try:

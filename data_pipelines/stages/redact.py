@@ -1,4 +1,5 @@
-"""Takes addresses, numbers and keys of particular people out of every turn; see `redaction` for what and by what.
+"""Takes addresses, numbers and keys of particular people out of every turn that is text (token ids, whose digits may
+look like a number of somebody's, are none); see `redaction` for what and by what.
 
     kinds         what is taken out. "cn_id" and "cn_mobile" (China's identity numbers, and its mobile numbers that are
                   not called so) are further ones: the second takes any 11 digits that begin like one

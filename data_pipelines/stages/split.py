@@ -2,7 +2,8 @@
 they come from and however many samples there are. A source that has splits of its own keeps them.
 
 The prompt is what the user says first, or a document's whole text, normalised as for comparing (NFKC, case folded,
-spaces collapsed). A comparison's two answers, and the several answers to a question, therefore stay together.
+spaces collapsed). A comparison's two answers, and the several answers to a question, therefore stay together. Token ids
+do not tell where a prompt ends, so all ids of an example count as one document.
 """
 
 from typing import ClassVar
@@ -11,6 +12,7 @@ from data_pipelines.conversation import Conversation
 from data_pipelines.sources import stable_hash
 from data_pipelines.stages.base import Stage, normal
 from data_pipelines.stages.chunk import Ledger, Sample
+from data_pipelines.token_ids import all_ids
 
 
 class Split(Stage):
@@ -33,4 +35,4 @@ class Split(Stage):
 def prompt(conversation: Conversation) -> str:
     """What is asked first, as it is compared."""
     asked = next((turn.text for turn in conversation.turns if turn.role in ("user", "text")), "")
-    return normal(asked)
+    return normal(asked or all_ids(conversation.turns))

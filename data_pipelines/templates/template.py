@@ -3,7 +3,7 @@
 A template lays a conversation out as segments: special tokens by id, and texts that are tokenised one by one, each
 with its loss weight. Headers, questions and bos weigh 0; an assistant's text and the token that ends it weigh what
 the turn does; a document (the role "text") is `bos text eos` whatever the template, and one of several parts `bos part
-part … eos`.
+part … eos`. Token ids (the role "ids") are these ids in any template, and nothing is added to them.
 
 * `koala`: the format of Koala, as koala_data_pipeline writes it and EasyLM's TextProcessor reads it.
 * `chat`: <|user|>question<|end|><|assistant|>answer<|end|>, for tokenizers that have these special tokens.
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from data_pipelines.conversation import ANSWERS, SPECIAL, Conversation, Turn
 from data_pipelines.errors import InputError
 from data_pipelines.templates.jinja_chat import ChatRenderer, ChatTemplateError, Rendered
+from data_pipelines.token_ids import ROLE, read_ids
 from data_pipelines.tokenizers.tokenizer import Ids, Span, Tokenizer
 from data_pipelines.tool_calls import messages
 
@@ -79,10 +80,10 @@ class Example:
 
 
 class Segment(NamedTuple):
-    """A special token's id or a text, with its loss weight; `spans` (start, end, weight) in characters where only
-    parts of a text carry loss. `continued` as in Tokenizer.encode_batch."""
+    """A special token's id, a text or token ids int32[n], with its loss weight; `spans` (start, end, weight) in
+    characters where only parts of a text carry loss. `continued` as in Tokenizer.encode_batch."""
 
-    content: str | int
+    content: str | int | Ids
     weight: float = 0.0
     spans: tuple[Span, ...] = ()
     continued: bool = False
@@ -142,16 +143,20 @@ class Template(abc.ABC):
                 (spanned[continued], self.tokenizer.encode_within),
             ):
                 if wanted:
-                    wanted.update(zip(list(wanted), tokenize(list(wanted), continued=continued)))
+                    wanted.update(zip(list(wanted), tokenize(list(wanted), continued=continued)))  # type: ignore[arg-type]
         return self._assemble(layouts, texts, spanned)
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
-        """Ids that the assistant's next answer continues; of a document, its beginning without eos."""
+        """Ids that the assistant's next answer continues; of a document, its beginning without eos; of token ids, all
+        of them."""
         if conversation.turns[-1].role in ANSWERS:
             raise InputError(f"{conversation.source}/{conversation.id}: a prompt cannot end with an assistant's turn")
         ids: list[int] = []
         for content, _, _, continued in self._layout(conversation, prompt=True):
-            ids += [content] if isinstance(content, int) else self.tokenizer.encode(content, continued=continued)
+            if isinstance(content, str):
+                ids += self.tokenizer.encode(content, continued=continued)
+            else:
+                ids += [content] if isinstance(content, int) else content.tolist()
         return ids
 
     @property
@@ -167,6 +172,8 @@ class Template(abc.ABC):
     def _layout(self, conversation: Conversation, prompt: bool) -> list[Segment]:
         turns = conversation.turns
         try:
+            if any(turn.role == ROLE for turn in turns):
+                return self._token_ids(turns)
             if any(turn.role in ("text", "special") for turn in turns):
                 return self._document(turns, prompt)
             if conversation.tools and not self.takes_tools:
@@ -195,6 +202,16 @@ class Template(abc.ABC):
             return parts[:-1]
         return parts if prompt or ended else [*parts, Segment(self._eos, turns[-1].weight)]
 
+    def _token_ids(self, turns: Sequence[Turn]) -> list[Segment]:
+        if others := sorted({turn.role for turn in turns} - {ROLE}):
+            raise InputError(f"found turns of {' and '.join(others)} beside token ids; expected token ids alone")
+        runs = [read_ids(turn.text) for turn in turns]
+        largest, size = max(int(np.max(ids)) for ids in runs), self.tokenizer.vocab_size
+        if largest >= size:
+            expected = f"0 to {size - 1}, the ids of {self.tokenizer.path}: another tokenizer made these"
+            raise InputError(f"found the token id {largest}; expected {expected}")
+        return [Segment(ids, turn.weight) for ids, turn in zip(runs, turns)]
+
     def _assemble(
         self, layouts: Sequence[list[Segment]], texts: Sequence[Mapping[str, Ids]], spanned: Sequence[Mapping[Any, Any]]
     ) -> list[Example | None]:
@@ -209,8 +226,12 @@ class Template(abc.ABC):
                     within += [(at + first, at + last, each) for first, last, each in found]
                 elif isinstance(content, str):
                     part = texts[continued][content]
+                elif isinstance(content, int):
+                    if content not in special:
+                        special[content] = np.full(1, content, np.int32)
+                    part = special[content]
                 else:
-                    part = special.setdefault(content, np.full(1, content, np.int32))
+                    part = content
                 parts.append(part)
                 weights.append(weight)
                 at += len(part)

@@ -1,12 +1,15 @@
 """Rows come out of every format, and every kind of broken file is named with its place."""
 
 import gzip
+import io
 import json
 import random
+import tempfile
 import time
 import zlib
 
 import pytest
+from tf_examples import array_record, example
 
 from data_pipelines.conversation import DataError
 from data_pipelines.files import json_stream
@@ -239,3 +242,76 @@ def test_reading_is_lazy(tmp_path):
     rows = read_rows(path)
     assert next(rows)[1] == {"n": 1}
     rows.close()
+
+
+EXAMPLES = [example({"n": [i], "f": [i / 4], "t": [f"é{i}"]}) for i in range(300)]
+ROWS = [(i + 1, {"n": [i], "f": [i / 4], "t": [f"é{i}"]}) for i in range(300)]
+
+
+@pytest.mark.parametrize("options", ["group_size:1", "group_size:7", "group_size:1,uncompressed", "group_size:65536"])
+@pytest.mark.parametrize("name", ["a.array_record", "A.Array_Record", "a.b.array_record-00001-of-00010"])
+def test_array_records(tmp_path, name, options):
+    path = write(tmp_path, name, array_record(*EXAMPLES, options=options))
+    assert read(path) == (ROWS, [])
+    with open(path, "rb") as file:  # from a copy, as behind a URL
+        assert read(path.rename(tmp_path / f"away{path.suffix}"), raw=file) == (ROWS, [])
+
+
+def test_a_copy_of_array_records_is_removed(tmp_path, monkeypatch):
+    made, copied = [], tempfile.NamedTemporaryFile
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **o: made.append(copied(dir=tmp_path, **o)) or made[-1])
+    path = write(tmp_path, "a.array_record", array_record(*EXAMPLES[:3]))
+    data = io.BytesIO(path.read_bytes())
+    assert read(path, raw=data) == (ROWS[:3], []) and len(made) == 1 and data.closed
+    assert [each.name for each in tmp_path.iterdir()] == ["a.array_record"]
+    assert read(path, raw=io.BytesIO(), local=str(path)) == (ROWS[:3], []) and len(made) == 1
+
+
+@pytest.mark.parametrize("name", [".array_record", "a.array_record.gz", "a.array_record-1", "array_record"])
+def test_names_that_are_not_of_array_records(tmp_path, name):
+    (error,) = read(write(tmp_path, name, array_record(*EXAMPLES[:3])))[1]
+    assert error.reason == "unknown_suffix" and ".array_record" in error.expected
+
+
+def test_records_that_are_no_examples_cost_themselves_alone(tmp_path):
+    path = write(
+        tmp_path, "a.array_record", array_record(EXAMPLES[0], b"{}", b"", EXAMPLES[3], b"x" * 500, EXAMPLES[5])
+    )
+    rows, errors = read(path)
+    assert rows == [ROWS[0], (3, {}), ROWS[3], ROWS[5]]
+    assert [(error.where.row, error.reason) for error in errors] == [(2, "not_an_example"), (5, "not_an_example")]
+    rows, errors = read(path, max_row_bytes=499)
+    assert [row for row, _ in rows] == [1, 3, 4, 6]
+    assert [(error.where.row, error.reason) for error in errors] == [(2, "not_an_example"), (5, "row_too_long")]
+
+
+NO_ARRAY_RECORDS = {
+    "nothing": b"",
+    "text": b"tokens 1 2 3\n" * 9999,
+    "zeros": bytes(1 << 17),
+    "the first half": array_record(*EXAMPLES)[: len(array_record(*EXAMPLES)) // 2],
+    "all but the last byte": array_record(*EXAMPLES)[:-1],
+    "the last half": array_record(*EXAMPLES)[len(array_record(*EXAMPLES)) // 2 :],
+}
+
+
+@pytest.mark.parametrize("data", NO_ARRAY_RECORDS.values(), ids=NO_ARRAY_RECORDS)
+def test_files_that_are_no_array_records(tmp_path, data):
+    rows, (error,) = read(write(tmp_path, "a.array_record", data))
+    assert (rows, error.reason, error.where.row) == ([], "damaged_array_record", 1)
+    assert str(error) == (
+        "a.array_record, row 1: found damaged ArrayRecord data, where reading ends; expected an intact ArrayRecord file"
+    )
+
+
+def test_array_records_without_any(tmp_path):
+    (error,) = read(write(tmp_path, "a.array_record", array_record()))[1]
+    assert (error.reason, error.where.row) == ("empty_file", None)
+
+
+def test_what_stands_before_damaged_records_is_read(tmp_path):
+    data = bytearray(array_record(*EXAMPLES, options="group_size:1,uncompressed"))
+    at = data.index(EXAMPLES[120])
+    data[at + 3] ^= 1
+    rows, (error,) = read(write(tmp_path, "a.array_record", bytes(data)))
+    assert rows == ROWS[:120] and (error.reason, error.where.row) == ("damaged_array_record", 121)

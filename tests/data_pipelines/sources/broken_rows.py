@@ -5,7 +5,9 @@ function from a good row to a bad one, and the reason that the bad one should be
 """
 
 import copy
+import json
 
+import numpy as np
 from hypothesis import strategies as st
 
 # No white space but single spaces, no controls; none of the characters that markers are made of.
@@ -134,6 +136,142 @@ def text(draw):
     return {"text": document}, [("", [["text", document, 1.0, True]])]
 
 
+@st.composite
+def oasst(draw):
+    """A tree in which one path is the best; beside each of its messages stand worse ones, and one that was deleted."""
+    texts = draw(st.lists(SAID, min_size=2, max_size=5))
+    replies = []
+    for depth, said in reversed([*enumerate(texts)]):
+        speaker = ("prompter", "assistant")[depth % 2]
+        message = {"text": said, "role": speaker, "lang": "en", "replies": replies}
+        worse = {"text": draw(SAID), "role": speaker, "rank": draw(st.sampled_from([None, 1, 2])), "replies": []}
+        deleted = {"text": draw(SAID), "role": speaker, "rank": -1, "deleted": True, "replies": []}
+        others = draw(st.lists(st.sampled_from([worse, deleted]), max_size=2))
+        replies = draw(st.permutations([{**message, "rank": 0}, *others]))
+    row = {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": message}
+    said = [(assistant if depth % 2 else user)(each) for depth, each in enumerate(texts)]
+    return row, [("", said if len(said) % 2 == 0 else said[:-1])]
+
+
+@st.composite
+def pairs(draw):
+    """Two answers in each of the shapes that they come in."""
+    question, better, worse = draw(SAID), draw(SAID), draw(SAID)
+    worse += "." if worse == better else ""
+    before = draw(st.lists(st.tuples(SAID, SAID), max_size=1))
+    shape = draw(st.sampled_from(["turns", "texts", "outputs", "fields", "prompt"]))
+    chosen, rejected = ({"from": "gpt", "value": each} for each in (better, worse))
+    if shape in ("turns", "texts"):
+        earlier = [(("human", "gpt")[i], each[i]) for each in before for i in (0, 1)]
+        turns = [{"from": who, "value": said} for who, said in [*earlier, ("human", question)]]
+        row = {"conversations": turns, "chosen": chosen, "rejected": rejected}
+        row |= {"chosen": better, "rejected": worse} if shape == "texts" else {}
+    elif shape == "prompt":
+        row, before = {"prompt": question, "chosen": better, "rejected": worse}, []
+    else:
+        row = {"instruction": question, "input": "", "history": [list(each) for each in before]}
+        row |= {"output": [better, worse]} if shape == "outputs" else {"chosen": better, "rejected": worse}
+    good, bad = ([t for q, a in before for t in (user(q), assistant(a, weight))] for weight in (1.0, 0.0))
+    return row, [
+        (":chosen", [*good, user(question), assistant(better)]),
+        (":rejected", [*bad, user(question), assistant(worse, helpful=False)]),
+    ]
+
+
+@st.composite
+def verdict(draw):
+    row, ((_, turns),) = draw(sharegpt())
+    if row.setdefault("label", draw(st.booleans())):
+        return row, [(":chosen", turns)]
+    read = [[role, said, 0.0, helpful] for role, said, _, helpful in turns[:-1]]
+    return row, [(":rejected", [*read, assistant(turns[-1][1], helpful=False)])]
+
+
+@st.composite
+def easylm(draw):
+    """A document of parts, each of one text or several, read or learned."""
+    texts = {name: draw(SAID) for name in ("a", "b", "c d")}
+    names = st.lists(st.sampled_from([*texts]), min_size=1, max_size=2)
+    parts = draw(st.lists(st.tuples(names, st.sampled_from([0.0, 1.0])), min_size=1, max_size=3))
+    spelled = ["+".join(names) if weight else f"[{'+'.join(names)}]" for names, weight in parts]
+    spelled = ["[<|bos|>]"] * draw(st.booleans()) + spelled + ["<|eos|>"] * draw(st.booleans())
+    turns = [["text", " ".join(texts[name] for name in names), weight, True] for names, weight in parts]
+    if len(turns) > 1 or not turns[0][2]:
+        turns.append(["special", "<|eos|>", 1.0, True])
+    return {**texts, "fields": ",".join(spelled)}, [("", turns)]
+
+
+@st.composite
+def koala(draw):
+    """EasyLM's rows as Koala has them."""
+    row, fields, turns = {"u": "USER:", "good": "GPT:", "bad": "An Unhelpful Answer:"}, [], []
+    for i, (question, answer) in enumerate(draw(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))):
+        helpful = draw(st.booleans())
+        row |= {f"q{i}": question, f"a{i}": answer}
+        fields += [f"[u+q{i}+{'good' if helpful else 'bad'}]", f"a{i}", "<|eos|>"]
+        turns += [user(question), assistant(answer, helpful=helpful)]
+    return {**row, "fields": ",".join(fields)}, [("", turns)]
+
+
+ARGUMENTS = st.dictionaries(WORD, st.one_of(SAID, st.integers(-9, 9), st.none(), st.booleans()), max_size=1)
+CALL = st.tuples(WORD, ARGUMENTS).map(lambda call: {"name": call[0], "arguments": call[1]})
+
+
+@st.composite
+def tools(draw):
+    """A chat in which one tool or two are called at once, in ShareGPT's way or in OpenAI's; the list of tools is the
+    last turn of what is expected."""
+    question, words, answer = draw(SAID), draw(st.one_of(st.just(""), SAID)), draw(SAID)
+    calls = draw(st.lists(CALL, min_size=1, max_size=2))
+    came_back = draw(st.lists(SAID, min_size=len(calls), max_size=len(calls)))
+    listed = [{"name": calls[0]["name"]}]
+    if draw(st.booleans()):
+        before = [("human", question), ("function_call", json.dumps(calls if len(calls) > 1 else calls[0]))]
+        said = [*before, *(("observation", each) for each in came_back), ("gpt", answer)]
+        row, words = {"conversations": [{"from": who, "value": each} for who, each in said]}, ""
+        row["tools"] = json.dumps(listed)
+    else:
+        calls = [{"id": f"c{i}", **call} for i, call in enumerate(calls)]
+        asked = [
+            {"id": c["id"], "function": {"name": c["name"], "arguments": json.dumps(c["arguments"])}} for c in calls
+        ]
+        results = [{"role": "tool", "tool_call_id": f"c{i}", "content": each} for i, each in enumerate(came_back)]
+        message = {"role": "assistant", "content": words or None, "tool_calls": asked}
+        around = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+        row = {"messages": [around[0], message, *draw(st.permutations(results)), around[1]]}
+        row["tools"] = [{"type": "function", "function": each} for each in listed]
+    turns = [user(question), *([assistant(words)] if words else [])]
+    turns.append(["call", json.dumps(calls, ensure_ascii=False), 1.0, True])
+    turns += [["tool", each, 0.0, True] for each in came_back]
+    in_full = [{"type": "function", "function": each} for each in listed]
+    return row, [("", [*turns, assistant(answer), ["tools", json.dumps(in_full, ensure_ascii=False)]])]
+
+
+@st.composite
+def tokens(draw, weights=(0, 1, 0.5, 2)):
+    """Ids under any of their keys, with what is learned of them under any of its keys, or all of it."""
+    ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=9))
+    row = dict.fromkeys(draw(st.sets(st.sampled_from(["input_ids", "tokens", "inputs", "targets"]), min_size=1)), ids)
+    if draw(st.booleans()):
+        row["attention_mask"] = [1] * len(ids)
+    name = draw(st.sampled_from(["", "labels", "loss_weights", "assistant_masks", "loss_mask"]))
+    every = st.lists(
+        st.sampled_from(weights if name == "loss_weights" else (0, 1)), min_size=len(ids), max_size=len(ids)
+    )
+    learned = [1] * len(ids) if not name else draw(every.filter(lambda each: any(each[1:])))
+    if name:
+        row[name] = [i if w else -100 for i, w in zip(ids, learned)] if name == "labels" else learned
+    turns = []
+    for i, weight in zip(ids, learned):
+        if turns and turns[-1][2] == weight:
+            turns[-1][1] += f" {i}"
+        else:
+            turns.append(["ids", f"{i}", float(weight), True])
+    return row, [("", turns)]
+
+
+FLOATS = (0.0, 1.0, 0.5, float(np.float32(0.1)))  # what a list of floats of a tf.train.Example can hold
+
 # name -> (kind of the source, grammar, what the files may be)
 JSON = ("json", "json.gz", "jsonl", "jsonl.gz")
 GRAMMARS = {
@@ -148,6 +286,14 @@ GRAMMARS = {
     "own": ("jsonl", own(), JSON),
     "messages": ("jsonl", sharegpt(), JSON),
     "json_text": ("jsonl", text(), JSON),
+    "oasst": ("oasst", oasst(), ("jsonl", "jsonl.gz")),
+    "pairs": ("preference", pairs(), JSON),
+    "verdict": ("preference", verdict(), JSON),
+    "easylm": ("easylm", easylm(), JSON),
+    "koala": ("easylm", koala(), JSON),
+    "tools": ("sharegpt", tools(), JSON),
+    "tokens": ("tokens", tokens(), JSON),
+    "examples": ("tokens", tokens(FLOATS), ("array_record",)),
     "yuan": ("yuan", yuan(), ("txt", "txt.gz")),
     "text": ("text", text(), ("txt", "txt.gz")),
 }
@@ -459,3 +605,219 @@ for name, value, reason in (
 ):
     breaks("yuan", name, lambda row, value=value: {"text": value}, reason)
 breaks("text", "a text that is too long", lambda row: {"text": TOO_LONG}, "turn_too_long")
+
+break_text("oasst", "prompt", "text", missing="wrong_type")
+for key in ("message_tree_id", "prompt"):
+    breaks("oasst", "a key is missing", lambda row, key=key: put(row, key, ...), "wrong_keys")
+for name, value in {"null": None, "a number": 7, "text": "x", "a list": [], "an empty object": {}}.items():
+    breaks("oasst", f"{name} for an object", lambda row, value=value: put(row, "prompt", value), "wrong_keys")
+    breaks("oasst", f"{name} for a turn", lambda row, value=value: put(row, "prompt", "replies", [value]), "wrong_keys")
+for name, value in {**NOT_TEXT, "an unknown speaker": "human", "an empty speaker": ""}.items():
+    if not isinstance(value, list | dict):
+        place = lambda row, value=value: put(row, "prompt", "role", value)
+        breaks("oasst", f"{name} for a speaker", place, "wrong_keys")
+for name, value in {"a number": 7, "text": "x", "an object": {"0": "x"}}.items():
+    breaks("oasst", f"{name} for a list", lambda row, value=value: put(row, "prompt", "replies", value), "wrong_type")
+for name, value in {"an empty list": [], "null for a list": None}.items():
+    breaks("oasst", name, lambda row, value=value: put(row, "prompt", "replies", value), "no_exchange")
+breaks("oasst", "the same speaker twice", lambda row: put(row, "prompt", "role", "assistant"), "not_alternating")
+for name, value in {"another state": "growing", "null for a state": None, "a list for a state": []}.items():
+    breaks("oasst", name, lambda row, value=value: put(row, "tree_state", value), "tree_state")
+
+PAIR = {"prompt": "x", "chosen": "good", "rejected": "bad"}
+TURNS = {"conversations": [{"from": "human", "value": "x"}], "chosen": "good", "rejected": "bad"}
+for key in PAIR:
+    for name, value in NOT_TEXT.items():
+        breaks("pairs", f"{name} for a text", lambda row, key=key, value=value: {**PAIR, key: value}, "wrong_type")
+    for name, value, reason in (
+        *((name, value, "empty_text") for name, value in EMPTY.items()),
+        ("a text that is too long", TOO_LONG, "turn_too_long"),
+        ("half a surrogate pair", HALF, "half_surrogate"),
+    ):
+        breaks("pairs", name, lambda row, key=key, value=value: {**PAIR, key: value}, reason)
+    breaks("pairs", "a key is missing", lambda row, key=key: put(PAIR, key, ...), "wrong_keys")
+for name, value, reason in (
+    ("null for a text", None, "wrong_type"),
+    ("an empty object for a turn", {}, "wrong_keys"),
+    ("the same speaker twice", {"from": "human", "value": "good"}, "not_alternating"),
+    ("an unknown speaker for a speaker", {"from": "narrator", "value": "good"}, "wrong_role"),
+    ("empty text", {"from": "gpt", "value": ""}, "empty_text"),
+    ("a list for a text", ["good"], "wrong_type"),
+):
+    breaks("pairs", name, lambda row, value=value: {**TURNS, "chosen": value}, reason)
+breaks("pairs", "the same answer twice", lambda row: {**PAIR, "rejected": "good"}, "identical_pair")
+breaks("pairs", "one speaker alone", lambda row: {**TURNS, "conversations": []}, "no_exchange")
+breaks("pairs", "null for a list", lambda row: {**TURNS, "conversations": None}, "wrong_type")
+for name, value, reason in (
+    ("null for a list", None, "wrong_type"),
+    ("text for a list", "good", "wrong_type"),
+    ("an empty list", [], "wrong_outputs"),
+    ("one of two", ["good"], "wrong_outputs"),
+    ("three of two", ["good", "bad", "worse"], "wrong_outputs"),
+    ("the same answer twice", ["good", "good"], "identical_pair"),
+    ("null for a text", ["good", None], "wrong_type"),
+):
+    breaks("pairs", name, lambda row, value=value: {"instruction": "x", "output": value}, reason)
+for name, value in {"null": None, "text": "good", "a number": 1, "a list": [True], "an object": {}}.items():
+    for grammar in ("pairs", "verdict"):
+        breaks(grammar, f"{name} for a label", lambda row, value=value: {**row, "label": value}, "wrong_label")
+breaks("verdict", "a key is missing", lambda row: {"label": row["label"]}, "wrong_keys")
+breaks("verdict", "one speaker alone", lambda row: put(row, "TURNS", row[turns_key(row)][-1:]), "no_exchange")
+breaks("verdict", "empty text", lambda row: put_said(row, -1, "SAID", ""), "empty_text")
+
+for grammar in ("easylm", "koala"):
+    break_text(grammar, "fields", long=False)
+    for name, value, reason in (
+        ("a field that is not there", "zzz", "wrong_keys"),
+        ("a part of a field that is not there", "[zzz+fields]", "wrong_keys"),
+        ("a comma too many", "fields,", "wrong_keys"),
+        ("ids for a field", "<|123|>", "raw_tokens"),
+        ("packed ids for a field", "fields,{ids}", "raw_tokens"),
+        ("nothing but tokens", "<|bos|>,[<|eos|>]", "empty_text"),
+    ):
+        breaks(grammar, name, lambda row, value=value: put(row, "fields", value), reason)
+    for name, value in NOT_TEXT.items():
+        place = lambda row, value=value: {"x": value, "fields": "[fields],x"}
+        breaks(grammar, f"{name} for a text", place, "wrong_type")
+    for name, value, reason in (
+        *((name, value, "empty_text") for name, value in EMPTY.items()),
+        ("a text that is too long", TOO_LONG, "turn_too_long"),
+        ("half a surrogate pair", HALF, "half_surrogate"),
+    ):
+        breaks(grammar, name, lambda row, value=value: {"x": value, "fields": "x"}, reason)
+
+
+def calling(call, **others):
+    """A chat with this call."""
+    said = [("human", "x"), ("function_call", call), ("observation", "y"), ("gpt", "z")]
+    return {"conversations": [{"from": who, "value": each} for who, each in said], **others}
+
+
+GOOD_CALL = '{"name": "f", "arguments": {}}'
+for name, value in {
+    **NOT_TEXT,
+    "empty text": "",
+    "text that is no JSON": "f(x)",
+    "JSON that is cut off": GOOD_CALL[:-1],
+    "an empty list": "[]",
+    "a list of numbers": "[7]",
+    "no name": '{"arguments": {}}',
+    "an empty name": '{"name": " ", "arguments": {}}',
+    "a number for a name": '{"name": 7, "arguments": {}}',
+    "no arguments": '{"name": "f"}',
+    "null for arguments": '{"name": "f", "arguments": null}',
+    "a list for arguments": '{"name": "f", "arguments": []}',
+    "arguments that are no JSON": '{"name": "f", "arguments": "x=1"}',
+    "arguments that are JSON of a list": '{"name": "f", "arguments": "[1]"}',
+    "an argument that is no number": '{"name": "f", "arguments": {"x": NaN}}',
+    "nested too deeply": '{"name": "f", "arguments": ' + '{"x":' * 9999 + "1" + "}" * 10000,
+}.items():
+    breaks("tools", f"{name}, for a call", lambda row, value=value: calling(value), "wrong_call")
+for name, value in {
+    "a number": 7,
+    "a boolean": True,
+    "text that is no JSON": "[f]",
+    "an object": {"name": "f"},
+    "a list of texts": ["f"],
+    "a list of null": [None],
+    "a tool without a name": [{"description": "x"}],
+    "a tool with an empty name": [{"function": {"name": ""}}],
+    "a tool with a number that JSON does not have": [{"name": "f", "parameters": {"x": float("inf")}}],
+}.items():
+    for grammar in ("tools", "sharegpt", "pairs"):
+        breaks(grammar, f"{name}, for tools", lambda row, value=value: {**row, "tools": value}, "wrong_tools")
+for name, value, reason in (
+    ("a text that is too long", TOO_LONG, "turn_too_long"),
+    ("half a surrogate pair", HALF, "half_surrogate"),
+):
+    breaks("tools", name, lambda row, value=value: {**row, "tools": [{"name": value}]}, reason)
+    call = json.dumps({"name": value, "arguments": {}})
+    breaks("tools", name, lambda row, call=call: calling(call), reason)
+breaks("tools", "an answer without a call", lambda row: {"items": calling("")["conversations"][2:3]}, "no_exchange")
+breaks(
+    "tools",
+    "an answer before its call",
+    lambda row: {"items": [calling(GOOD_CALL)["conversations"][i] for i in (0, 2, 1, 3)]},
+    "not_alternating",
+)
+breaks(
+    "tools",
+    "two calls",
+    lambda row: {"items": [calling(GOOD_CALL)["conversations"][i] for i in (0, 1, 1, 2)]},
+    ("not_alternating"),
+)
+breaks(
+    "tools",
+    "a call of the user",
+    lambda row: {
+        "messages": [{"role": "user", "tool_calls": [json.loads(GOOD_CALL)]}, {"role": "tool", "content": "x"}]
+    },
+    "wrong_call",
+)
+breaks(
+    "tools",
+    "an answer to another call",
+    lambda row: {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [{"id": "c1", **json.loads(GOOD_CALL)}]},
+            {"role": "tool", "tool_call_id": "c2", "content": "y"},
+        ]
+    },
+    "wrong_call",
+)
+breaks(
+    "tools",
+    "a weight for what is read",
+    lambda row: put(calling(GOOD_CALL), "TURNS", 2, "weight", 1),
+    "wrong_weight",
+)
+
+SOME = {"input_ids": [5, 6, 7]}
+for grammar in ("tokens", "examples"):  # rows that a tf.train.Example can hold
+    for name, value, reason in (
+        ("the keys of no format", {"x": [1]}, "wrong_keys"),
+        ("nothing at all", {}, "wrong_keys"),
+        ("an empty list", {"tokens": []}, "empty_ids"),
+        ("texts for ids", {"input_ids": ["5", "6"]}, "wrong_type"),
+        ("fractions for ids", {"targets": [5.0, 6.0]}, "wrong_type"),
+        ("a negative id", {"input_ids": [5, -1]}, "wrong_ids"),
+        ("an id that int32 cannot hold", {"inputs": [5, 2**31]}, "wrong_ids"),
+        ("different ids", {"inputs": [5, 6], "targets": [6, 7]}, "ambiguous_ids"),
+        ("too few labels", {**SOME, "labels": [5, 6]}, "wrong_length"),
+        ("too many weights", {**SOME, "loss_weights": [1.0] * 4}, "wrong_length"),
+        ("an empty list of weights", {**SOME, "loss_mask": []}, "wrong_length"),
+        ("labels that are shifted", {**SOME, "labels": [6, 7, -100]}, "wrong_labels"),
+        ("another label for what is not learned", {**SOME, "labels": [-1, 6, 7]}, "wrong_labels"),
+        ("fractions for labels", {**SOME, "labels": [5.0, 6.0, 7.0]}, "wrong_type"),
+        ("a text for a weight", {**SOME, "assistant_masks": ["1", "1", "1"]}, "wrong_type"),
+        ("not a number for a weight", {**SOME, "loss_weights": [1.0, float("nan"), 1.0]}, "wrong_type"),
+        ("infinity for a weight", {**SOME, "loss_weights": [1.0, float("inf"), 1.0]}, "wrong_type"),
+        ("a negative number for a weight", {**SOME, "loss_weights": [0.0, 1.0, -0.5]}, "wrong_weight"),
+        ("padding", {**SOME, "attention_mask": [1, 1, 0]}, "padding"),
+        ("one id alone", {"input_ids": [5]}, "nothing_to_learn"),
+        ("nothing to learn", {**SOME, "labels": [-100] * 3}, "nothing_to_learn"),
+        ("nothing to learn but the first id", {**SOME, "loss_mask": [1, 0, 0]}, "nothing_to_learn"),
+        ("too many ids", {"tokens": [5] * 201}, "turn_too_long"),
+    ):
+        breaks(grammar, name, lambda row, value=value: value, reason)
+for key in ("input_ids", "labels", "loss_weights", "attention_mask"):
+    for name, value in NOT_A_LIST.items():
+        if key != "attention_mask" or value is not None:
+            breaks("tokens", f"{name} for a list", lambda row, key=key, value=value: {**SOME, key: value}, "wrong_type")
+for name, value in NOT_A_NUMBER.items():
+    reason = "wrong_ids" if name == "huge" else "wrong_type"
+    breaks("tokens", f"{name} for an id", lambda row, value=value: {"input_ids": [5, value]}, reason)
+    breaks(
+        "tokens", f"{name} for a weight", lambda row, value=value: {**SOME, "loss_mask": [1, value, 1]}, "wrong_type"
+    )
+breaks("tokens", "a weight that float32 cannot hold", lambda row: {**SOME, "loss_mask": [1, 1e39, 1]}, "wrong_weight")
+
+for name, value, reason in (
+    ("ids beside other turns", ["ids", "5 6", 1.0, True], "mixed_ids"),
+    ("text for ids", ["ids", "five six", 1.0, True], "wrong_ids"),
+    ("ids with two spaces between", ["ids", "5  6", 1.0, True], "wrong_ids"),
+    ("a negative id", ["ids", "-5 6", 1.0, True], "wrong_ids"),
+    ("an id that int32 cannot hold", ["ids", "2147483648", 1.0, True], "wrong_ids"),
+):
+    breaks("own", name, lambda row, value=value: put(row, "turns", 0, value), reason)

@@ -15,6 +15,7 @@ from broken_rows import BREAKS, GRAMMARS, JSON
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from tf_examples import array_record, example
 
 from data_pipelines import sources
 from data_pipelines.datasets import SPLITS, open_source
@@ -32,7 +33,7 @@ Read = namedtuple("Read", "rows kept rejected conversations")
 
 def read(kind, suffix, data, **options):
     """What is read of a file, after checking that the accounts add up and every message says what it should."""
-    folder = SimpleNamespace(open=lambda name: io.BytesIO(data))
+    folder = SimpleNamespace(open=lambda name: io.BytesIO(data), local=lambda name: None)
     source = Source("s", kind, options, {}, folder, (f"f.{suffix}",))
     accounts, samples, drops = Ledger(), [], []
     for chunk, ledger in Reader(source, LONGEST, strict=False).chunks():
@@ -45,10 +46,16 @@ def read(kind, suffix, data, **options):
         told = f"{drop['found']}; {drop['expected']}"
         assert "\n" not in told and told.isprintable() and drop["file"] == f"f.{suffix}"
         assert drop["found"] and drop["expected"]
-    made = [(c.id, [turn.to_list() for turn in c.turns]) for sample in samples for c in sample.conversations]
+    made = [(c.id, turns_of(c)) for sample in samples for c in sample.conversations]
     if kind == "summarize":
         made = [(name, [[role, said_of(text), *rest] for role, text, *rest in turns]) for name, turns in made]
     return Read(accounts.entered, accounts.left, dict(accounts.dropped), made)
+
+
+def turns_of(conversation):
+    """As lists, and what tools there are."""
+    tools = [["tools", conversation.tools]] if conversation.tools else []
+    return [turn.to_list() for turn in conversation.turns] + tools
 
 
 def said_of(text):
@@ -63,6 +70,8 @@ def unit(suffix, row, ascii_only=True):
         return json.dumps(row, ensure_ascii=ascii_only).encode()
     if suffix == "txt":
         return row["text"].encode()
+    if suffix == "array_record":
+        return example(row)
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerow(row[key] for key in COLUMNS)
     return file.getvalue().removesuffix("\n").encode()
@@ -73,6 +82,8 @@ COLUMNS = ("text", "question", "label")
 
 def framed(kind, suffix, units):
     """The file of these rows."""
+    if suffix == "array_record":
+        return array_record(*units)
     data = (b"\n\n" if kind == "text" else b"\n").join(units) + b"\n"
     if suffix.startswith("json") and not suffix.startswith("jsonl"):
         data = b"[" + b",\n".join(units) + b"]\n"
@@ -209,10 +220,30 @@ def test_json_that_is_no_object(bad, data):
 @given(st.data())
 @FUZZED
 def test_bytes_that_are_no_utf8(bad, data):
-    name = data.draw(st.sampled_from(list(GRAMMARS)))
+    name = data.draw(st.sampled_from([name for name, (_, _, known) in GRAMMARS.items() if "array_record" not in known]))
     row = b'{"text": "x%sy"}' % bad if name in JSON_NAMES else b"x%sy" % bad
     known = GRAMMARS[name][2] if name != "hc3_flat" else ("csv", "csv.gz")
     with_bad_unit(data, name, row, "not_utf8", GOES_ON, known)
+
+
+NO_EXAMPLE = {
+    "a line of JSON for a record": lambda record: b'{"tokens": [1, 2]}',
+    "a record that is cut off": lambda record: record[:-1],
+    "two records in one": lambda record: record + record,
+    "a record of another message": lambda record: record + b"\x12\x00",
+    "a packed record": gzip.compress,
+    "zero bytes for a record": lambda record: bytes(len(record)),
+}
+
+
+@pytest.mark.parametrize("bad", NO_EXAMPLE.values(), ids=NO_EXAMPLE)
+@given(st.data())
+@FUZZED
+def test_a_record_that_is_no_example(bad, data):
+    kind, suffix, rows, units, place = data.draw(files("examples"))
+    found = read(kind, suffix, framed(kind, suffix, [*units[:place], bad(units[place]), *units[place + 1 :]]))
+    left = expected(rows, without={place})
+    assert found == Read(len(rows), len(rows) - 1, {"not_an_example": 1}, left)
 
 
 NO_CSV = {  # name -> (what a record becomes, reason, whether reading goes on)
@@ -245,6 +276,8 @@ GOOD = ({"text": "tell"}, [("", [["text", "tell", 1.0, True]])])
 LINE = b'{"text": "tell"}'
 PACKED = gzip.compress(b"\n".join([LINE, LINE, LINE, b""]), mtime=0)
 CRC = PACKED[:-8] + bytes([PACKED[-8] ^ 1]) + PACKED[-7:]
+IDS = ({"tokens": [5, 6]}, [("", [["ids", "5 6", 1.0, True]])])
+RECORDS = array_record(*[example(IDS[0])] * 3)
 
 FILES = {  # name -> (suffix, bytes, reason, numbers of the rows kept)
     "an empty file": ("jsonl", b"", "empty_file", []),
@@ -280,6 +313,11 @@ FILES = {  # name -> (suffix, bytes, reason, numbers of the rows kept)
     "an array in a line": ("jsonl", b"[%s, %s]" % (LINE, LINE), "not_an_object", []),
     "line ends of old": ("jsonl", LINE + b"\r" + LINE, "invalid_json", []),
     "a document in an endless line": ("txt", b"x" * 300, "turn_too_long", []),
+    "an empty file of records": ("array_record", b"", "damaged_array_record", []),
+    "a file of no records": ("array_record", array_record(), "empty_file", []),
+    "text for records": ("array_record", LINE * 99, "damaged_array_record", []),
+    "records that are cut off": ("array_record", RECORDS[:-1], "damaged_array_record", []),
+    "packed records": ("array_record.gz", gzip.compress(RECORDS), "unknown_suffix", []),
     "an unknown suffix": ("parquet", b"PAR1", "unknown_suffix", []),
 }
 SO_BE_IT = {  # name -> (suffix, bytes, numbers of the rows)
@@ -301,6 +339,8 @@ SO_BE_IT = {  # name -> (suffix, bytes, numbers of the rows)
     "quotes around everything": ("csv", b'"text","question","label"\n"tell","ask","ai"\n', [1]),
     "documents with line ends of Windows": ("txt", b"\r\ntell\r\n\r\n\r\ntell\r\n", [1, 2]),
     "lines of spaces between documents": ("txt", b"tell\n \t\ntell", [1, 2]),
+    "records in groups": ("array_record", array_record(*[example(IDS[0])] * 3, options="group_size:2"), [1, 2, 3]),
+    "one shard of records": ("array_record-00000-of-00002", RECORDS, [1, 2, 3]),
 }
 
 
@@ -310,10 +350,15 @@ SO_BE_IT = {  # name -> (suffix, bytes, numbers of the rows)
     ids=[*FILES, *SO_BE_IT],
 )
 def test_a_file_that_is_broken_or_only_unusual(suffix, data, reason, kept):
-    found = read({"csv": "hc3", "txt": "text"}.get(suffix, "jsonl"), suffix, data)
-    good = TELL if suffix == "csv" else GOOD
+    kind, good = {"csv": ("hc3", TELL), "txt": ("text", GOOD), "array_record": ("tokens", IDS)}.get(
+        suffix.partition("-")[0], ("jsonl", GOOD)
+    )
+    found = read(kind, suffix, data)
     rejected = {} if reason is None else {reason: 1}
-    assert found == Read(len(kept) + len(rejected), len(kept), rejected, expected([good] * len(kept), shift=kept))
+    left = expected([good] * len(kept), shift=kept)
+    stem = sources.stem(f"f.{suffix}")
+    left = [(name.replace("f:", f"{stem}:"), turns) for name, turns in left]
+    assert found == Read(len(kept) + len(rejected), len(kept), rejected, left)
 
 
 # --- rows that are odd and kept all the same: what comes of them ---
@@ -464,10 +509,11 @@ def test_a_file_name_that_is_no_utf8(tmp_path):
 def test_everything_at_once(tmp_path):
     """Every break of some grammars between good rows, from files to the dataset and back."""
     reasons, good_rows = {}, {}
-    some = {name: GRAMMARS[name] for name in ("sharegpt", "hh_rlhf", "summarize", "own", "text")}
+    whole = ("sharegpt", "hh_rlhf", "summarize", "own", "text", "oasst", "pairs", "easylm", "tools", "examples")
+    some = {name: GRAMMARS[name] for name in whole}
     for name, (kind, grammar, known) in some.items():
         row, conversations = find(grammar, lambda _: True, settings=settings(database=None))
-        suffix = "txt" if "txt" in known else "jsonl"
+        suffix = next((suffix for suffix in ("txt", "array_record") if suffix in known), "jsonl")
         cases = [(function, reason) for cases in BREAKS.values() for g, function, reason in cases if g == name]
         good = unit(suffix, row)
         units = [good, *(each for function, _ in cases for each in (unit(suffix, function(row)), good))]
@@ -484,10 +530,10 @@ def test_everything_at_once(tmp_path):
         bad = sum(reasons[name].values())
         assert (source["rows"], source["kept_rows"], source["rejected"]) == (2 * bad + 1, bad + 1, reasons[name])
         made = [c for split in SPLITS for c in open_source(tmp_path / "out", name, split)]
-        turns = [[[t.role, said_of(t.text), t.weight, t.helpful] for t in c.turns] for c in made]
+        turns = [[[role, said_of(text), *rest] for role, text, *rest in turns_of(c)] for c in made]
         assert sorted(zip([c.id.replace(f"{name}/", "") for c in made], turns)) == sorted(good_rows[name])
 
 
 def test_there_are_sixty_kinds_of_broken_input():
-    kinds = {*BREAKS, *NO_JSON, *NO_OBJECT, *NO_UTF8, *NO_CSV, *FILES}
+    kinds = {*BREAKS, *NO_JSON, *NO_OBJECT, *NO_UTF8, *NO_EXAMPLE, *NO_CSV, *FILES}
     assert len(kinds) >= 60 and len(kinds) > len(BREAKS) + 20
