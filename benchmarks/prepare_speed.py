@@ -6,10 +6,12 @@ The conversations of prepared data are written as rows {"messages": [...]} in fo
 each time as new processes and alternately. Ours reads, checks, splits, writes the dataset and stores its tokens (two
 commands); the peer reads the JSON and maps it, with the same template and tokenizer. Both use two processes, and must
 come to the same numbers of tokens and of learned tokens. Ratios are of wall time and of CPU time, children included.
+`--joined=N` makes one conversation of N, since those of ShareGPT are some ten times as long as most that are at hand.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +41,28 @@ def get_config(arg=""):
 FILES = 4
 
 
-def write_rows(prepared: Path, folder: Path, most: int) -> int:
-    """Rows of all conversations that a chat template can lay out; returns how many."""
+def write_rows(prepared: Path, folder: Path, most: int, joined: int) -> int:
+    """Rows of all conversations that a chat template can lay out, `joined` of them a row; returns how many."""
     count = 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / f"{number}.jsonl", "w")) for number in range(FILES)]
-        for name in read_manifest(prepared)["sources"]:
-            for conversation in open_source(prepared, name, "train"):
-                if count < most and plain(conversation):
-                    messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
-                    files[count % FILES].write(json.dumps({"messages": messages}) + "\n")
-                    count += 1
+        every = chats(prepared)
+        for row in itertools.islice(iter(lambda: [*itertools.islice(every, joined)], []), most):
+            messages = [{"role": turn.role, "content": turn.text} for chat in row for turn in chat.turns]
+            files[count % FILES].write(json.dumps({"messages": messages}) + "\n")
+            count += 1
     return count
+
+
+def chats(prepared: Path) -> Iterator[Conversation]:
+    for name in read_manifest(prepared)["sources"]:
+        yield from filter(plain, open_source(prepared, name, "train"))
 
 
 def plain(conversation: Conversation) -> bool:
     """Whether it says no more than messages with roles do."""
     turns = conversation.turns
-    roles = all(t.role in ("system", "user", "assistant") and t.weight == (t.role == "assistant") for t in turns)
+    roles = all(t.role in ("user", "assistant") and t.weight == (t.role == "assistant") for t in turns)
     return roles and all(turn.helpful for turn in turns) and not conversation.tools
 
 
@@ -119,13 +126,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--prepared", type=Path, required=True)
     parser.add_argument("--conversations", type=int, default=1 << 30)
+    parser.add_argument("--joined", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows").mkdir()
         (folder / "config.py").write_text(CONFIG)
-        count = write_rows(arguments.prepared, folder / "rows", arguments.conversations)
+        count = write_rows(arguments.prepared, folder / "rows", arguments.conversations, arguments.joined)
         size = sum(path.stat().st_size for path in (folder / "rows").iterdir())
         write_tokenizer(arguments.tokenizer, folder / "tokenizer")
         print(f"{count:,} conversations, {size / 1e6:.1f} MB", flush=True)
