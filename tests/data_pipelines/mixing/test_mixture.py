@@ -251,7 +251,7 @@ def test_what_cannot_be_mixed_is_named():
 
 
 def test_the_package_loads_no_jax():
-    modules = ["tokenization", "template", "mixture", "packing", "loader"]
+    modules = ["tokenizers.tokenizer", "templates.template", "mixing.mixture", "batches.packing", "batches.loader"]
     code = "import sys, json\n" + "".join(f"import data_pipelines.{m}\n" for m in modules)
     code += "print(json.dumps([m for m in ('jax', 'grain', 'tensorflow', 'easylm_plus') if m in sys.modules]))"
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []

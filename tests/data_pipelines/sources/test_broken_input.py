@@ -55,7 +55,7 @@ def read(kind, suffix, data, **options):
 def turns_of(conversation):
     """As lists, and what tools there are."""
     tools = [["tools", conversation.tools]] if conversation.tools else []
-    return [turn.to_list() for turn in conversation.turns] + tools
+    return [list(turn) for turn in conversation.turns] + tools
 
 
 def said_of(text):

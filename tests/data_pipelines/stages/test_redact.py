@@ -193,7 +193,7 @@ def test_the_stage():
     )
     plain = Conversation("s", "b", (Turn("text", "Nothing here.", 1.0),))
     joe, same = stage([Sample("a", (Conversation("s", "a", turns),)), Sample("b", (plain,))], ledger)
-    assert [t.to_list() for t in joe.conversations[0].turns] == [
+    assert [list(t) for t in joe.conversations[0].turns] == [
         ["user", f"I am {E}, {E}, {P}", 0.0, True],
         ["assistant", f"Hello. Your IP is {V4}; {E}", 0.5, False],
     ]

@@ -182,7 +182,7 @@ def test_words_and_a_call_are_one_message():
     assert [m["role"] for m in said] == ["user", "assistant", "tool", "assistant"] and weights == [1.0, 1.0]
     assert said[1]["content"] == "wait" and said[1]["tool_calls"] == [{"type": "function", "function": CALL}]
     with pytest.raises(ValueError, match=r"found a message of the weight 0 with a call of 1"):
-        messages([user, dataclasses.replace(words, weight=0.0), call])
+        messages([user, words._replace(weight=0.0), call])
 
 
 @pytest.mark.parametrize("text", ["time()", "[]", '{"name": "f"}', "3", "[3]", '[{"name": "f", "arguments": 3}]'])
