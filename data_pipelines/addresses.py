@@ -1,7 +1,7 @@
 """What results are found by: hashes of files, of options, and of the code that made them.
 
 Code counts by its syntax tree: comments and docstrings do not. All that a module imports from this package counts with
-it, and of other packages their versions.
+it, and the packages that it lies in; of other packages their versions.
 """
 
 import ast
@@ -36,15 +36,16 @@ def code_of(module: str) -> str:
     as a source may be, that package counts like this one."""
     trees: dict[str, str] = {}
     outside: set[str] = set()
+    ours = {PACKAGE, module.partition(".")[0]}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         if name in trees:
             continue
-        tree = _tree(name)
+        tree, parent = _tree(name)
         trees[name] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
-        for imported in _imports(tree):
-            if imported.partition(".")[0] in (PACKAGE, module.partition(".")[0]):
+        for imported in (*filter(None, [parent]), *_imports(tree, parent, ours)):
+            if imported.partition(".")[0] in ours:
                 waiting.append(imported)
             else:
                 outside.add(imported.partition(".")[0])
@@ -52,14 +53,15 @@ def code_of(module: str) -> str:
     return key_of(trees, versions, sys.version_info[:2], unicodedata.unidata_version)
 
 
-def _tree(name: str) -> ast.Module:
+def _tree(name: str) -> tuple[ast.Module, str]:
+    """A module's code, and the package that it lies in; that of a package is its own."""
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:  # a module that a program made up
         spec = None
     if spec is None or spec.origin is None:
-        return ast.Module([], [])
-    return ast.parse(Path(spec.origin).read_bytes())
+        return ast.Module([], []), ""
+    return ast.parse(Path(spec.origin).read_bytes()), spec.parent or ""
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -69,15 +71,16 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """Names of modules. Of `from x import y` both x and x.y, where that is a module of this package."""
+def _imports(tree: ast.Module, parent: str, ours: set[str]) -> Iterator[str]:
+    """Names of modules. Of `from x import y` both x and x.y, where that is a module of ours; .x is one of `parent`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            if node.module.partition(".")[0] == PACKAGE:
-                inner = (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), parent)
+            yield module
+            if module.partition(".")[0] in ours:
+                inner = (f"{module}.{alias.name}" for alias in node.names)
                 yield from (name for name in inner if _is_module(name))
 
 

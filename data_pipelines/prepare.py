@@ -100,20 +100,21 @@ def prepare(
         written = graph.write_datasets(store, planned, made["split"], pool)
         tokenizer = graph.train_tokenizer(store, settings.get("tokenizer") or {}, made["split"])
 
-    ############################################ Output ##############################################
-    scratch = store.folder / "output"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed left behind
-    scratch.mkdir(parents=True)
-    parts = {name: folder for name, (folder, _) in written.items()} | ({"tokenizer": tokenizer[0]} if tokenizer else {})
-    for name, folder in parts.items():
-        shutil.copytree(folder, scratch / name, copy_function=link)
-    write_rejects(scratch / "rejects.jsonl", planned, made)
-    entries = {source.name: entry(source, files, made, written[source.name][1]) for source in planned}
-    trained = tokenizer[1] if tokenizer else None
-    manifest = {"sources": entries, "missing": missing, "tokenizer": trained, "config": settings, "made_by": made_by}
-    finished = datasets.write_manifest(scratch, manifest)
-    publish(scratch, output, store.folder / "replaced")
-    return finished
+        ########################################## Output ############################################
+        scratch = store.folder / "output"
+        shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed left behind
+        scratch.mkdir(parents=True)
+        parts = {name: folder for name, (folder, _) in written.items()}
+        parts |= {"tokenizer": tokenizer[0]} if tokenizer else {}
+        for name, folder in parts.items():
+            shutil.copytree(folder, scratch / name, copy_function=link)
+        write_rejects(scratch / "rejects.jsonl", planned, made)
+        entries = {source.name: entry(source, files, made, written[source.name][1]) for source in planned}
+        about = {"missing": missing, "tokenizer": tokenizer[1] if tokenizer else None}
+        manifest = {"sources": entries, **about, "config": settings, "made_by": made_by}
+        finished = datasets.write_manifest(scratch, manifest)
+        publish(scratch, output, store.folder / "replaced")
+        return finished
 
 
 def stage_by_stage(

@@ -27,8 +27,9 @@ YUAN = ["<eod>", "<n>", "<sep>", "<pad>", "<commit_before>", "<commit_msg>", "<c
 CODE_LLAMA = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 EXTRA = [f"<extra_id_{i}>" for i in range(20)]
-BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "one_byte", "tiktoken", "llama2c")
-BYTE_LEVEL = ("bytes", "one_byte", "tiktoken")
+ODD = ["text", "eop", "sop", "☃"]
+BACK_ENDS = ("bytes", "first", "always", "sentencepiece", "control", "one_byte", "tiktoken", "odd", "llama2c")
+BYTE_LEVEL = ("bytes", "one_byte", "tiktoken", "odd")
 SENTENCES = [
     "Bees make honey, and bears like it; the moon is far away.",
     "USER: What is the name of that river? GPT: It is the Loire.",
@@ -44,7 +45,8 @@ def tiny(kind):
     """bytes | first | always: tokenizer.json, byte-level or Metaspace with that prepend_scheme. sentencepiece: the
     chat tokens as user-defined symbols; control: as control symbols; one_byte: a token a byte; tiktoken: a file as
     large as Llama 3's, some of whose special tokens are renamed; llama2c: a .bin without chat tokens; yuan, code_llama:
-    sentencepiece with those pieces as their files have them; objectives: bytes with FIM, EXTRA, <mask>."""
+    sentencepiece with those pieces as their files have them; objectives: bytes with FIM, EXTRA, <mask>; odd: bytes with
+    special tokens that look like words, begin or end like the keys of a message, or are one character long."""
     folder = Path(_FOLDER.name) / kind
     folder.mkdir()
     if kind == "sentencepiece":
@@ -54,6 +56,8 @@ def tiny(kind):
     elif kind == "objectives":
         special = ("<unk>", "<bos>", "<eos>", *FIM, *EXTRA, "<mask>")
         hugging_face("bytes", special).save(str(folder / "tokenizer.json"))
+    elif kind == "odd":
+        hugging_face("bytes", ("<unk>", "<bos>", "<eos>", *CHAT, *ODD)).save(str(folder / "tokenizer.json"))
     elif kind == "control":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(control_symbols=CHAT))
     elif kind == "one_byte":

@@ -60,6 +60,7 @@ def store_path(directory: Path | str, source: str, split: str, split_hash: str, 
 def _described(split_hash: str, template: Template) -> dict[str, Any]:
     return {
         "version": VERSION,
+        "part": PART,
         "split": split_hash,
         "template": template.fingerprint,
         "tokenizer": template.tokenizer.fingerprint,
@@ -147,7 +148,6 @@ def finish(path: Path, split_hash: str, template: Template, examples: int) -> No
         "examples": examples,
         "ids": int(sum(part[:, 0].sum(dtype=np.int64) for part in lengths)),
         "dtype": _dtype(template).str,
-        "part": PART,
         "files": files,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Makes the index of benchmarks that `contamination` looks texts up in.
+"""Makes the index of benchmarks that `overlap` looks texts up in.
 
 Boilerplate. GPT-3 ignored 13-grams of more than 10 training documents, mostly common phrases. That takes a count over
 the whole of the training data before any of it can be judged, which a stage that sees one sample has not. Here runs

@@ -1,4 +1,4 @@
-"""What of the texts of benchmarks a text holds, by an index of these (made by `contamination_index`).
+"""What of the texts of benchmarks a text holds, by an index of these (made by `index`).
 
 Three rules say that an item is held, after what has been published:
 

@@ -74,7 +74,7 @@ def edges_among(store: Store, chunks: Sequence[tuple[Source, Made]], signed: Seq
     target = store.path("edges", key_of(code, [path.name for path in signed]), ".npz")
     if not target.exists():
         count = sum(made.samples for _, made in chunks)
-        with tempfile.TemporaryDirectory(dir=store.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=store.folder, suffix=".tmp") as folder:
             edges = find_edges(gather(map(Signatures.load, signed), count, Path(folder)))
         content = io.BytesIO()
         np.savez(content, **vars(edges))

@@ -9,7 +9,7 @@ The configuration is an ml_collections.ConfigDict (configs/data/koala.py is one)
     weigh            what weights are shares of: "examples" or "tokens"
     stages           stage -> options; a stage that is not named is left out. Besides its own options `decontaminate`
                      has benchmarks (name -> files, see `eval_items`), their folder, and items (see
-                     `contamination_index`)
+                     `contamination.index`)
     keep             names of sources: of duplicates that of the first of these is kept; the others follow by name
     heldout          share of the prompts that is held out
     policy           "skip" or "error": what a row that does not fit does

@@ -1,4 +1,6 @@
-"""The stages between the files and the dataset, one module each; `base` says what a stage is.
+"""The stages between the files and the dataset, one module each: read, tools, normalise, filter, dedupe, decontaminate,
+redact, split. `base` says what a stage is, `chunk` what flows through them, `source` where that comes from; the others
+are what the stages are made of.
 
 Every sample goes through them in the order of CONFIGURED, as far as the configuration names them, between `read` and
 `split`, which are always there. Two need more than the sample at hand: `dedupe` compares all samples of all sources,

@@ -1,6 +1,6 @@
 """Leaves out conversations that hold items of benchmarks, or reports them.
 
-What counts as held is said in `contamination`; the index is a file by `contamination_index.prepared_index`. A
+What counts as held is said in `contamination.overlap`; the index is a file by `contamination.index.prepared_index`. A
 conversation is dropped whole, as "contaminated/<benchmark>" of what comes first in it. (GPT-3 cut the run and 200
 characters around it out of its documents, since one quotation should not cost a book; half a conversation is no
 example, and long documents can be looked at with `report_only`.) Of a comparison both answers go. Token ids cannot be

@@ -7,7 +7,8 @@ writing anything is not stopped.
 Marks. Three private-use characters carry what plain text cannot say: _INERT breaks up special tokens that occur in
 the content of a turn, in a call or in the description of a tool, so that only those the template writes are taken for
 real; _OPEN and _CLOSE surround what `{% generation %}` produces. Content that happens to hold a mark has it swapped for
-an unused character on the way in and swapped back on the way out.
+an unused character on the way in and swapped back on the way out; so has a special token of a single character, which
+no mark can break up.
 """
 
 import datetime
@@ -28,6 +29,11 @@ from data_pipelines.errors import InputError
 
 _MARKS = _INERT, _OPEN, _CLOSE = "\ue000", "\ue001", "\ue002"
 _NOT_ASCII = re.compile("[^\x00-\x7f\ue000-\ue002\U000f0000-\U000ffffd]")  # but for marks and their stand-ins
+# Keys that belong to the format of messages, calls and tools; no stranger chose them, and templates ask for them.
+_KEYS = {
+    "role", "content", "name", "tool_calls", "tool_call_id", "helpful", "id", "type", "function", "arguments",
+    "description", "parameters", "properties", "required",
+}  # fmt: skip
 _MAX_RESULT = 1 << 20  # items or bits that one * or ** of a template may produce
 # What a template may raise: its own errors, and those of the operations it calls for.
 _FAILURES = (
@@ -127,6 +133,7 @@ class ChatRenderer:
         self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece))}
         self._suffixes = {piece[n:] for piece in pieces for n in range(1, len(piece))}
         self._longest = max(map(len, self._prefixes), default=0)
+        self._single = tuple(piece for piece in pieces if len(piece) == 1)
         self._name = functools.lru_cache(maxsize=256)(self._inert)  # of keys, which repeat
         self._firsts, self._lasts = ({piece[at] for piece in pieces} for at in (0, -1))
 
@@ -135,10 +142,11 @@ class ChatRenderer:
     ) -> Rendered:
         """Renders messages ({"role", "content", …}); raises ChatTemplateError for whatever goes wrong in it.
 
-        Everything in them but the roles is taken for text of strangers, the names of keys included.
+        Everything in them but the roles is taken for text of strangers, the names of keys included, as far as these are
+        not those of the format.
         """
         given = "".join(_strings(messages, _strings(tools, [])))
-        swap = _unused(given)
+        swap = _unused(given, (*_MARKS, *self._single))
         changed = (lambda text: self._inert(text.translate(swap))) if swap else self._inert
         names = changed if swap else self._name
         inert = [_message(message, changed, names) for message in messages]
@@ -202,10 +210,7 @@ def _strings(value: Any, found: list[str]) -> list[str]:
 
 def _message(message: Mapping[str, Any], change: Callable[[str], str], name: Callable[[str], str]) -> dict[str, Any]:
     """A message with every text in it changed but the role, which is not a stranger's."""
-    return {
-        name(key): each if key == "role" else change(each) if isinstance(each, str) else _changed(each, change, name)
-        for key, each in message.items()
-    }
+    return {**_changed(message, change, name), "role": message["role"]}
 
 
 def _changed(value: Any, change: Callable[[str], str], name: Callable[[str], str]) -> Any:
@@ -213,7 +218,7 @@ def _changed(value: Any, change: Callable[[str], str], name: Callable[[str], str
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {name(key): _changed(each, change, name) for key, each in value.items()}
+        return {key if key in _KEYS else name(key): _changed(each, change, name) for key, each in value.items()}
     return [_changed(each, change, name) for each in value] if isinstance(value, list | tuple) else value
 
 
@@ -227,13 +232,13 @@ def _joined(parts: Iterable[str], limit: int) -> str:
     return "".join(found)
 
 
-def _unused(given: str) -> dict[int, str]:
+def _unused(given: str, marks: Sequence[str]) -> dict[int, str]:
     """{mark: stand-in} for a text that holds a mark; stand-ins are private-use characters that it does not hold."""
-    if not any(mark in given for mark in _MARKS):
+    if not any(mark in given for mark in marks):
         return {}
     used = set(given)
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-    return {ord(mark): next(free) for mark in _MARKS}
+    return {ord(mark): next(free) for mark in marks}
 
 
 def _take_out_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:

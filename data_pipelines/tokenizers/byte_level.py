@@ -116,7 +116,7 @@ def quick(source: Mapping[str, Any], model: Any) -> Quick | None:
     the ids are the same."""
     words, normalizer, settings = _words(source.get("pre_tokenizer")), source.get("normalizer"), source["model"]
     odd = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    if words is None or normalizer not in (None, {"type": "NFC"}) or settings.get("type") != "BPE":
+    if words is None or normalizer not in (None, {"type": "NFC"}) or "merges" not in settings:
         return None
     if any(settings.get(key) for key in odd):
         return None

@@ -262,6 +262,33 @@ def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     addresses.code_of.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("package", "line", "changed"),
+    [
+        ("mine_a", "from mine_a import helpers", "helpers"),
+        ("mine_b", "from . import helpers", "helpers"),
+        ("mine_c", "from .helpers import A", "helpers"),
+        ("mine_d", "import json", "__init__"),
+        ("mine_e", "import json", None),
+    ],
+)
+def test_code_of_a_source_from_elsewhere_counts_like_ours(tmp_path, monkeypatch, package, line, changed):
+    folder = tmp_path / package
+    folder.mkdir()
+    for name, text in {"__init__": "", "helpers": "A = 1\n", "apart": "B = 1\n", "source": f"{line}\n"}.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code():
+        addresses.code_of.cache_clear()
+        return addresses.code_of(f"{package}.source")
+
+    was = code()
+    (folder / f"{changed or 'apart'}.py").write_text("A = 2\n")
+    assert (code() != was) == (changed is not None)
+    addresses.code_of.cache_clear()
+
+
 def test_duplicates_across_sources_and_what_they_name(folder, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(read, "CHUNK", 8)

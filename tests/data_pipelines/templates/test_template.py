@@ -149,6 +149,22 @@ def test_special_tokens_in_turns_are_inert(kind, data):
         ]
 
 
+@pytest.mark.parametrize("kind", ("bytes", "odd"))
+def test_keys_of_a_message_are_found_whatever_tokens_are_called(kind):
+    """Special tokens that begin or end like "content", "role", "tool_calls"; marks in these names would hide them."""
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% for call in m.tool_calls or [] %} {{ call.function.name }}({{ call.function.arguments | tojson }})"
+        "{% endfor %};{% endfor %}"
+    )
+    call = Turn("call", '[{"name": "look", "arguments": {"text": "☃"}}]', 1.0)
+    said = Conversation("test", "7", (Turn("user", "a ☃ b", 0.0), Turn("assistant", "so p", 1.0), call))
+    template = load_template(source, tiny(kind))
+    found = template.tokenizer.decode(template.encode(said).ids, skip_special=False)
+    assert found == 'user:a ☃ b;assistant:so p look({"text": "☃"});'
+    assert not {*template.encode(said).ids.tolist()} & {*template.tokenizer.special_tokens.values()}
+
+
 def test_control_the_string_that_hugging_face_tokenises_can_be_injected():
     raw = Tokenizer.from_file(str(tiny("bytes").path))
     count = lambda text: raw.encode(f"<bos><|user|>{text}<|end|>").ids.count(raw.token_to_id("<|end|>"))

@@ -197,6 +197,7 @@ def test_trained_files_are_quick(tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data")
 def test_gpt2_on_real_text():
     path = REAL / "tokenizers" / "gpt2" / "tokenizer.json"
+    assert load_tokenizer(path)._quick is not None
     with gzip.open(REAL / "pretrain" / "wikitext2" / "wiki.valid.tokens.gz", "rt", encoding="utf-8") as file:
         text = file.read(400_000)
     check_same(load_tokenizer(path), Tokenizer.from_file(str(path)), [text, *text.splitlines(keepends=True)])
