@@ -2,7 +2,8 @@
 
 Machine code is not optimised, which halves the time to compile; the optimised HLO, which tests read, is the same.
 All of it is set through the environment, before anything imports JAX, so that tests without JAX stay without it and
-the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere.
+the commands that tests start inherit it. JAX_PLATFORMS=cuda runs the tests elsewhere. Python looks for cycles to free a
+hundred times less often: tracing makes many objects, and few of these.
 """
 
 import functools
@@ -40,6 +41,8 @@ XLA = {
 for flag, value in XLA.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+
+gc.set_threshold(200_000, 50, 1000)
 
 
 def peer_interpreter(marker: str) -> Path | None:

@@ -343,7 +343,7 @@ def test_a_full_disk(nearly_full, small_disk, room):
     assert status == 0 and "starts from step 2" in output, output[-800:]
 
 
-@pytest.mark.parametrize("room", [60_000, 120_000])
+@pytest.mark.parametrize("room", [pytest.param(60_000, marks=pytest.mark.slow), 120_000])
 def test_a_disk_that_fills_up_during_a_save(nearly_full, small_disk, tmp_path, room):
     """However far the save gets, the one before it is whole, and what is there can be continued from.
 

@@ -109,7 +109,7 @@ def answers(opened):
 
 def logits(opened):
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
-    return np.asarray(opened.model.apply({"params": opened.params}, tokens))
+    return np.asarray(tiny.applied(opened.model)({"params": opened.params}, tokens))
 
 
 def test_codes_without_their_factor_are_another_model(run):
@@ -123,7 +123,8 @@ def test_codes_without_their_factor_are_another_model(run):
 
 def test_ternary_weights_with_latents_in_codes_are_read_as_ternary(tmp_path):
     """By the run's own held-out evaluation, and by the other doors."""
-    values = {"numerics__fp8_level": "O2", "numerics__rules": ("mlp/.*=ternary",), "train__steps": 3, "eval__every": 3}
+    rules = ("mlp/.*=ternary", "self_attn/(q|k|v)_proj=plain")
+    values = {"numerics__fp8_level": "O2", "numerics__rules": rules, "train__steps": 3, "eval__every": 3}
     status, output = tiny.inside(f"--config={tiny.write_config(tmp_path, **values, mesh__fsdp=4, mesh__tensor=2)}")
     assert status == 0, output[-2000:]
     figures = tmp_path / "figures.json"

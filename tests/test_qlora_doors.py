@@ -15,7 +15,7 @@ from data_pipelines.conversation import Conversation, Turn
 from easylm_plus.config import model_config
 from easylm_plus.inference.load import open_model
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.formats import decode
 from easylm_plus.numerics.leaves import is_kept
 from easylm_plus.numerics.lora import LowRank
@@ -51,7 +51,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     config = tiny.config(folder, model__scan_layers=True, model__hidden_size=32)
     model = Transformer(model_config(config), precision("float32"))
-    write_parameters(folder, init_parameters(model, jax.random.key(5)), {"config": config.to_dict()})
+    write_parameters(folder, tiny.fresh(model, 5), {"config": config.to_dict()})
     return folder
 
 
@@ -111,7 +111,7 @@ def answer(opened):
 
 def logits(opened):
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
-    return np.asarray(opened.model.apply({"params": opened.params}, tokens))
+    return np.asarray(tiny.applied(opened.model)({"params": opened.params}, tokens))
 
 
 def test_evaluation_and_chat_read_base_and_adapters(run):
@@ -168,7 +168,7 @@ def test_what_is_not_found_starts_random(base):
         read_parameters(*locate(base)),
     )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=WHOLE), params)
-    fresh = lambda: init_parameters(model, jax.random.key(7))
+    fresh = lambda: tiny.fresh(model, 7)
     rename = ("^norm/=elsewhere/",)
     found, taken = warm_start(shapes, base, model, rename, fresh)
     assert {item.name for item in taken if item.outcome != "taken"} == {"norm/weight", "elsewhere/weight"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -165,13 +166,24 @@ def inside(*args: object) -> tuple[int, str]:
 # --- the same without a door ---
 
 
+def fresh(model: Transformer, seed: int = 0) -> dict:
+    """First parameters, from one program: dozens of small ones take three times as long to compile."""
+    return jax.jit(lambda: init_parameters(model, jax.random.key(seed)))()
+
+
+@functools.cache
+def applied(model: Transformer) -> Callable[..., jax.Array]:
+    """model.apply as one program for all parameters of the same kinds."""
+    return jax.jit(model.apply)
+
+
 @functools.cache
 def model(vocab: int = 50, **overrides: object) -> tuple[Transformer, dict]:
     """A float32 model and its first parameters."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
     value = preset("debug", vocab_size=vocab, init="fan_in", attention="xla", **(shape | overrides))
     built = Transformer(value, precision("float32"))
-    return built, jax.jit(lambda: init_parameters(built, jax.random.key(1)))()
+    return built, fresh(built, 1)
 
 
 def random_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ def adapter(run):
 
 
 def logits(opened):
-    return np.asarray(opened.model.apply({"params": opened.params}, IDS))
+    return np.asarray(tiny.applied(opened.model)({"params": opened.params}, IDS))
 
 
 def merged(params):

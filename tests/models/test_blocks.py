@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from easylm_plus.errors import UserError
 from easylm_plus.models.families import preset
 from easylm_plus.models.moe import kept
-from easylm_plus.models.transformer import Transformer, abstract_parameters, init_parameters
+from easylm_plus.models.transformer import Transformer, abstract_parameters
 from easylm_plus.objectives.lm import LanguageModel, stacked_statistics
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
@@ -41,7 +41,7 @@ IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12)).astype(np.int32)
 def built(kind):
     """(model, parameters moved off their starting values, so that norm weights matter)."""
     model = Transformer(preset("debug", **COMMON, **{"palm": PALM, "switch": SWITCH}[kind]))
-    params = init_parameters(model, jax.random.key(0))
+    params = tiny.fresh(model, 0)
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32) for x in leaves]
@@ -243,7 +243,7 @@ def test_shared_queries_and_keys_are_two_scaled_copies(scales, same):
     """A plain model whose q and k are u w[0] + b[0] and u w[1] + b[1], written out, gives the same logits."""
     keys = {**COMMON, "num_kv_heads": HEADS}
     shared = Transformer(preset("debug", **keys, share_qk=True))
-    params = jax.tree.map(np.asarray, init_parameters(shared, jax.random.key(0)))
+    params = jax.tree.map(np.asarray, tiny.fresh(shared, 0))
     rng, written = np.random.default_rng(3), {**params, "layers": {}}
     for i, layer in params["layers"].items():
         attention = layer["self_attn"]
@@ -264,7 +264,7 @@ def test_shared_queries_and_keys_are_two_scaled_copies(scales, same):
 @pytest.mark.parametrize("causal", (True, False))
 def test_a_bidirectional_model_sees_later_tokens_of_its_document_only(causal):
     model = Transformer(preset("debug", **COMMON, num_kv_heads=2, causal=causal))
-    params = init_parameters(model, jax.random.key(0))
+    params = tiny.fresh(model, 0)
     apply = jax.jit(lambda ids, segments: model.apply({"params": params}, ids, None, segments))
     segments = np.repeat([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]], 2, axis=0)
     other = IDS.copy()
@@ -282,7 +282,7 @@ def test_a_bidirectional_model_sees_later_tokens_of_its_document_only(causal):
 
 def one_choice(**overrides):
     model = Transformer(preset("debug", **COMMON, **SWITCH, **overrides))
-    return model, init_parameters(model, jax.random.key(0))
+    return model, tiny.fresh(model, 0)
 
 
 def test_what_is_dropped_does_not_depend_on_neighbours_or_padding():

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from easylm_plus.errors import UserError
 from easylm_plus.inference.generate import Generator
 from easylm_plus.models.ema import CHUNK, DampedEMA, averages, moving_average
 from easylm_plus.models.families import preset
-from easylm_plus.models.transformer import Transformer, init_parameters, unboxed
+from easylm_plus.models.transformer import Transformer, unboxed
 from easylm_plus.numerics.precision import precision
 from easylm_plus.parallel import sharding
 from easylm_plus.parallel.mesh import make_mesh
@@ -164,7 +165,7 @@ def test_bfloat16_is_near_and_its_state_is_float32():
 
 def test_it_starts_as_the_released_code_does():
     wide = Transformer(preset("debug", lfa_variant="ema", hidden_size=512, num_layers=1))
-    start = init_parameters(wide, jax.random.key(0))["layers"]["0"]["self_attn"]["lf_gate"]
+    start = tiny.fresh(wide, 0)["layers"]["0"]["self_attn"]["lf_gate"]
     for name, std in (("delta", 0.2), ("alpha", 0.2), ("gamma", 1.0), ("omega", 1.0)):
         assert np.mean(start[name]) == pytest.approx(0, abs=std / 8) and np.std(start[name]) == pytest.approx(std, 0.05)
     signs = np.where(np.arange(N) % 2, -1, 1)
@@ -178,12 +179,17 @@ def test_it_starts_as_the_released_code_does():
 @functools.cache
 def model_and_params(**overrides):
     model = Transformer(config(**overrides))
-    return model, init_parameters(model, jax.random.key(3))
+    return model, tiny.fresh(model, 3)
+
+
+@functools.cache
+def applied(model):
+    return jax.jit(model.apply)
 
 
 def logits(*args):
     model, params = model_and_params()
-    return jax.jit(model.apply)({"params": params}, *args)
+    return applied(model)({"params": params}, *args)
 
 
 def test_queries_and_keys_are_filtered_and_values_are_not():
@@ -219,7 +225,7 @@ def test_the_same_on_a_mesh():
     """`sequence` cuts the row that the average runs through."""
     model = Transformer(dataclasses.replace(config(), hidden_size=16, head_dim=8, num_layers=1))
     ids = np.random.default_rng(6).integers(0, 64, (4, 2 * CHUNK))
-    params = init_parameters(model, jax.random.key(3))
+    params = tiny.fresh(model, 3)
     alone = jax.jit(lambda ids: model.apply({"params": params}, ids))(ids)
     mesh = make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with sharding.use(mesh, sharding.rules_for(mesh, 2, 2)):

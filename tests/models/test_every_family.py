@@ -48,10 +48,14 @@ def shrunk(name: str, **overrides: object) -> ModelConfig:
 def built(name: str, **overrides: object) -> tuple[Transformer, dict]:
     """The model, with parameters moved off their starting values: no norm weight is 1 and no bias 0."""
     model = Transformer(shrunk(name, **overrides))
-    stacked = jax.jit(lambda: init_parameters(model.clone(config=shrunk(name, scan_layers=True)), jax.random.key(0)))()
+    return model, stacked(name) if model.config.scan_layers else unstack_layers(stacked(name))
+
+
+@functools.cache
+def stacked(name: str) -> dict:
+    fresh = jax.jit(lambda: init_parameters(Transformer(shrunk(name, scan_layers=True)), jax.random.key(0)))()
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.1, x.shape), np.float32), stacked)
-    return model, params if model.config.scan_layers else unstack_layers(params)
+    return jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.1, x.shape), np.float32), fresh)
 
 
 def test_all_lines_of_presets_are_here():
@@ -75,14 +79,20 @@ def whole_passes(model, params):
     return np.stack([row[len(prompt) - 1 :][: 1 + MORE.shape[1]] for row, prompt in zip(logits, PROMPTS)])
 
 
+@functools.cache
+def decoding(model):
+    """(prefill, decode), compiled once."""
+    prefill = jax.jit(functools.partial(_prefill, model), static_argnames="slots")
+    return prefill, jax.jit(functools.partial(_decode, model))
+
+
 def step_by_step(model, params, padding=0):
     """The same with a cache, in one batch padded on the left; `padding` is the segment of the pads."""
     slots = max(map(len, PROMPTS))
     tokens, segments = np.full((2, 3, slots), padding, np.int32)
     for row, prompt in enumerate(PROMPTS):
         tokens[row, slots - len(prompt) :], segments[row, slots - len(prompt) :] = prompt, 1
-    prefill = jax.jit(functools.partial(_prefill, model), static_argnames="slots")
-    decode = jax.jit(functools.partial(_decode, model))
+    prefill, decode = decoding(model)
     logits, cache = prefill(params, tokens, segments, slots=slots + MORE.shape[1])
     steps = [logits]
     for n, token in enumerate(MORE.T):
@@ -117,18 +127,37 @@ def loss_and_gradients(model, params, sizes):
         return jax.jit(jax.value_and_grad(share))(params, jax.device_put(batch, cut))
 
 
+def unrolled(name):
+    return built(name, scan_layers=False, remat="full")
+
+
 @functools.cache
 def on_one_device(name):
-    return loss_and_gradients(*built(name), {})
+    """Of layers that are unrolled and recomputed."""
+    return loss_and_gradients(*unrolled(name), {})
 
 
-@each_family
-def test_a_mesh_changes_neither_loss_nor_gradients(name):
+def assert_alike(gradients, others):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, others)
+
+
+def on_meshes():
+    """Each family on a mesh, or on two that have experts; both of one such family, of others one is marked slow."""
+    for name in NAMES:
+        meshes = MESHES if shrunk(name).num_experts else (DENSE_MESH,)
+        quick = {"switch-base-8": MESHES[0], "yuan-m32": MESHES[1]}
+        for sizes in meshes:
+            slow = quick.get(name, sizes) != sizes
+            yield pytest.param(name, sizes, marks=pytest.mark.slow if slow else (), id=f"{name}-{'-'.join(sizes)}")
+
+
+@pytest.mark.parametrize(("name", "sizes"), list(on_meshes()))
+def test_neither_a_mesh_nor_stacked_layers_change_loss_or_gradients(name, sizes):
+    """Stacked and kept for the backward pass, on eight devices, beside unrolled and recomputed, on one."""
     loss, gradients = on_one_device(name)
-    for sizes in MESHES if built(name)[0].config.num_experts else (DENSE_MESH,):
-        other, others = loss_and_gradients(*built(name), sizes)
-        assert float(other) == pytest.approx(float(loss), abs=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, others)
+    other, others = loss_and_gradients(*built(name), sizes)
+    assert float(other) == pytest.approx(float(loss), abs=1e-5)
+    assert_alike(gradients, unstack_layers(jax.device_get(others)))
 
 
 @each_family
@@ -140,24 +169,15 @@ def test_every_weight_learns(name):
         assert size < 1e-6 if idle else 1e-6 < size < np.inf, weight
 
 
-@each_family
-def test_stacked_unrolled_and_recomputed_layers_are_one_model(name):
-    expected = unstack_layers(on_one_device(name)[1])
-    found = loss_and_gradients(*built(name, scan_layers=False, remat="full"), {})[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
-
-
 def test_a_gradient_of_one_device_only_is_noticed():
     """What a mean over devices of each device's own mean would give."""
     loss, gradients = on_one_device("mixtral-8x7b")
-    model, params = built("mixtral-8x7b")
+    model, params = unrolled("mixtral-8x7b")
     objective = LanguageModel(model, 2, chunk=32, router_balance=0.1, router_z=0.01)
-    parts = []
-    for rows in np.split(np.arange(ROWS), 2):
-        batch = {key: value[rows] for key, value in tiny.random_batch(ROWS, LENGTH, VOCAB).items()}
-        share = lambda params, batch=batch: objective(params, batch, objective.denominators(batch))[0]
-        parts.append(jax.jit(jax.value_and_grad(share))(params))
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    own = jax.jit(jax.value_and_grad(lambda params, batch: objective(params, batch, objective.denominators(batch))[0]))
+    batch = tiny.random_batch(ROWS, LENGTH, VOCAB)
+    parts = [own(params, {key: value[rows] for key, value in batch.items()}) for rows in np.split(np.arange(ROWS), 2)]
+    mean = jax.tree.map(lambda a, b: (np.asarray(a) + b) / 2, *parts)
     assert abs(float(mean[0]) - float(loss)) > 1e-3
     with pytest.raises(AssertionError):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, mean[1])
+        assert_alike(gradients, mean[1])

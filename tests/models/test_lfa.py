@@ -240,7 +240,7 @@ def small(variant, **overrides):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_decodes_as_it_trains_and_sees_no_later_token(variant):
     model = small(variant)
-    params = init_parameters(model, jax.random.key(0))
+    params = tiny.fresh(model, 0)
     ids = np.random.default_rng(0).integers(0, 64, (2, 12))
     apply = jax.jit(lambda ids: model.apply({"params": params}, ids))
     whole = apply(ids)
@@ -296,13 +296,13 @@ def test_the_norm_is_a_key_of_its_own():
     ids = np.random.default_rng(0).integers(0, 64, (2, 12))
     logits = lambda model, params: model.apply({"params": params}, ids)
     yuan, pair = small("yuan"), small("two_convs", lfa_norm=True)
-    params = init_parameters(yuan, jax.random.key(0))
+    params = tiny.fresh(yuan, 0)
     np.testing.assert_array_equal(logits(yuan, params), logits(pair, params))
     assert np.abs(logits(small("two_convs"), params) - logits(yuan, params)).max() > 1e-3
     gates = {}
     for norm in (False, True):
         model = small("conv2", num_layers=1, lfa_norm=norm)
-        _, seen = model.apply({"params": init_parameters(model, jax.random.key(0))}, ids,
+        _, seen = model.apply({"params": tiny.fresh(model, 0)}, ids,
                               capture_intermediates=True, mutable="intermediates")  # fmt: skip
         (gates[norm],) = seen["intermediates"]["layers"]["0"]["self_attn"]["lf_gate"]["__call__"]
     expected = gates[False] / np.sqrt(np.mean(np.square(gates[False]), axis=-1, keepdims=True))

@@ -43,8 +43,13 @@ def parameters(scan=True):
     return stacked if scan else unstack_layers(stacked)
 
 
+@functools.cache
+def applied(model):
+    return jax.jit(model.apply)
+
+
 def logits_of(model, params, *args):
-    return jax.jit(model.apply)({"params": params}, *args)
+    return applied(model)({"params": params}, *args)
 
 
 def loss_and_gradients(scan, remat):

@@ -1,5 +1,7 @@
 """A trained ternary model becomes its packed self: the same codes, the same answers; what cannot be is told."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from easylm_plus.errors import UserError
 from easylm_plus.inference.generate import Generator
 from easylm_plus.inference.load import open_model, told, unrolled
 from easylm_plus.models.config import ModelConfig
-from easylm_plus.models.transformer import Transformer, init_parameters
+from easylm_plus.models.transformer import Transformer
 from easylm_plus.numerics.deploy import all_filed, all_served, deployed, filed, frozen, is_packed, thawed
 from easylm_plus.numerics.formats import FP16, decode, encode
 from easylm_plus.numerics.int8_rows import Int8Rows
@@ -123,12 +125,21 @@ def test_latents_that_round_to_what_is_packed(kind):
 # --- what it answers ---
 
 
-@pytest.mark.parametrize("kind", ({"tie_embeddings": True}, {"num_kv_heads": 4}), ids=str)
+@functools.cache
+def answers_of_training(model_and_params):
+    model, params = model_and_params()
+    return Generator(model, attach(params, BITNET), ())(PROMPTS, 24)
+
+
+TIED = functools.partial(tiny.model, **SHAPE, tie_embeddings=True, vocab=300, sub_norms=True, scan_layers=True)
+FULL = functools.partial(TIED, tie_embeddings=False, num_kv_heads=4)
+
+
+@pytest.mark.parametrize("made", (TIED, FULL), ids=("tied", "as many keys"))
 @pytest.mark.parametrize("path", ("xla", "auto"))
-def test_greedy_tokens_are_those_of_training(kind, path):
+def test_greedy_tokens_are_those_of_training(made, path):
     """With embeddings kept, and enough tokens that there is something to get wrong."""
-    model, params = tiny.model(**{**SHAPE, **kind}, vocab=300, sub_norms=True, scan_layers=True)
-    trained = Generator(model, attach(params, BITNET), ())(PROMPTS, 24)
+    (model, params), trained = made(), answers_of_training(made)
     with choice.use(path):
         stack = deployed(params, BITNET, embed="keep")
         assert Generator(model, stack, ())(PROMPTS, 24) == trained, "scanned"
@@ -155,7 +166,7 @@ def test_int8_embeddings_answer_as_the_values_that_they_are():
 def test_a_checkpoint_of_trits_is_opened_packed_and_unrolled(tmp_path):
     config = tiny.config(tmp_path, numerics__rules=BITNET, model__sub_norms=True, model__scan_layers=True)
     model = Transformer(ModelConfig(**config.model), precision("float32"))
-    params = init_parameters(model, jax.random.key(3))
+    params = tiny.fresh(model, 3)
     kept = all_filed(deployed(params, BITNET))
     write_parameters(tmp_path / "checkpoints", kept, {"config": config.to_dict()})
     opened = open_model(tmp_path, tokenizer=str(tiny.data() / "tokenizer"), template="chat")
@@ -171,7 +182,7 @@ def test_a_run_that_trained_ternary_is_opened_packed_too(tmp_path):
     """Rounded once, not for every token; latents as they lie are another model."""
     config = tiny.config(tmp_path, numerics__rules=BITNET, model__sub_norms=True, model__scan_layers=True)
     model = Transformer(ModelConfig(**config.model), precision("float32"))
-    params = init_parameters(model, jax.random.key(3))
+    params = tiny.fresh(model, 3)
     write_parameters(tmp_path / "checkpoints", params, {"config": config.to_dict()})
     opened = open_model(tmp_path, tokenizer=str(tiny.data() / "tokenizer"), template="chat")
     assert is_packed(opened.params) and not opened.model.config.scan_layers

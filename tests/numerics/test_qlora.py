@@ -123,7 +123,11 @@ def test_nothing_dense_is_kept_for_the_backward_pass(capsys, remat):
 
 def test_a_layer_at_a_time_is_decoded():
     """In the compiled step no float array is as large as a stack of matrices; with a base in floats there are some."""
-    found = lambda run: {kind for kind in matrices(L) if kind in run.compiled_step()}
+
+    def found(run):
+        text = run.compiled_step()
+        return {kind for kind in matrices(L) if kind in text}
+
     assert not found(qlora(remat="full", **ODD))
     assert found(run_of("none", lora=LORA, scan_layers=True, remat="full", precision="bf16", **ODD))
 

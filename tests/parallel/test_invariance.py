@@ -4,6 +4,7 @@ The runs are made by this file as a program of its own, since the compiler write
 rematerialization" to its log, and writes it only when it really compiles.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,7 +27,18 @@ EXPERT_MESHES = {
     "experts, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "experts, sequence": {"expert": 2, "sequence": 2, "tensor": 2},
 }
-CASES = [(kind, mesh) for kind in ("scanned", "unrolled") for mesh in MESHES] + [("experts", m) for m in EXPERT_MESHES]
+# each mesh with one of the two ways in which layers run, all of three axes with layers that are scanned
+QUICK = {
+    "scanned": ("1x8", "2x4", "8x1", "replica, fsdp, sequence", "fsdp, sequence, tensor"),
+    "unrolled": ("4x2", "fsdp, sequence, tensor"),
+    "experts": tuple(EXPERT_MESHES),
+}
+ALL = {"scanned": tuple(MESHES), "unrolled": tuple(MESHES), "experts": tuple(EXPERT_MESHES)}
+CASES = [
+    pytest.param(kind, mesh, marks=() if mesh in QUICK[kind] else pytest.mark.slow)
+    for kind, meshes in ALL.items()
+    for mesh in meshes
+]
 STEPS, ROWS, LENGTH, VOCAB, RATE = 10, 16, 32, 64, 1e-3
 TOLERANCE = 1e-5
 COPIED = "Involuntary full rematerialization"
@@ -34,19 +46,20 @@ MARK = "== "  # starts the line that names, in the log, what is compiled next
 ROOT = Path(__file__).parents[2]
 
 
-def started(kind):
+def started(kind, meshes):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, __file__, kind], env=env, **pipes)
+    return subprocess.Popen([sys.executable, __file__, kind, *meshes], env=env, **pipes)
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(request):
     """kind -> ({mesh: losses}, {mesh: compile log}) of three models, run side by side."""
-    found = {}
-    with started("scanned") as scanned, started("unrolled") as unrolled, started("experts") as experts:
-        for kind, process in (("scanned", scanned), ("unrolled", unrolled), ("experts", experts)):
+    found, meshes = {}, ALL if "slow" in request.config.option.markexpr else QUICK
+    with contextlib.ExitStack() as stack:
+        processes = {kind: stack.enter_context(started(kind, meshes[kind])) for kind in ALL}
+        for kind, process in processes.items():
             output, log = process.communicate(timeout=800)
             assert process.returncode == 0, log[-3000:]
             found[kind] = json.loads(output), dict(part.split("\n", 1) for part in log.split(MARK)[1:])
@@ -82,7 +95,7 @@ def test_a_copied_array_is_seen(results):
 # --- the program ---
 
 
-def main(kind):
+def main(kind, *meshes):
     import jax
     import tiny
 
@@ -100,9 +113,9 @@ def main(kind):
     params = jax.tree.map(np.asarray, params)
     objective = LanguageModel(built, 2, chunk=32, router_balance=0.01, router_z=0.001)
     losses = {"one": train(objective, params, {})}
-    for name, sizes in (EXPERT_MESHES if experts else MESHES).items():
+    for name in meshes:
         print(MARK + name, file=sys.stderr, flush=True)
-        losses[name] = train(objective, params, sizes)
+        losses[name] = train(objective, params, (EXPERT_MESHES if experts else MESHES)[name])
     if kind == "scanned":
         losses["mean of rows"] = train(MeanOfRows(built, 2, chunk=32), params, {})
         print(MARK + "bad", file=sys.stderr, flush=True)
@@ -173,4 +186,4 @@ def badly_sharded():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -21,7 +21,7 @@ FACTORS = 4 * 7 * L  # one float32 a matrix and array of codes
 
 def estimated(level, sizes=None, rows=ROWS, **values):
     """(the estimate, the run) in bfloat16."""
-    config = fp8_runs.config(level, numerics__precision="bf16", **values)
+    config = fp8_runs.config(level, **{"numerics__precision": "bf16", "numerics__rules": (), **values})
     run = Run(config, sizes or {})
     a = run.assembly
     with sharding.use(run.mesh, a.rules):
@@ -141,7 +141,7 @@ def test_inputs_of_fp8_products_are_kept_in_codes():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_what_the_gradient_keeps_is_in_codes(remat):
     """Of the real objective: arrays of a byte are kept only where a block keeps all, one for each product."""
-    run = Run(fp8_runs.config("O3", numerics__precision="bf16", model__remat=remat), {})
+    run = Run(fp8_runs.config("O3", numerics__precision="bf16", numerics__rules=(), model__remat=remat), {})
     a, state = run.assembly, run.start()
     batch = {name: jnp.asarray(x) for name, x in run.batch(0).items()}
     view = a.numerics.view(state.params, state.numerics)

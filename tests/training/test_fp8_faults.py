@@ -85,6 +85,7 @@ BAD = {
 SLOW = pytest.mark.slow
 OTHERS = [
     pytest.param("O1", 1, "sharded", marks=SLOW),
+    pytest.param("O3", 16, "sharded", marks=SLOW),
     pytest.param("O2", 16, "sharded", marks=SLOW),
     pytest.param("O2", 1, "sharded", marks=SLOW),
     pytest.param("O3", 1, "sharded", marks=SLOW),
@@ -93,7 +94,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(
     ("level", "window", "zero"),
-    [("O1", 16, "sharded"), ("O3", 16, "sharded"), ("O3", 1, "whole_tensor"), *OTHERS],
+    [("O1", 16, "sharded"), ("O3", 1, "whole_tensor"), *OTHERS],
 )  # fmt: skip
 def test_a_step_that_is_not_finite_changes_nothing_on_any_device(level, window, zero, monkeypatch):
     monkeypatch.setattr(assembly, "LanguageModel", Poisoned)

@@ -35,10 +35,13 @@ def restored(folder, step, run):
     return run.assembly.from_saved(Checkpoints(folder, POLICY).restore(step, run.assembly.saved)[0])
 
 
+hashed = jax.jit(fingerprint)
+
+
 def after(run, state, first, last):
     """(state's bits, hash of the parameters, losses) after these batches."""
     state, losses = run.steps(state, first, last)
-    return bits(state), int(jax.jit(fingerprint)(state.params)), losses
+    return bits(state), int(hashed(state.params)), losses
 
 
 VARIANTS = {
