@@ -47,6 +47,6 @@ quickstart() {
 case "${1:-quickstart}" in
   quickstart) setup; quickstart ;;  # not joined by &&, which would switch off set -e inside of setup
   setup) setup ;;
-  test) shift; setup; .venv/bin/python -m pytest -n 2 "$@" ;;
+  test) shift; setup; .venv/bin/python -m pytest -n 2 --dist worksteal "$@" ;;
   *) echo "usage: ./run.sh [test|setup]" >&2 && exit 2 ;;
 esac
