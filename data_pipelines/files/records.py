@@ -1,20 +1,21 @@
-"""Rows out of files: .json, .jsonl, .csv and .txt, each also as .gz, and .array_record, read as a stream.
+"""Rows out of files: .json, .jsonl, .csv and .txt, each also as .gz, .parquet and .array_record, read as a stream.
 
 `read_items` yields (Where, row); a row is an object with its fields. The row of a `Where` is, from 1:
   .jsonl  the line
   .json   the item of the array; or of the objects that follow one another, since many a .json holds JSON lines
   .csv    the record after the header, whose names become the keys; all values are text
   .txt    the document, as {"text": …}; see `separator`
+  .parquet    the row, without its fields that are null; see `parquet`
   .array_record    the record, a tf.train.Example, as {feature: list of its values}; also .array_record-00000-of-00008
 
 What does not fit is yielded as a DataError in its place; `read_rows` raises it instead. Reading goes on with the next
-row where there is a safe place to go on from: the next line of .jsonl, the next record of .csv or .array_record. After
-a syntax error within .json, a damaged gzip or ArrayRecord file or text that is not UTF-8, there is none (in .jsonl a
-line that is not UTF-8 costs that line alone): the rows before it have been yielded, and the message says that reading
-ends there. Each error stands for one row.
+row where there is a safe place to go on from: the next line of .jsonl, the next record of .csv or .array_record, the
+next row of .parquet. After a syntax error within .json, a damaged gzip, Parquet or ArrayRecord file or text that is not
+UTF-8, there is none (in .jsonl and .parquet a row that is not UTF-8 costs that row alone): the rows before it have been
+yielded, and the message says that reading ends there. Each error stands for one row.
 
 Memory: one row at a time, a few times `max_row_bytes` at most; of an .array_record a group of records, as its writer
-made it. Bytes and lines count in the unpacked file.
+made it; of a .parquet some MiB of rows. Bytes and lines count in the unpacked file.
 """
 
 import codecs
@@ -29,13 +30,13 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from data_pipelines.conversation import DataError, Where
 from data_pipelines.errors import shown
-from data_pipelines.files import array_records
+from data_pipelines.files import array_records, parquet
 from data_pipelines.files.json_stream import JsonError, json_values, syntax_error
 from data_pipelines.files.tf_example import read_example
 
 MAX_ROW_BYTES = 64 << 20
 CHUNK = 1 << 20
-ARRAY_RECORD = ".array_record"
+ARRAY_RECORD, PARQUET = ".array_record", ".parquet"
 CONTROLS = bytes({*range(32)} - {*b"\t\n\r"})
 
 Row = tuple[Where, dict[str, Any]]
@@ -70,10 +71,10 @@ def read_items(
     """Yields the rows of a file; see above for their form and for errors.
 
     `name` is what errors and `Where` call the file, by default its path. `raw` is the file already opened, for a
-    caller that watches how far it is read. All the same an .array_record is read at its path on this machine, `local`,
-    and from a temporary copy where it has none. `separator` ends a document of a .txt file: a run of that many empty
-    lines or more, or a mark such as "<|endoftext|>". `columns` are the names of the columns of a .csv file without a
-    header.
+    caller that watches how far it is read; that of a .parquet can seek. All the same an .array_record is read at its
+    path on this machine, `local`, and from a temporary copy where it has none. `separator` ends a document of a .txt
+    file: a run of that many empty lines or more, or a mark such as "<|endoftext|>". `columns` are the names of the
+    columns of a .csv file without a header.
     """
     reader = _Reader(name or str(path), max_row_bytes)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -84,12 +85,14 @@ def read_items(
     readers = {".json": reader.json, ".jsonl": reader.jsonl, ".ndjson": reader.jsonl, ".csv": reader.csv}
     stopped: DataError | None = None
     try:
-        if kind not in (*readers, ".txt") and not of_records:
-            expected = f"{', '.join(readers)} or .txt, or that and .gz, or {ARRAY_RECORD}"
+        if kind not in (*readers, ".txt") and not of_records and suffixes[-1:] != [PARQUET]:
+            expected = f"{', '.join(readers)} or .txt, or that and .gz, or {PARQUET} or {ARRAY_RECORD}"
             reader.stop(f"the suffix {kind + '.gz' * packed!r}", expected, "unknown_suffix", whole=True)
         with raw or open(path, "rb", buffering=0) as file:
             if of_records:
                 yield from reader.examples(file, local if raw else str(path))
+            elif kind == PARQUET:
+                yield from reader.parquet(file)
             else:
                 reader.open(file, packed)
                 yield from reader.text(separator) if kind == ".txt" else readers[kind]()
@@ -264,6 +267,14 @@ class _Reader:
                 yield self.rejected(
                     f"{len(fields)} fields", f"{len(header)}, as in the header {header}", "wrong_columns"
                 )
+
+    def parquet(self, file: BinaryIO) -> Items:
+        try:
+            for row in parquet.rows(file, self.max_row_bytes):
+                self.row += 1
+                yield self.accepted(row) if isinstance(row, dict) else self.rejected(*row)
+        except parquet.Unreadable as error:
+            self.stop(*error.args)
 
     def examples(self, file: BinaryIO, path: str | None) -> Items:
         """The records of an ArrayRecord file, which is read at its path where it has one."""

@@ -36,6 +36,7 @@ from data_pipelines.token_ids import FORM, ROLE, read_ids
 Row = Mapping[str, Any]
 
 READ = ("system", "user", "tool")  # roles of which nothing can be learned
+HEAVIEST = float.fromhex("0x1.fffffep+127")  # of a weight: what float32 holds
 
 
 class Filtered(DataError):
@@ -188,8 +189,8 @@ def check(conversation: Conversation, where: Where, max_turn_chars: int) -> None
             expected = f"max_turn_chars={max_turn_chars:,} or fewer"
             raise DataError(at(where, turn_number), found, expected, "turn_too_long")
         writable(text, where, turn_number)
-        if not 0 <= weight < math.inf:
-            expected = "a finite weight, 0 or more"
+        if not 0 <= weight <= HEAVIEST:
+            expected = "0 or more, as far as float32 goes"
             raise DataError(at(where, turn_number), f"the weight {weight}", expected, "wrong_weight")
         if weight and role in READ:
             found = f"the weight {weight:g} of a turn of the {role}"

@@ -19,7 +19,7 @@ from data_pipelines.sources import Row, at, exchange, items, need, row_id, strin
 FORMAT = '{"instruction": …, "input": … or "", "output": …}'
 ORIGIN = "https://github.com/tatsu-lab/stanford_alpaca, alpaca_data.json"
 LICENCE = "CC-BY-NC-4.0"
-PATTERNS = ("alpaca/*.json", "alpaca/*.json.gz", "alpaca/*.jsonl", "alpaca/*.jsonl.gz")
+PATTERNS = ("alpaca/*.json", "alpaca/*.json.gz", "alpaca/*.jsonl", "alpaca/*.jsonl.gz", "alpaca/*.parquet")
 
 
 def convert(row: Row, where: Where) -> list[Conversation]:

@@ -32,7 +32,7 @@ from data_pipelines.sources import Row, exchange, need, row_id, string
 
 FORMAT = '{"fields": "[name+name],name,<|eos|>", and a text for each name}'
 ORIGIN = "your own rows for EasyLM, such as koala_data_pipeline writes"
-PATTERNS = tuple(f"easylm/*.{end}" for end in ("jsonl", "jsonl.gz", "json", "json.gz"))
+PATTERNS = tuple(f"easylm/*.{end}" for end in ("jsonl", "jsonl.gz", "json", "json.gz", "parquet"))
 
 BOS, EOS = SPECIAL
 USER = "USER:"

@@ -23,7 +23,7 @@ from data_pipelines.sources import Row, exchange, items, need, row_id, string
 FORMAT = '{"question": …, "human_answers": […], "chatgpt_answers": […]}, or columns text, source, question, label'
 ORIGIN = "https://huggingface.co/datasets/Hello-SimpleAI/HC3, all.jsonl"
 LICENCE = "CC-BY-SA-4.0; parts of it are stricter"
-PATTERNS = ("hc3/*.jsonl", "hc3/*.jsonl.gz", "hc3/*.csv", "hc3/*.csv.gz")
+PATTERNS = ("hc3/*.jsonl", "hc3/*.jsonl.gz", "hc3/*.csv", "hc3/*.csv.gz", "hc3/*.parquet")
 
 AUTHORS = {"human_answers": "human", "chatgpt_answers": "chatgpt"}
 LABELS = ("human", "ai", "chatgpt")

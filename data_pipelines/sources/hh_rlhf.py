@@ -28,7 +28,7 @@ from data_pipelines.sources import Row, alternate, at, comparison, need, string
 FORMAT = '{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}, alike up to the last answer'
 ORIGIN = "https://github.com/anthropics/hh-rlhf"
 LICENCE = "MIT"
-PATTERNS = ("hh_rlhf/*/*.jsonl", "hh_rlhf/*/*.jsonl.gz", "!hh_rlhf/red-team-attempts/*")
+PATTERNS = ("hh_rlhf/*/*.jsonl", "hh_rlhf/*/*.jsonl.gz", "hh_rlhf/*/*.parquet", "!hh_rlhf/red-team-attempts/*")
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 STRAY = re.compile(r"(?:(?:^|[\n.!?:()”\"“])\s?|\s{2})((?:Human|Assistant):)")

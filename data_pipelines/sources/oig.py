@@ -21,7 +21,7 @@ from data_pipelines.sources import Row, alternate, at, need, row_id, string
 FORMAT = '{"text": "<human>: …\\n<bot>: …"}'
 ORIGIN = "https://huggingface.co/datasets/laion/OIG, the unified_*.jsonl files named in data_pipelines/sources/oig.py"
 LICENCE = "Apache-2.0; the parts have terms of their own"
-PATTERNS = ("oig/*.jsonl", "oig/*.jsonl.gz", "!oig/*unified_hc3_human*")
+PATTERNS = ("oig/*.jsonl", "oig/*.jsonl.gz", "oig/*.parquet", "!oig/*unified_hc3_human*")
 
 MARKER = re.compile(r"<(human|bot)>:")
 ROLES = {"human": "user", "bot": "assistant"}

@@ -7,12 +7,13 @@ Format. A row is a chat with two answers to its last question, or a chat whose l
     {"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "What?"}
     {"instruction": "Hi", "input": "", "output": ["Hello!", "What?"], "history": [["question", "answer"]]}
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "label": true}
+    {"prompt": "Hi", "completion": "Hello!", "label": true}
 
 The chat is what `sharegpt` reads, "system" and "tools" included, or what `alpaca` reads, or a question under "prompt".
 Of two outputs the first is the better one.
 
-Origin and licence: yours. These are the shapes of LLaMA-Factory's demonstration files (Apache-2.0) and of many sets
-made for them. The sets that Koala used have sources of their own: `hh_rlhf`, `webgpt`, `summarize`.
+Origin and licence: yours. These are the shapes of LLaMA-Factory's demonstration files (Apache-2.0), of TRL and of many
+sets made for them. The sets that Koala used have sources of their own: `hh_rlhf`, `webgpt`, `summarize`.
 
 Weights are as in `hh_rlhf`: a worse answer is marked unhelpful, and of its conversation nothing else is learned. A pair
 gives two conversations, a verdict one, with ":chosen" or ":rejected" behind the id.
@@ -22,14 +23,14 @@ from collections.abc import Mapping
 
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
 from data_pipelines.errors import shown
-from data_pipelines.sources import Row, alpaca, comparison, exchange, items, row_id, sharegpt, string, unhelpful
+from data_pipelines.sources import Row, alpaca, comparison, exchange, items, jsonl, row_id, sharegpt, string, unhelpful
 from data_pipelines.tool_calls import tools_text
 
 FORMAT = '{"conversations": […], "chosen": …, "rejected": …} or {"messages": […], "label": true or false}'
 ORIGIN = "your own pairs or verdicts, in the shapes of LLaMA-Factory's DPO and KTO files"
-PATTERNS = tuple(f"preference/*.{end}" for end in ("json", "json.gz", "jsonl", "jsonl.gz"))
+PATTERNS = tuple(f"preference/*.{end}" for end in ("json", "json.gz", "jsonl", "jsonl.gz", "parquet"))
 
-REPAIRS = sharegpt.REPAIRS
+REPAIRS = jsonl.REPAIRS
 
 
 def convert(row: Row, where: Where) -> list[Conversation]:
@@ -43,7 +44,8 @@ def convert(row: Row, where: Where) -> list[Conversation]:
 def judged(row: Row, tools: str, where: Where) -> Conversation:
     if not isinstance(row["label"], bool):
         raise DataError(where, f'"label" is {shown(row["label"])}', "true or false", "wrong_label")
-    turns = sharegpt.chat(row, where)
+    prompted = not any(key in row for key in sharegpt.TURN_KEYS) and all(key in row for key in jsonl.COMPLETION)
+    turns = sharegpt.chat(jsonl.as_messages(row, where) if prompted else row, where)
     if row["label"]:
         return Conversation("preference", f"{row_id(where)}:chosen", turns, tools)
     return unhelpful(Conversation("preference", f"{row_id(where)}:rejected", turns, tools))

@@ -13,7 +13,9 @@ The speakers are human or user, gpt, assistant, chatgpt, bing or bard, system or
 and function, observation, tool or tool_response. A system prompt is the first turn or stands under "system". A turn may
 say how much it is learned: "train": true or false, or "loss_weight" or "weight" as a number; without that what the
 assistant says or calls weighs 1 and everything else 0. The content may be a list of parts, as long as all are text.
-Answers of tools that name their call ("tool_call_id") are put into the order of the calls.
+Answers of tools that name their call ("tool_call_id") are put into the order of the calls. What the assistant thought
+beside its answer ("reasoning_content", "reasoning" or "thinking") has no place in our turns: a row with some is left
+out (reasoning), or read without it where the option is reasoning="drop".
 
 Origin and licence. The Koala authors collected about 60,000 chats through an interface of sharegpt.com, of which
 30,000 were left after removing repeated queries and languages other than English. Neither these nor the interface are
@@ -31,14 +33,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipelines.conversation import ANSWERS, Conversation, DataError, Turn, Where
-from data_pipelines.errors import shown
+from data_pipelines.errors import InputError, shown
 from data_pipelines.sources import Row, alternate, at, items, number, row_id, string
 from data_pipelines.tool_calls import calls_text, tools_text
 
 FORMAT = '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}'
 ORIGIN = "your own or a community copy of ShareGPT chats as JSON; or OASST, UltraChat and others in this format"
 LICENCE = "that of the copy; the texts belong to the people who shared them"
-PATTERNS = ("sharegpt/*.json", "sharegpt/*.json.gz", "sharegpt/*.jsonl", "sharegpt/*.jsonl.gz")
+PATTERNS = ("sharegpt/*.json", "sharegpt/*.json.gz", "sharegpt/*.jsonl", "sharegpt/*.jsonl.gz", "sharegpt/*.parquet")
 
 TURN_KEYS = ("conversations", "messages", "items")
 SPEAKERS = {
@@ -50,18 +52,26 @@ SPEAKERS = {
 }
 ORDER = "the user and the assistant in turns, the user first and the assistant last"
 CALLS = ("tool_calls", "function_call")  # of an assistant's message as OpenAI has it
+LEARNED = ("train", "loss_weight", "weight")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reject", "drop")
 
 
-def convert(row: Row, where: Where) -> list[Conversation]:
-    return [Conversation("sharegpt", row_id(where), chat(row, where), tools_text(row.get("tools"), where))]
+def convert(row: Row, where: Where, *, reasoning: str = "reject") -> list[Conversation]:
+    if reasoning not in REASONING:
+        raise InputError(f"reasoning: found {reasoning!r}; expected one of {', '.join(REASONING)}")
+    turns = chat(row, where, thoughts=reasoning == "drop")
+    return [Conversation("sharegpt", row_id(where), turns, tools_text(row.get("tools"), where))]
 
 
-def chat(row: Row, where: Where, order: str = ORDER) -> tuple[Turn, ...]:
-    """The turns of a row, in an order that fits."""
+def chat(row: Row, where: Where, order: str = ORDER, *, thoughts: bool = False) -> tuple[Turn, ...]:
+    """The turns of a row, in an order that fits. `thoughts`: whether messages may have some, which are dropped."""
     key = next((key for key in TURN_KEYS if key in row), None)
     if key is None:
         raise DataError(where, shown(row), FORMAT, "wrong_keys")
     messages = in_order_of_calls(items(row[key], f'"{key}"', where), where)
+    if not thoughts:
+        without_thoughts(messages, where)
     numbered = [(here, turn) for here, item in messages for turn in message(item, at(where, here))]
     alternate([turn.role for _, turn in numbered], where, order, [here for here, _ in numbered])
     turns = [turn for _, turn in numbered]
@@ -70,6 +80,18 @@ def chat(row: Row, where: Where, order: str = ORDER) -> tuple[Turn, ...]:
             raise DataError(where, 'a system turn beside "system"', "one system prompt", "two_systems")
         turns.insert(0, Turn("system", row["system"], 0.0))
     return tuple(turns)
+
+
+def without_thoughts(messages: list[tuple[int, Any]], where: Where) -> None:
+    for here, item in messages:
+        fields = item if isinstance(item, Mapping) else {}
+        if key := next((key for key in THOUGHTS if thought(fields.get(key))), None):
+            expected = 'turns without, or the option reasoning="drop" of sharegpt and jsonl'
+            raise DataError(at(where, here), f'"{key}" beside what is said', expected, "reasoning")
+
+
+def thought(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def message(item: Any, where: Where) -> list[Turn]:
@@ -133,7 +155,7 @@ def said(content: Any, name: str, where: Where) -> str:
 
 def weight(item: Row, role: str, where: Where) -> float:
     """What the turn says about itself, or 1 for the assistant and 0 for the others."""
-    given = [key for key in ("train", "loss_weight", "weight") if item.get(key) is not None]
+    given = [key for key in LEARNED if item.get(key) is not None]
     if not given:
         return 1.0 if role in ANSWERS else 0.0
     if len(given) > 1:

@@ -24,7 +24,9 @@ FORMAT = '{"info": {"post": … or "article": …}, "summaries": [{"text": …},
 ORIGIN = "https://huggingface.co/datasets/openai/summarize_from_feedback, comparisons/*.json"
 LICENCE = "none stated"
 FOLDERS = ("summarize", "summarize_from_feedback")
-PATTERNS = tuple(f"{folder}/*.{end}" for folder in FOLDERS for end in ("json", "json.gz", "jsonl", "jsonl.gz"))
+PATTERNS = tuple(
+    f"{folder}/*.{end}" for folder in FOLDERS for end in ("json", "json.gz", "jsonl", "jsonl.gz", "parquet")
+)
 
 PHRASES = (
     "Summarize this text:",

@@ -10,52 +10,85 @@ The ids stand under the first of input_ids, tokens, inputs and targets that is t
 `ids` names. Where several of the four are there they must be equal, unless the option says which one is meant: a
 question under "inputs" and its answer under "targets" are not one example each.
 
-How much each id is learned stands under the first of loss_weights, assistant_masks, loss_mask (numbers, 0 or more) and
-labels (the ids again, -100 where nothing is learned) that is there; without any of them all ids are learned. The
-number at a place is about predicting the id at that same place, so a mask that was shifted by one is not the one that
-is wanted here. The first id has nothing before it that predicts it.
+How much each id is learned stands under the first of loss_weights, assistant_masks, completion_mask, loss_mask
+(numbers, 0 or more; masks also as true and false) and labels (the ids again, -100 where nothing is learned) that is
+there; without any of them all ids are learned. Of assistant_masks and completion_mask together an id is learned where
+both say so, as TRL has it. The number at a place is about predicting the id at that same place, so a mask that was
+shifted by one is not the one that is wanted here. The first id has nothing before it that predicts it. A key whose
+value is null is as if it were not there.
+
+A row is one example without padding, since rows are packed later. Rows that say something else of themselves are left
+out: as padding for a 0 under attention_mask, segment_ids or a key that ends in _segmentation (MaxText's, grain's); as
+packed for several numbers there, for position_ids, inputs_position or targets_position that start again, or for several
+seq_lengths (TRL's). Rows that were packed without saying so cannot be told.
 
 What comes of it. Every template lays an example out as these ids: no bos, no eos, nothing before or after them. Ids
 mean nothing without the tokenizer that made them, which is the one to train with; an id that it does not have is an
-error, but ids of another one of that size cannot be told. The stages that read words leave ids alone. A 0 under
-attention_mask is padding, and its row is left out: rows are packed later, and padding would be part of an example.
-max_turn_chars counts an id as one character.
+error, but ids of another one of that size cannot be told. The stages that read words leave ids alone. max_turn_chars
+counts an id as one character.
 
 Origin and licence: yours. A source cannot be called "tokens", where stored tokens lie; say kind="tokens".
 """
 
+import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from data_pipelines.conversation import Conversation, DataError, Where
 from data_pipelines.errors import InputError, shown
-from data_pipelines.sources import Row, items, need, number, row_id
+from data_pipelines.sources import HEAVIEST, Row, items, need, number, row_id
 from data_pipelines.token_ids import LARGEST, ids_turns
 
 FORMAT = '{"input_ids": [id, …], "labels": [id or -100, …]}, or a tf.train.Example with such features'
-ORIGIN = "your own tokenised rows, .jsonl or .array_record"
+ORIGIN = "your own tokenised rows, .jsonl, .parquet or .array_record"
 LICENCE = "yours"
 PATTERNS = tuple(
-    f"tokens/*.{end}" for end in ("array_record", "array_record-*", "jsonl", "jsonl.gz", "json", "json.gz")
+    f"tokens/*.{end}" for end in ("array_record", "array_record-*", "jsonl", "jsonl.gz", "json", "json.gz", "parquet")
 )
 
 IDS = ("input_ids", "tokens", "inputs", "targets")
-WEIGHTS, LABELS = ("loss_weights", "assistant_masks", "loss_mask"), "labels"
+WEIGHTS, LABELS = "loss_weights", "labels"
+MASKS = ("assistant_masks", "completion_mask", "loss_mask")
+BOTH = MASKS[:2]  # what is learned is what both of them say
 IGNORED = -100  # PyTorch's label of what is not learned
-PADDING = "attention_mask"
-HEAVIEST = float.fromhex("0x1.fffffep+127")  # what float32 holds
+SEGMENTS, SEGMENTATION = ("attention_mask", "segment_ids"), "_segmentation"  # 0 for padding; a number for each example
+POSITIONS = ("position_ids", "inputs_position", "targets_position")
+LENGTHS = "seq_lengths"
 
 
 def convert(row: Row, where: Where, *, ids: str = "") -> list[Conversation]:
     if not isinstance(ids, str):
         raise InputError(f"ids: found {ids!r}; expected the key of the ids as text")
+    row = {key: value for key, value in row.items() if value is not None}
     name = named(row, ids, where)
     found = token_ids(row[name], f'"{name}"', where)
-    if row.get(PADDING) is not None and 0 in items(row[PADDING], f'"{PADDING}"', where):
-        raise DataError(where, f'"{PADDING}" with a 0', "ids without padding", "padding")
+    one_example(row, where)
     weights = learned(row, found, where)
     if not any(weights[1:]):
         raise DataError(where, "no weight above 0 after the first id", "something to learn", "nothing_to_learn")
     return [Conversation("tokens", row_id(where), ids_turns(found, weights))]
+
+
+def one_example(row: Row, where: Where) -> None:
+    """Refuses rows that say of themselves that they are padded, or several examples in one."""
+    for key in row:
+        if key in SEGMENTS or key.endswith(SEGMENTATION):
+            numbers = mask(row[key], f'"{key}"', where)
+            if 0 in numbers:
+                raise DataError(where, f'"{key}" with a 0', "ids without padding", "padding")
+            if any(number != numbers[0] for number in numbers):
+                raise packed(f'"{key}" with several numbers', where)
+    for key in POSITIONS:
+        positions = whole_numbers(row.get(key, []), f'"{key}"', where)
+        if any(after <= before for before, after in itertools.pairwise(positions)):
+            raise packed(f'"{key}" that starts again', where)
+    if len(items(row.get(LENGTHS, []), f'"{LENGTHS}"', where)) > 1:
+        raise packed(f'several "{LENGTHS}"', where)
+
+
+def packed(found: str, where: Where) -> DataError:
+    return DataError(where, found, "one example a row: rows are packed later", "packed")
 
 
 def named(row: Row, wanted: str, where: Where) -> str:
@@ -81,11 +114,17 @@ def token_ids(value: object, name: str, where: Where) -> list[int]:
 
 def learned(row: Row, ids: Sequence[int], where: Where) -> list[float]:
     """The loss weight of each id."""
-    name = next((key for key in (*WEIGHTS, LABELS) if key in row), None)
-    if name is None:
+    names = [key for key in (WEIGHTS, *MASKS, LABELS) if key in row]
+    if not names:
         return [1.0] * len(ids)
+    taken = names[:2] if names[:2] == [*BOTH] else names[:1]
+    return [math.prod(each) for each in zip(*[weights_under(name, row, ids, where) for name in taken])]
+
+
+def weights_under(name: str, row: Row, ids: Sequence[int], where: Where) -> list[float]:
     read = labels if name == LABELS else loss_weights
-    if len(given := items(row[name], f'"{name}"', where)) != len(ids):
+    given = (mask if name in MASKS else items)(row[name], f'"{name}"', where)
+    if len(given) != len(ids):
         found = f'{len(given):,} entries under "{name}" for {len(ids):,} ids'
         raise DataError(where, found, "as many as ids", "wrong_length")
     return read(given, ids, f'"{name}"', where)
@@ -104,6 +143,16 @@ def loss_weights(given: Sequence[object], ids: Sequence[int], name: str, where: 
     if wrong := [weight for weight in weights if not 0 <= weight <= HEAVIEST]:
         raise DataError(where, f"{name} with {wrong[0]:g}", "0 or more, as far as float32 goes", "wrong_weight")
     return weights
+
+
+def mask(value: object, name: str, where: Where) -> list[Any]:
+    """A list in which all of true and false are 1 and 0, or none is there."""
+    found = items(value, name, where)
+    if bool not in (kinds := {*map(type, found)}):
+        return found
+    if len(kinds) > 1:
+        raise DataError(where, f"{name} with booleans among others", "numbers, or booleans alone", "wrong_type")
+    return [int(each) for each in found]
 
 
 def whole_numbers(value: object, name: str, where: Where) -> list[int]:

@@ -24,7 +24,7 @@ from data_pipelines.sources import Filtered, Row, comparison, exchange, items, n
 FORMAT = '{"question": {"full_text": …}, "answer_0": …, "score_0": …, "quotes_0": …, "answer_1": …, …}'
 ORIGIN = "https://huggingface.co/datasets/openai/webgpt_comparisons, comparisons.jsonl"
 LICENCE = "none stated"
-PATTERNS = ("webgpt/*.json", "webgpt/*.json.gz", "webgpt/*.jsonl", "webgpt/*.jsonl.gz")
+PATTERNS = ("webgpt/*.json", "webgpt/*.json.gz", "webgpt/*.jsonl", "webgpt/*.jsonl.gz", "webgpt/*.parquet")
 
 PHRASES = (
     "Base your answer on these sources:",

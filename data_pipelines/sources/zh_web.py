@@ -20,7 +20,7 @@ from data_pipelines.sources import Row, need, row_id, string
 
 FORMAT = '{"text": "a page of Chinese text"}'
 ORIGIN = "https://huggingface.co/datasets/Skywork/SkyPile-150B, data/*.jsonl"
-PATTERNS = ("zh_web/*.jsonl", "zh_web/*.jsonl.gz")
+PATTERNS = ("zh_web/*.jsonl", "zh_web/*.jsonl.gz", "zh_web/*.parquet")
 
 
 def convert(row: Row, where: Where) -> list[Conversation]:

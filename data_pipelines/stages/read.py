@@ -73,6 +73,7 @@ class Reader:
         with _Watched(self.source.folder.open(file), self.progress) as raw:
             for item in read_items(file, name=file, raw=cast(BinaryIO, raw), local=local, separator=separator):
                 yield item if isinstance(item, DataError) else self.sample(*item)
+            raw.finish()
         if local and array_records.NAME.search(file):  # read past the watched file
             self.progress(self.source.folder.stamp(file)["bytes"])
 
@@ -130,18 +131,39 @@ class Reader:
 
 
 class _Watched(io.RawIOBase):
-    """A raw file that tells how much of it has been read."""
+    """A raw file that tells how much of it has been read. Where its end was sought, parts may be read twice or not at
+    all: when it is finished all of its bytes have been told, and no more."""
 
     def __init__(self, raw: BinaryIO, progress: Progress):
         self._raw, self._progress = raw, progress
+        self._size: int | None = None
+        self._told = 0
 
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._raw.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = self._raw.seek(offset, whence)
+        if whence == io.SEEK_END:
+            self._size = place - offset
+        return place
+
     def readinto(self, buffer: Any) -> int:
         count: int = self._raw.readinto(buffer)  # type: ignore[attr-defined]
-        self._progress(count)
+        self._tell(count)
         return count
+
+    def finish(self) -> None:
+        if self._size is not None:
+            self._tell(self._size)
+
+    def _tell(self, count: int) -> None:
+        more = count if self._size is None else min(count, self._size - self._told)
+        self._told += more
+        self._progress(more)
 
     def tell(self) -> int:
         return self._raw.tell()

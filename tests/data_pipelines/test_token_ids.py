@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from parquet_files import parquet_file
 from rich.console import Console
 from tf_examples import array_record, example
 from tiny_tokenizers import BACK_ENDS, tiny
@@ -273,11 +274,16 @@ def prepared(tmp_path_factory):
     return folder / "out", expected
 
 
-@pytest.mark.parametrize("suffix", ["array_record", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("suffix", ["array_record", "parquet", "jsonl", "jsonl.gz"])
 def test_progress_is_told_of_every_byte(tmp_path, suffix):
     made = [row for row, *_ in rows(50, 0)]
     data = "\n".join(map(json.dumps, made)).encode()
-    data = {"array_record": array_record(*map(example, made)), "jsonl": data, "jsonl.gz": gzip.compress(data)}[suffix]
+    data = {
+        "array_record": array_record(*map(example, made)),
+        "parquet": parquet_file(made),
+        "jsonl": data,
+        "jsonl.gz": gzip.compress(data),
+    }[suffix]
     (tmp_path / f"a.{suffix}").write_bytes(data)
     told = []
     source = Source("s", "tokens", {}, {}, Folder(str(tmp_path)), (f"a.{suffix}",))
@@ -285,17 +291,29 @@ def test_progress_is_told_of_every_byte(tmp_path, suffix):
     assert sum(told) == len(data) and len(samples) == len(made)
 
 
-def test_records_behind_a_url(tmp_path):
+@pytest.mark.parametrize("suffix", ["array_record", "parquet"])
+def test_records_behind_a_url(tmp_path, suffix):
     """They are the same as from a folder."""
     made = [row for row, *_ in rows(20, 0)]
     (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens/a.array_record").write_bytes(array_record(*map(example, made)))
-    with fsspec.open("memory://ids/tokens/a.array_record", "wb") as file:
-        file.write((tmp_path / "tokens/a.array_record").read_bytes())
+    data = parquet_file(made) if suffix == "parquet" else array_record(*map(example, made))
+    (tmp_path / f"tokens/a.{suffix}").write_bytes(data)
+    with fsspec.open(f"memory://{suffix}/tokens/a.{suffix}", "wb") as file:
+        file.write(data)
     config = ConfigDict({"sources": {"a": {"kind": "tokens"}}})
-    here, there = (prepare(config, url, tmp_path / url[-3:]) for url in (str(tmp_path), "memory://ids"))
+    here, there = (prepare(config, url, tmp_path / url[-3:]) for url in (str(tmp_path), f"memory://{suffix}"))
     assert here["sources"]["a"]["splits"] == there["sources"]["a"]["splits"]
     assert there["sources"]["a"]["kept_rows"] == 60
+
+
+def test_equal_names_of_columns_and_lines_clash(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    for name in ("a.parquet", "a.jsonl"):
+        (tmp_path / "tokens" / name).write_bytes(parquet_file([{"tokens": [5, 6]}]))
+    with pytest.raises(
+        InputError, match=r"found tokens/a.jsonl and tokens/a.parquet, whose rows would get the same ids"
+    ):
+        prepare(ConfigDict({"sources": {"a": {"kind": "tokens"}}}), tmp_path, tmp_path / "out")
 
 
 def opened(folder):

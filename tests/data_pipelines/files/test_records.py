@@ -1,18 +1,24 @@
 """Rows come out of every format, and every kind of broken file is named with its place."""
 
+import datetime
+import decimal
 import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
 
+import pyarrow as pa
 import pytest
+from parquet_files import parquet_file, table
 from tf_examples import array_record, example
 
 from data_pipelines.conversation import DataError
-from data_pipelines.files import json_stream
+from data_pipelines.files import json_stream, parquet
 from data_pipelines.files.records import read_items, read_rows
 
 
@@ -83,7 +89,8 @@ BROKEN = [  # name, bytes, reason, row, what the message must contain
     ("a.json", b"[]", "empty_file", None, ["no rows"]),
     ("a.csv", b"q,a\n", "empty_file", None, ["no rows"]),
     ("a.txt.gz", b"\n\n", "empty_file", None, ["no rows"]),
-    ("a.parquet", b"PAR1", "unknown_suffix", None, ["'.parquet'", ".jsonl"]),
+    ("a.arrow", b"ARROW1", "unknown_suffix", None, ["'.arrow'", ".jsonl", ".parquet"]),
+    ("a.parquet", b"PAR1", "damaged_parquet", 1, ["where reading ends", "an intact Parquet file"]),
     ("a.jsonl", b"\x00\x01\x02", "binary_file", None, ["zero byte at byte 0", "text file"]),
     ("a.json", "[{}]".encode("utf-16"), "not_utf8", None, ["UTF-16"]),
     ("a.jsonl", GOOD.encode() + b'{"n": "caf\xe9"}\n', "not_utf8", 2, ["byte 19", "0xe9", "UTF-8"]),
@@ -315,3 +322,159 @@ def test_what_stands_before_damaged_records_is_read(tmp_path):
     data[at + 3] ^= 1
     rows, (error,) = read(write(tmp_path, "a.array_record", bytes(data)))
     assert rows == ROWS[:120] and (error.reason, error.where.row) == ("damaged_array_record", 121)
+
+
+COLUMNS = [{"n": i, "t": f"é{i}", "o": {"x": [i / 4, None]}} for i in range(1500)]
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 7}, {"compression": "zstd"}, {"use_dictionary": False}])
+@pytest.mark.parametrize("name", ["a.parquet", "A.Parquet", "train-00000-of-00001.parquet"])
+def test_parquet(tmp_path, name, options):
+    path = write(tmp_path, name, parquet_file(COLUMNS, **options))
+    rows = [*enumerate(COLUMNS, start=1)]
+    assert read(path) == (rows, [])
+    with open(path, "rb", buffering=0) as file:
+        assert read(path, raw=file) == (rows, [])
+
+
+def column(kind, *values):
+    return pa.array(values, kind)
+
+
+TIME = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+VALUES = {  # name -> (a column, what is read of it)
+    "null": (column(pa.string(), None, "x"), [{}, {"v": "x"}]),
+    "nothing but null": (column(pa.null(), None), [{}]),
+    "bytes": (column(pa.binary(), "é".encode(), None), [{"v": "é"}, {}]),
+    "bytes of one length": (column(pa.binary(2), b"ab"), [{"v": "ab"}]),
+    "bytes in lists": (column(pa.list_(pa.large_binary()), [b"a", None]), [{"v": ["a", None]}]),
+    "a time": (column(pa.timestamp("us"), TIME), [{"v": "2020-01-02 03:04:05.000000"}]),
+    "a time of a zone": (column(pa.timestamp("s", "UTC"), TIME), [{"v": "2020-01-02 03:04:05.000Z"}]),
+    "nanoseconds": (column(pa.timestamp("ns"), 1), [{"v": "1970-01-01 00:00:00.000000001"}]),
+    "a time in an object": (column(pa.struct({"t": pa.date32()}), {"t": TIME.date()}), [{"v": {"t": "2020-01-02"}}]),
+    "a decimal number": (column(pa.decimal128(9, 2), decimal.Decimal("1.50")), [{"v": "1.50"}]),
+    "half a float": (column(pa.float16(), 0.5), [{"v": 0.5}]),
+    "large integers": (column(pa.uint64(), 2**64 - 1), [{"v": 2**64 - 1}]),
+    "true and false": (column(pa.list_(pa.bool_()), [True, False]), [{"v": [True, False]}]),
+    "categories": (column(pa.string(), "x", "y", "x").dictionary_encode(), [{"v": "x"}, {"v": "y"}, {"v": "x"}]),
+    "a map": (column(pa.map_(pa.string(), pa.int32()), [("a", 1), ("b", None), ("a", 2)]), [{"v": {"a": 2}}]),
+    "lists of one length": (column(pa.list_(pa.int32(), 2), [1, 2]), [{"v": [1, 2]}]),
+    "null in objects": (
+        column(pa.list_(pa.struct({"a": pa.int32(), "b": pa.struct({"c": pa.int32()})})), [{"a": 1}, {"b": {}}, None]),
+        [{"v": [{"a": 1}, {"b": {}}, None]}],
+    ),
+}
+
+
+@pytest.mark.parametrize("values, expected", VALUES.values(), ids=VALUES)
+def test_values_of_parquet(tmp_path, values, expected):
+    path = write(tmp_path, "a.parquet", parquet_file(pa.table({"v": values})))
+    assert read(path) == ([*enumerate(expected, start=1)], [])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.string(), pa.list_(pa.binary()), pa.struct({"x": pa.binary()})])
+def test_bytes_that_are_not_text_cost_their_row_alone(tmp_path, kind):
+    wrap = {pa.list_(pa.binary()): lambda v: [v], pa.struct({"x": pa.binary()}): lambda v: {"x": v}}.get(
+        kind, lambda v: v
+    )
+    values = pa.array([wrap(each) for each in (b"a", b"\xff\xfe", b"c")], pa.binary() if kind == pa.string() else kind)
+    values = values.view(pa.string()) if kind == pa.string() else values
+    rows, (error,) = read(write(tmp_path, "a.parquet", parquet_file(pa.table({"v": values}))))
+    assert rows == [(1, {"v": wrap("a")}), (3, {"v": wrap("c")})]
+    assert (error.reason, error.where.row) == ("not_utf8", 2)
+    assert str(error) == "a.parquet, row 2: found bytes that are not UTF-8; expected text in UTF-8"
+
+
+def test_long_rows_of_parquet_cost_themselves_alone(tmp_path):
+    path = write(tmp_path, "a.parquet", parquet_file([{"t": "x" * size} for size in (5, 500, 60, 5)]))
+    assert len(read(path)[0]) == 4
+    rows, (error,) = read(path, max_row_bytes=100)
+    assert [row for row, _ in rows] == [1, 3, 4] and (error.reason, error.where.row) == ("row_too_long", 2)
+
+
+NO_ROWS = {  # name -> (columns, what is told of them)
+    "a name twice": (pa.table([[1], [2]], names=["n", "n"]), "columns of the same name"),
+    "a name twice within": (
+        pa.table({"n": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])}),
+        "columns of the same name",
+    ),
+    "numbers for keys": (
+        pa.table({"n": column(pa.map_(pa.int32(), pa.int32()), [(1, 2)])}),
+        "a column of the type map<int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("made, told", NO_ROWS.values(), ids=NO_ROWS)
+def test_columns_that_no_row_can_have(tmp_path, made, told):
+    (error,) = read(write(tmp_path, "a.parquet", parquet_file(made)))[1]
+    assert (error.reason, error.where.row) == ("wrong_columns", 1) and f"found {told}" in str(error)
+
+
+def test_what_stands_before_damaged_columns_is_read(tmp_path):
+    data = bytearray(parquet_file(COLUMNS[:9], row_group_size=3, write_page_checksum=True, compression="none"))
+    data[data.index("é4".encode())] ^= 1
+    rows, (error,) = read(write(tmp_path, "a.parquet", bytes(data)))
+    assert rows == [*enumerate(COLUMNS[:3], start=1)] and (error.reason, error.where.row) == ("damaged_parquet", 4)
+    assert str(error).endswith("cannot be read, where reading ends; expected an intact Parquet file")
+
+
+class Failing(io.BytesIO):
+    """Fails after some bytes, as a disk or a network does."""
+
+    left = 1 << 20
+
+    def read(self, size=-1):
+        self.left -= size
+        if self.left < 0:
+            raise OSError("the network is gone")
+        return super().read(size)
+
+
+def test_a_disk_that_fails_is_no_damage():
+    data = parquet_file([{"t": random.Random(i).randbytes(50).hex()} for i in range(9999)], row_group_size=999)
+    assert len(list(read_items("a.parquet", raw=io.BytesIO(data)))) == 9999
+    Failing.left = len(data) // 2
+    with pytest.raises(OSError, match="the network is gone"):
+        list(read_items("a.parquet", raw=Failing(data)))
+
+
+class Slow(io.BytesIO):
+    """Gives less than was asked for."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 999) if size > 0 else size)
+
+
+def test_short_reads_are_not_the_end():
+    items = list(read_items("a.parquet", raw=Slow(parquet_file(COLUMNS))))
+    assert [row for _, row in items] == COLUMNS
+
+
+def test_batches_of_parquet_are_small_however_large_the_group(monkeypatch):
+    sizes, values = [], parquet._Table.rows
+    monkeypatch.setattr(parquet._Table, "rows", lambda self, batch: sizes.append(batch.num_rows) or values(self, batch))
+    small, long = (
+        [{"t": f"{i}"} for i in range(2000)],
+        [{"t": random.Random(i).randbytes(1 << 19).hex()} for i in range(40)],
+    )
+    for made, most in ((small, 512), (long, 7)):
+        sizes.clear()
+        data = parquet_file(made, row_group_size=len(made))
+        assert [row for _, row in read_items("a.parquet", raw=io.BytesIO(data))] == made
+        assert sum(sizes) == len(made) and max(sizes) == most
+
+
+def test_pyarrow_is_not_imported_for_other_files(tmp_path):
+    path = write(tmp_path, "a.jsonl", GOOD)
+    write(tmp_path, "a.parquet", parquet_file(table(COLUMNS[:2])))
+    code = """if True:
+        import sys
+        from data_pipelines.files.records import read_rows
+        for name in sys.argv[1:]:
+            list(read_rows(name))
+            print("pyarrow" in sys.modules)
+    """
+    names = [str(path), str(tmp_path / "a.parquet")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -45,6 +45,18 @@ def sharegpt(draw):
 
 
 @st.composite
+def prompted(draw):
+    """A prompt and its completion, each as text where it can be, or as messages."""
+    *before, (question, answer) = draw(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=2))
+    said = [{"role": ("user", "assistant")[i], "content": each[i]} for each in before for i in (0, 1)]
+    prompt = [*said, {"role": "user", "content": question}]
+    prompt = question if not before and draw(st.booleans()) else prompt
+    completion = answer if draw(st.booleans()) else [{"role": "assistant", "content": answer}]
+    turns = [turn for q, a in before for turn in (user(q), assistant(a, 0.0))]
+    return {"prompt": prompt, "completion": completion}, [("", [*turns, user(question), assistant(answer)])]
+
+
+@st.composite
 def alpaca(draw):
     row = {"instruction": draw(SAID), "input": draw(st.one_of(st.just(""), SAID)), "output": draw(SAID)}
     earlier = draw(st.lists(st.tuples(SAID, SAID), max_size=1))
@@ -254,13 +266,21 @@ def tokens(draw, weights=(0, 1, 0.5, 2)):
     row = dict.fromkeys(draw(st.sets(st.sampled_from(["input_ids", "tokens", "inputs", "targets"]), min_size=1)), ids)
     if draw(st.booleans()):
         row["attention_mask"] = [1] * len(ids)
-    name = draw(st.sampled_from(["", "labels", "loss_weights", "assistant_masks", "loss_mask"]))
+    name = draw(st.sampled_from(["", "labels", "loss_weights", "assistant_masks", "completion_mask", "loss_mask"]))
     every = st.lists(
         st.sampled_from(weights if name == "loss_weights" else (0, 1)), min_size=len(ids), max_size=len(ids)
     )
     learned = [1] * len(ids) if not name else draw(every.filter(lambda each: any(each[1:])))
     if name:
         row[name] = [i if w else -100 for i, w in zip(ids, learned)] if name == "labels" else learned
+        if weights != FLOATS and "mask" in name and draw(st.booleans()):
+            row[name] = [*map(bool, learned)]
+    if weights != FLOATS and draw(st.booleans()):
+        row |= {
+            "position_ids": [*range(len(ids))],
+            "segment_ids": [1] * len(ids),
+            "completion_mask": row.get("completion_mask"),
+        }
     turns = []
     for i, weight in zip(ids, learned):
         if turns and turns[-1][2] == weight:
@@ -286,6 +306,7 @@ GRAMMARS = {
     "own": ("jsonl", own(), JSON),
     "messages": ("jsonl", sharegpt(), JSON),
     "json_text": ("jsonl", text(), JSON),
+    "prompted": ("jsonl", prompted(), JSON),
     "oasst": ("oasst", oasst(), ("jsonl", "jsonl.gz")),
     "pairs": ("preference", pairs(), JSON),
     "verdict": ("preference", verdict(), JSON),
@@ -350,6 +371,8 @@ NOT_A_NUMBER = {
 EMPTY = {"empty text": "", "blank text": " \n\t\u3000"}
 TOO_LONG, HALF = "x" * 201, "half \ud83d pair"
 
+HI = {"role": "user", "content": "Hi"}
+
 BREAKS = {}  # name -> [(grammar, function, reason)]
 
 
@@ -379,6 +402,11 @@ def break_list(grammar, *path, empty, missing="wrong_keys"):
         breaks(grammar, "an empty list", place([]), empty)
 
 
+for grammar in ("sharegpt", "messages", "verdict", "tools"):
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        for value in ("hm", ["hm"], {"x": "y"}, True):
+            place = lambda row, key=key, value=value: put(row, "TURNS", -1, key, value)
+            breaks(grammar, "what was thought", place, "reasoning")
 for grammar in ("sharegpt", "messages"):
     break_list(grammar, "TURNS", empty="no_exchange")
     for name, value, reason in (
@@ -570,6 +598,26 @@ for name, value in {
     "a list": [0],
 }.items():
     breaks("summarize", f"{name} for a choice", lambda row, value=value: put(row, "choice", value), "wrong_choice")
+
+for key in ("prompt", "completion"):
+    breaks("prompted", "a key is missing", lambda row, key=key: put(row, key, ...), "wrong_keys")
+    for name, value, reason in (
+        *((name, value, "wrong_type") for name, value in NOT_TEXT.items()),
+        *((name, value, "empty_text") for name, value in EMPTY.items()),
+        ("a text that is too long", TOO_LONG, "turn_too_long"),
+        ("half a surrogate pair", HALF, "half_surrogate"),
+        ("a list of null", [None], "wrong_type"),
+        ("an empty object for a turn", [{}], "wrong_keys"),
+        ("an unknown speaker for a speaker", [{"role": "boss", "content": "x"}], "wrong_role"),
+    ):
+        breaks("prompted", name, lambda row, key=key, value=value: put(row, key, value), reason)
+breaks("prompted", "an empty list", lambda row: put(row, "prompt", []), "no_exchange")
+breaks("prompted", "nothing at all", lambda row: {"prompt": [], "completion": []}, "no_exchange")
+breaks("prompted", "the same speaker twice", lambda row: put(row, "completion", [HI]), "not_alternating")
+breaks("prompted", "a weight for what is read", lambda row: put(row, "prompt", [{**HI, "weight": 1}]), "wrong_weight")
+breaks("prompted", "two weights", lambda row: put(row, "prompt", [{**HI, "train": True, "weight": 1}]), "wrong_weight")
+for name, value in {"a verdict": True, "a verdict against it": False}.items():
+    breaks("prompted", name, lambda row, value=value: {**row, "label": value}, "verdict")
 
 break_list("own", "turns", empty="no_exchange")
 break_text("json_text", "text")
@@ -795,16 +843,30 @@ for grammar in ("tokens", "examples"):  # rows that a tf.train.Example can hold
         ("infinity for a weight", {**SOME, "loss_weights": [1.0, float("inf"), 1.0]}, "wrong_type"),
         ("a negative number for a weight", {**SOME, "loss_weights": [0.0, 1.0, -0.5]}, "wrong_weight"),
         ("padding", {**SOME, "attention_mask": [1, 1, 0]}, "padding"),
+        ("padding", {"inputs": [5, 6, 0], "inputs_segmentation": [1, 1, 0]}, "padding"),
+        ("padding", {**SOME, "segment_ids": [1, 2, 0]}, "padding"),
+        ("several examples in a row", {"targets": [5, 6, 7], "targets_segmentation": [1, 1, 2]}, "packed"),
+        ("several examples in a row", {**SOME, "inputs_position": [0, 1, 0]}, "packed"),
+        ("several examples in a row", {**SOME, "position_ids": [0, 0, 1]}, "packed"),
+        ("several examples in a row", {**SOME, "seq_lengths": [2, 1]}, "packed"),
+        ("text for a list of positions", {**SOME, "position_ids": ["0"]}, "wrong_type"),
+        ("too few weights", {**SOME, "assistant_masks": [1] * 3, "completion_mask": [1] * 2}, "wrong_length"),
         ("one id alone", {"input_ids": [5]}, "nothing_to_learn"),
         ("nothing to learn", {**SOME, "labels": [-100] * 3}, "nothing_to_learn"),
         ("nothing to learn but the first id", {**SOME, "loss_mask": [1, 0, 0]}, "nothing_to_learn"),
         ("too many ids", {"tokens": [5] * 201}, "turn_too_long"),
     ):
         breaks(grammar, name, lambda row, value=value: value, reason)
-for key in ("input_ids", "labels", "loss_weights", "attention_mask"):
+for key in ("input_ids", "labels", "loss_weights", "completion_mask", "attention_mask", "position_ids", "seq_lengths"):
     for name, value in NOT_A_LIST.items():
-        if key != "attention_mask" or value is not None:
+        if value is not None:
             breaks("tokens", f"{name} for a list", lambda row, key=key, value=value: {**SOME, key: value}, "wrong_type")
+breaks("tokens", "null for a list", lambda row: {"input_ids": None}, "wrong_keys")
+for key in ("assistant_masks", "completion_mask", "loss_mask", "attention_mask"):
+    place = lambda row, key=key: {**SOME, key: [True, 1, True]}
+    breaks("tokens", "a boolean among numbers", place, "wrong_type")
+breaks("tokens", "booleans for weights", lambda row: {**SOME, "loss_weights": [True] * 3}, "wrong_type")
+breaks("tokens", "booleans for padding", lambda row: {**SOME, "attention_mask": [True, True, False]}, "padding")
 for name, value in NOT_A_NUMBER.items():
     reason = "wrong_ids" if name == "huge" else "wrong_type"
     breaks("tokens", f"{name} for an id", lambda row, value=value: {"input_ids": [5, value]}, reason)
@@ -814,6 +876,7 @@ for name, value in NOT_A_NUMBER.items():
 breaks("tokens", "a weight that float32 cannot hold", lambda row: {**SOME, "loss_mask": [1, 1e39, 1]}, "wrong_weight")
 
 for name, value, reason in (
+    ("a weight that float32 cannot hold", ["assistant", "Hi", 1e39, True], "wrong_weight"),
     ("ids beside other turns", ["ids", "5 6", 1.0, True], "mixed_ids"),
     ("text for ids", ["ids", "five six", 1.0, True], "wrong_ids"),
     ("ids with two spaces between", ["ids", "5  6", 1.0, True], "wrong_ids"),

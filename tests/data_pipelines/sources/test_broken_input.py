@@ -10,11 +10,14 @@ from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 from broken_rows import BREAKS, GRAMMARS, JSON
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import HealthCheck, assume, find, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from parquet_files import parquet_file, table, without_nulls
+from pyarrow import ArrowException
 from tf_examples import array_record, example
 
 from data_pipelines import sources
@@ -246,6 +249,62 @@ def test_a_record_that_is_no_example(bad, data):
     assert found == Read(len(rows), len(rows) - 1, {"not_an_example": 1}, left)
 
 
+def as_columns(kind, rows):
+    """What is read of these rows as Parquet, and as JSON; None where columns cannot hold them."""
+    try:
+        made = table(rows)
+        data = parquet_file(made, row_group_size=2)
+    except (ArrowException, UnicodeEncodeError, OverflowError):
+        return None
+    lines = [json.dumps(without_nulls(row)).encode() for row in made.to_pylist()]
+    return read(kind, "parquet", data), read(kind, "jsonl", b"\n".join(lines))
+
+
+AS_COLUMNS = [name for name in JSON_NAMES if name != "own"]  # its turns are lists of several types
+
+
+@pytest.mark.parametrize("name", AS_COLUMNS)
+@given(st.data())
+@settings(FUZZED, max_examples=25)
+def test_rows_of_columns_are_those_of_json(name, data):
+    kind, grammar, _ = GRAMMARS[name]
+    made = as_columns(kind, [row for row, _ in data.draw(st.lists(grammar, min_size=1, max_size=4))])
+    assume(made)
+    columns, lines = made
+    assert columns == lines and columns.kept > 0
+
+
+@pytest.mark.parametrize("name, function, reason", [case for case in CASES if case.values[0] in AS_COLUMNS])
+@given(st.data())
+@settings(FUZZED, max_examples=2)
+def test_a_broken_row_of_columns_is_one_of_json(name, function, reason, data):
+    kind, grammar, _ = GRAMMARS[name]
+    rows = [function(data.draw(grammar)[0]), *([data.draw(grammar)[0]] * data.draw(st.integers(0, 1)))]
+    columns, lines = as_columns(kind, rows) or (None, None)
+    assert columns == lines
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
+@given(st.data())
+@settings(FUZZED, max_examples=100)
+def test_random_damage_of_columns_breaks_nothing(codec, data):
+    rows = [{"text": f"tell {i}", "n": [{"x": i}, None]} for i in range(9)]
+    whole = bytearray(parquet_file(rows, row_group_size=4, compression=codec, write_page_checksum=True))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, size = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 4))
+        whole[at : at + size] = data.draw(st.binary(max_size=4))
+    found = read("jsonl", "parquet", bytes(whole))
+    assert found.rows > 0 and found.kept <= 9
+    assert {*found.rejected} <= {
+        "damaged_parquet",
+        "not_utf8",
+        "wrong_columns",
+        "wrong_keys",
+        "wrong_type",
+        "empty_file",
+    }
+
+
 NO_CSV = {  # name -> (what a record becomes, reason, whether reading goes on)
     "a column too few": (b"x,y", "wrong_columns", True),
     "a column too many": (b"x,y,human,z", "wrong_columns", True),
@@ -276,6 +335,8 @@ GOOD = ({"text": "tell"}, [("", [["text", "tell", 1.0, True]])])
 LINE = b'{"text": "tell"}'
 PACKED = gzip.compress(b"\n".join([LINE, LINE, LINE, b""]), mtime=0)
 CRC = PACKED[:-8] + bytes([PACKED[-8] ^ 1]) + PACKED[-7:]
+COLUMN = parquet_file([GOOD[0]] * 3, row_group_size=2)
+TWICE = parquet_file(pyarrow.table([["x"], ["y"]], names=["text", "text"]))
 IDS = ({"tokens": [5, 6]}, [("", [["ids", "5 6", 1.0, True]])])
 RECORDS = array_record(*[example(IDS[0])] * 3)
 
@@ -318,7 +379,15 @@ FILES = {  # name -> (suffix, bytes, reason, numbers of the rows kept)
     "text for records": ("array_record", LINE * 99, "damaged_array_record", []),
     "records that are cut off": ("array_record", RECORDS[:-1], "damaged_array_record", []),
     "packed records": ("array_record.gz", gzip.compress(RECORDS), "unknown_suffix", []),
-    "an unknown suffix": ("parquet", b"PAR1", "unknown_suffix", []),
+    "an empty file of columns": ("parquet", b"", "damaged_parquet", []),
+    "a file of columns without rows": ("parquet", parquet_file(table([GOOD[0]]).slice(1)), "empty_file", []),
+    "a file without columns": ("parquet", parquet_file([]), "empty_file", []),
+    "columns of the same name": ("parquet", TWICE, "wrong_columns", []),
+    "text for columns": ("parquet", LINE * 99, "damaged_parquet", []),
+    "columns that are cut off": ("parquet", COLUMN[:-1], "damaged_parquet", []),
+    "the start of a file of columns": ("parquet", b"PAR1", "damaged_parquet", []),
+    "packed columns": ("parquet.gz", gzip.compress(COLUMN), "unknown_suffix", []),
+    "an unknown suffix": ("arrow", b"ARROW1", "unknown_suffix", []),
 }
 SO_BE_IT = {  # name -> (suffix, bytes, numbers of the rows)
     "a mark of the byte order": ("jsonl", b"\xef\xbb\xbf" + LINE, [1]),
@@ -340,6 +409,8 @@ SO_BE_IT = {  # name -> (suffix, bytes, numbers of the rows)
     "documents with line ends of Windows": ("txt", b"\r\ntell\r\n\r\n\r\ntell\r\n", [1, 2]),
     "lines of spaces between documents": ("txt", b"tell\n \t\ntell", [1, 2]),
     "records in groups": ("array_record", array_record(*[example(IDS[0])] * 3, options="group_size:2"), [1, 2, 3]),
+    "columns in groups": ("parquet", COLUMN, [1, 2, 3]),
+    "a capital suffix of columns": ("Parquet", COLUMN, [1, 2, 3]),
     "one shard of records": ("array_record-00000-of-00002", RECORDS, [1, 2, 3]),
 }
 

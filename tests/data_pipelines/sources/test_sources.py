@@ -6,7 +6,9 @@ import pytest
 
 from data_pipelines import sources
 from data_pipelines.conversation import Conversation, DataError, Turn, Where
+from data_pipelines.errors import InputError
 from data_pipelines.sources import Filtered
+from data_pipelines.stages.source import own_options
 
 WHERE = Where("folder/file.jsonl.gz", 7)
 ID = "folder/file:7"
@@ -217,6 +219,81 @@ def test_text_and_jsonl():
     assert brief(conversation) == [("S", "s", 0.25), Q, ("B", "x", 1.0)]
 
 
+ASKED, TOLD = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}
+
+
+@pytest.mark.parametrize("prompt", ["ask", [ASKED]])
+@pytest.mark.parametrize("completion", ["tell", [TOLD]])
+def test_prompt_and_completion(prompt, completion):
+    row = {"prompt": prompt, "completion": completion, "text": "no"}
+    (conversation,) = convert("jsonl", row)
+    assert (conversation.id, brief(conversation)) == (ID, [Q, A])
+    assert brief(convert("jsonl", {**row, "system": "s"})[0]) == [("S", "s", 0.0), Q, A]
+
+
+def test_what_is_learned_of_a_prompt():
+    row = {"prompt": [ASKED, TOLD, ASKED], "completion": [TOLD, ASKED, TOLD]}
+    read = ("A", "tell", 0.0)
+    assert brief(convert("jsonl", row)[0]) == [Q, read, Q, A, Q, A]
+    row = {"prompt": [ASKED, {**TOLD, "train": True}, ASKED], "completion": [{**TOLD, "weight": 0.5}]}
+    assert brief(convert("jsonl", row)[0]) == [Q, A, Q, ("A", "tell", 0.5)]
+    row["prompt"][1] = {**TOLD, "train": None}
+    assert brief(convert("jsonl", row)[0]) == [Q, read, Q, ("A", "tell", 0.5)]
+    (conversation,) = convert("jsonl", {"prompt": [ASKED, TOLD], "completion": []})
+    with pytest.raises(DataError, match="no turn with a weight above 0"):
+        sources.check(conversation, WHERE, 10)
+
+
+def test_repairs_of_prompt_and_completion():
+    repairs = sources.load("jsonl").REPAIRS
+    for row, reason in (
+        ({"prompt": [TOLD, ASKED], "completion": "tell"}, "starts_with_assistant"),
+        ({"prompt": "ask", "completion": [TOLD, ASKED]}, "ends_with_user"),
+    ):
+        assert failure("jsonl", row).reason == reason
+        assert brief(convert("jsonl", repairs[reason](row))[0]) == [Q, A]
+
+
+def test_verdicts_and_pairs_are_not_taken_for_completions():
+    row = {"prompt": "ask", "completion": "tell", "label": False}
+    assert failure("jsonl", row).reason == "verdict"
+    assert brief(convert("jsonl", {**row, "label": 3})[0]) == [Q, A]  # not what TRL means by a label
+    (worse,), (better,) = convert("preference", row), convert("preference", {**row, "label": True})
+    assert (worse.id, brief(worse)) == (f"{ID}:rejected", [Q, ("B", "tell", 1.0)])
+    assert (better.id, brief(better)) == (f"{ID}:chosen", [Q, A])
+    pair = {"prompt": "ask", "chosen": "tell", "rejected": "no"}
+    assert failure("jsonl", pair).reason == "wrong_keys" and len(convert("preference", pair)) == 2
+    assert failure("preference", {"prompt": "ask", "completion": "tell"}).reason == "wrong_keys"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("kind", ["sharegpt", "jsonl"])
+def test_thoughts_are_not_lost_in_silence(kind, key):
+    module, row = sources.load(kind), {"messages": [ASKED, {**TOLD, key: "hm"}]}
+    with pytest.raises(DataError, match=f'turn 2: found "{key}" beside what is said; expected turns without') as caught:
+        module.convert(row, WHERE)
+    assert caught.value.reason == "reasoning"
+    assert brief(module.convert(row, WHERE, reasoning="drop")[0]) == [Q, A]
+    for nothing in (None, "", " \n", [], False):
+        assert brief(module.convert({"messages": [ASKED, {**TOLD, key: nothing}]}, WHERE)[0]) == [Q, A]
+    assert own_options(module) == ["reasoning"]
+    with pytest.raises(InputError, match="reasoning: found 'keep'; expected one of reject, drop"):
+        module.convert(row, WHERE, reasoning="keep")
+    row["messages"].insert(0, row["messages"][1])
+    assert failure(kind, row).reason == "reasoning"
+    repaired = module.REPAIRS["starts_with_assistant"](row)  # with the option
+    assert brief(module.convert(repaired, WHERE, reasoning="drop")[0]) == [Q, A]
+
+
+def test_thoughts_of_pairs_and_completions():
+    for kind, row in (
+        ("preference", {"messages": [ASKED], "chosen": {**TOLD, "thinking": "hm"}, "rejected": "no"}),
+        ("jsonl", {"prompt": "ask", "completion": [{**TOLD, "thinking": "hm"}]}),
+    ):
+        assert failure(kind, row).reason == "reasoning"
+    assert brief(sources.load("jsonl").convert(row, WHERE, reasoning="drop")[0]) == [Q, A]
+
+
 def test_yuan():
     line = lambda text: brief(convert("yuan", {"text": text})[0])
     assert line("<n>ask<n>more[SEP]tell<eod>") == [("U", "ask\nmore", 0.0), A]
@@ -302,6 +379,7 @@ def test_broken_rows(kind, row, reason, turn, part):
         (Turn("assistant", "ab\ud800", 1.0), "half_surrogate", "U+D800) at character 2"),
         (Turn("assistant", "x", -1.0), "wrong_weight", "-1.0"),
         (Turn("assistant", "x", float("inf")), "wrong_weight", "inf"),
+        (Turn("assistant", "x", 3.5e38), "wrong_weight", "3.5e+38; expected 0 or more, as far as float32 goes"),
         (Turn("tool", "x", 0.5), "wrong_weight", "the weight 0.5 of a turn of the tool; expected 0"),
     ],
 )
@@ -385,6 +463,12 @@ def mutated(value, rng):
             {"turns": [["call", '{"name": "f", "arguments": {}}', 1.0, True], ["special", "<|eos|>", 1.0, True]]},
         ),
         ("sharegpt", CALLS),
+        (
+            "jsonl",
+            {"prompt": [ASKED, TOLD, ASKED], "completion": [{**TOLD, "weight": 0.5, "thinking": ""}], "label": 1},
+        ),
+        ("jsonl", {"prompt": "ask", "completion": [TOLD, ASKED]}),
+        ("preference", {"prompt": [TOLD, ASKED], "completion": "tell", "label": False}),
         ("easylm", {"a": "x", "b": "y", "fields": "[a+b],b,<|eos|>"}),
         ("preference", {"conversations": [HU], "chosen": AS, "rejected": {"from": "gpt", "value": "x"}}),
         ("preference", {"instruction": "a", "input": "", "output": ["b", "c"], "history": [["d", "e"]]}),

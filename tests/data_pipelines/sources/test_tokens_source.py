@@ -44,6 +44,21 @@ def runs(row, **options):
         ({"tokens": FOUR, "loss_weights": [0, 0, 0, 1], "labels": [7] * 4}, ["1 523 10 0", "2 1"]),  # the first counts
         ({"input_ids": FOUR, "attention_mask": [1] * 4, "token_type_ids": [0] * 4}, ["1 523 10 2 1"]),
         ({"input_ids": FOUR, "attention_mask": None}, ["1 523 10 2 1"]),
+        ({"input_ids": FOUR, "labels": None, "assistant_masks": None}, ["1 523 10 2 1"]),
+        ({"input_ids": FOUR, "assistant_masks": None, "labels": [-100, -100, 10, 2]}, ["1 523 0", "10 2 1"]),
+        ({"input_ids": None, "tokens": FOUR}, ["1 523 10 2 1"]),
+        ({"input_ids": FOUR, "completion_mask": [0, 0, 1, 1]}, ["1 523 0", "10 2 1"]),
+        (
+            {"input_ids": FOUR, "assistant_masks": [0, 1, 1, 0], "completion_mask": [0, 0, 1, 1]},
+            ["1 523 0", "10 1", "2 0"],
+        ),
+        ({"input_ids": FOUR, "completion_mask": [0, 0, 1, 1], "loss_mask": [1] * 4}, ["1 523 0", "10 2 1"]),
+        ({"input_ids": FOUR, "assistant_masks": [False, False, True, True]}, ["1 523 0", "10 2 1"]),
+        ({"input_ids": FOUR, "loss_mask": [True] * 4, "attention_mask": [True] * 4}, ["1 523 10 2 1"]),
+        ({"inputs": FOUR, "inputs_segmentation": [1] * 4, "inputs_position": [0, 1, 2, 3]}, ["1 523 10 2 1"]),
+        ({"targets": FOUR, "targets_segmentation": [2] * 4, "targets_position": [5, 6, 8, 9]}, ["1 523 10 2 1"]),
+        ({"input_ids": FOUR, "position_ids": [0, 1, 2, 3], "seq_lengths": [4]}, ["1 523 10 2 1"]),
+        ({"input_ids": FOUR, "segment_ids": None, "seq_lengths": None, "position_ids": None}, ["1 523 10 2 1"]),
         ({"input_ids": [0, LARGEST]}, [f"0 {LARGEST} 1"]),
     ],
 )
@@ -80,11 +95,37 @@ def test_the_option_names_the_ids():
         ),
         ({"input_ids": FOUR, "labels": [1, True, 10, 2]}, '"labels" with bool True at place 2'),
         ({"input_ids": FOUR, "loss_weights": [0, 1, -2, 1]}, '"loss_weights" with -2; expected 0 or more'),
-        ({"input_ids": FOUR, "loss_mask": [0, True, 1, 1]}, 'an entry of "loss_mask" is bool True; expected an entry'),
         (
             {"input_ids": FOUR, "attention_mask": [0, 1, 1, 1]},
             '"attention_mask" with a 0; expected ids without padding',
         ),
+        (
+            {"input_ids": FOUR, "attention_mask": [True, True, True, False]},
+            '"attention_mask" with a 0; expected ids without padding',
+        ),
+        (
+            {"inputs": FOUR, "inputs_segmentation": [1, 1, 2, 0]},
+            '"inputs_segmentation" with a 0; expected ids without padding',
+        ),
+        (
+            {"inputs": FOUR, "inputs_segmentation": [1, 1, 2, 2]},
+            '"inputs_segmentation" with several numbers; expected one example a row',
+        ),
+        ({"input_ids": FOUR, "mine_segmentation": [1, 1, 2, 2]}, '"mine_segmentation" with several numbers'),
+        ({"input_ids": FOUR, "segment_ids": [1, 1, 2, 2]}, '"segment_ids" with several numbers'),
+        ({"input_ids": FOUR, "attention_mask": [1, 1, 2, 2]}, '"attention_mask" with several numbers'),
+        ({"input_ids": FOUR, "position_ids": [0, 1, 0, 1]}, '"position_ids" that starts again; expected one example'),
+        ({"input_ids": FOUR, "position_ids": [0, 0, 1, 2]}, '"position_ids" that starts again'),
+        ({"inputs": FOUR, "inputs_position": [0, 1, 2, 0]}, '"inputs_position" that starts again'),
+        ({"targets": FOUR, "targets_position": [0, 1, 2, 0]}, '"targets_position" that starts again'),
+        ({"input_ids": FOUR, "seq_lengths": [2, 2]}, 'several "seq_lengths"; expected one example a row'),
+        ({"input_ids": FOUR, "seq_lengths": 4}, '"seq_lengths" is int 4; expected "seq_lengths" as a list'),
+        ({"input_ids": FOUR, "loss_mask": [0, True, 1, 1]}, '"loss_mask" with booleans among others; expected numbers'),
+        ({"input_ids": FOUR, "attention_mask": [1, True, 1, 1]}, '"attention_mask" with booleans among others'),
+        ({"input_ids": FOUR, "loss_weights": [True] * 4}, 'an entry of "loss_weights" is bool True'),
+        ({"input_ids": FOUR, "assistant_masks": [1] * 4, "completion_mask": [1]}, '1 entries under "completion_mask"'),
+        ({"input_ids": FOUR, "assistant_masks": [1, 1, 0, 0], "completion_mask": [0, 0, 1, 1]}, "no weight above 0"),
+        ({"input_ids": None}, 'an empty object, without "input_ids"'),
         ({"input_ids": [5]}, "no weight above 0 after the first id; expected something to learn"),
     ],
 )
@@ -133,11 +174,13 @@ def test_a_turn_may_have_as_many_ids_as_characters():
 def test_files_that_are_found(tmp_path):
     (tmp_path / "tokens").mkdir()
     names = ["a.jsonl", "b.json.gz", "c.array_record", "d.array_record-00000-of-00002", "d.array_record-00001-of-00002"]
-    for name in [*names, "e.txt", "f.parquet"]:
+    names.append("e.parquet")
+    for name in [*names, "f.txt"]:
         (tmp_path / "tokens" / name).write_bytes(b"")
     found = Folder(str(tmp_path)).glob(tokens.PATTERNS)
     assert found == [f"tokens/{name}" for name in names]
     stems = ["tokens/a", "tokens/b", "tokens/c", "tokens/d-00000-of-00002", "tokens/d-00001-of-00002"]
+    stems.append("tokens/e")
     assert [sources.stem(name) for name in found] == stems
     assert sources.stem("tokens/.array_record") == "tokens/.array_record"
 
