@@ -330,7 +330,7 @@ def nearly_full(trained, small_disk):
     return fill
 
 
-@pytest.mark.parametrize("room", [4_000, 400_000])
+@pytest.mark.parametrize("room", [4_000, pytest.param(400_000, marks=pytest.mark.slow)])
 def test_a_full_disk(nearly_full, small_disk, room):
     """One message, also at the end of the process; nothing is lost, and with more room the run goes on."""
     before, config = nearly_full(room)

@@ -27,7 +27,10 @@ def values(params):
     return jax.tree.map(decode, params, is_leaf=is_scaled)
 
 
-@pytest.mark.parametrize("kind", [{"scan_layers": True}, {"scan_layers": False}, {"num_experts": 4}], ids=str)
+UNROLLED = pytest.param({"scan_layers": False}, marks=pytest.mark.slow)  # as test_deploy opens them
+
+
+@pytest.mark.parametrize("kind", [{"scan_layers": True}, UNROLLED, {"num_experts": 4}], ids=str)
 def test_answers_are_those_of_the_values(kind):
     model, params = tiny.model(**kind)
     kept = in_codes(params)

@@ -142,12 +142,14 @@ def assert_alike(gradients, others):
 
 
 def on_meshes():
-    """Each family on a mesh, or on two that have experts; both of one such family, of others one is marked slow."""
+    """Each family on a mesh, or on two that have experts. Marked slow: one of the two, but for one such family, and
+    families whose weights are cut as those of another one here are."""
+    alike = ("llama-7b", "llama3.2-1b", "mistral-7b", "gpt-fp8-125m", "bitnet-3b", "yuan-2b share_qk")
     for name in NAMES:
         meshes = MESHES if shrunk(name).num_experts else (DENSE_MESH,)
         quick = {"switch-base-8": MESHES[0], "yuan-m32": MESHES[1]}
         for sizes in meshes:
-            slow = quick.get(name, sizes) != sizes
+            slow = quick.get(name, sizes) != sizes or name in alike
             yield pytest.param(name, sizes, marks=pytest.mark.slow if slow else (), id=f"{name}-{'-'.join(sizes)}")
 
 

@@ -69,7 +69,10 @@ def alone(rules=RULES):
     return qlora(rules=rules, precision="float32").start().steps(3)
 
 
-@pytest.mark.parametrize("sizes", ({"fsdp": 2, "tensor": 2}, {"replica": 2}), ids=str)
+REPLICAS = pytest.param({"replica": 2}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("sizes", ({"fsdp": 2, "tensor": 2}, REPLICAS), ids=str)
 def test_losses_are_the_same_on_any_mesh(sizes):
     """With masters cut over replicas, too, which leaves codes whole."""
     zero = "sharded" if "replica" in sizes else "none"

@@ -48,7 +48,8 @@ E4M3_NOISE = 0.0265**2  # of the signal: 31.5 dB (test_fp8)
 CASES = [
     case for case in itertools.product(("O3", "O2", "O1", "none"), MESHES) if case[0] == "O3" or "ring" not in case[1]
 ]
-FAST = [("O3", mesh) for mesh in MESHES if mesh not in ("tensor", "sequence", "copies", "ring of replicas")]
+LATER = ("tensor", "sequence", "copies", "ring of replicas", "replica")
+FAST = [("O3", mesh) for mesh in MESHES if mesh not in LATER]
 FAST += [("O2", "fsdp"), ("O1", "copies, zero")]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in FAST]
 

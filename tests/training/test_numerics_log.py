@@ -85,7 +85,10 @@ def test_the_row_has_the_worst_of_all():
     assert numerics_log.worst({}) == {} == numerics_log.each({})
 
 
-@pytest.mark.parametrize("reduction, sizes", (("two_shot", {}), ("ring", {"fsdp": 2})))
+RING = pytest.param("ring", {"fsdp": 2}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("reduction, sizes", (("two_shot", {}), RING))
 def test_a_step_reports_what_it_saw(reduction, sizes):
     """The largest value of a tensor times its scale is below the format's largest, and above half of it."""
     run = run_of("O2", sizes, scan_layers=True, reduction=reduction).start()
