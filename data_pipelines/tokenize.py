@@ -61,7 +61,10 @@ class Split(NamedTuple):
 
 def tokenise(job: Job, pool: Workers) -> list[Path]:
     """Writes all stores that are not there yet, and returns the paths of all."""
-    paths = {split: path_of(job, split) for split in job.splits()}
+    splits = job.splits()
+    if not all(tokens.stored(job.directory, split.source, split.name) for split in splits):
+        pool.begin()  # while this process opens the tokenizer
+    paths = {split: path_of(job, split) for split in splits}
     todo = [split for split, path in paths.items() if not path.is_dir()]
     todo.sort(key=lambda split: -split.examples)  # the longest first: the others do not wait for it at the end
     tasks = [(job, split, part) for split in todo for part in tokens.parts(split.examples)]

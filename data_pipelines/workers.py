@@ -77,6 +77,12 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    def begin(self) -> None:
+        """Starts the processes, which get ready while this one does."""
+        if self.count > 1:
+            for _ in range(self.count):
+                self._started().submit(os.getpid)
+
     def run(
         self, title: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], total: int | None = None
     ) -> list[Any]:
@@ -107,18 +113,22 @@ class Workers:
     def _there(
         self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], bar: TaskID, total: int | None
     ) -> list[Any]:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._counter = context.Value("q", 0)
-            self._pool = ProcessPoolExecutor(self.count, context, _start, (self._counter,))
+        pool = self._started()
         self._counter.value = 0
-        futures = [self._pool.submit(function, *task) for task in tasks]
+        futures = [pool.submit(function, *task) for task in tasks]
         results = []
         for done, future in enumerate(futures):
             while not _finished(future):
                 self.bars.update(bar, completed=self._counter.value if total else done)
             results.append(future.result())
         return results
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._counter = context.Value("q", 0)
+            self._pool = ProcessPoolExecutor(self.count, context, _start, (self._counter,))
+        return self._pool
 
 
 def _finished(future: Future[Any]) -> bool:

@@ -1,6 +1,6 @@
 """Examples tokenised once and kept: what the loader would otherwise make of the conversations anew in every run.
 
-    DIR/tokens/<source>/<split>-<key>/tokens-00000.array_record …    a record an example, PART of them a file
+    DIR/tokens/<source>/<split>-<key>/tokens-00000.array_record …    a record an example, `part_size` of them a file
                                       lengths.npy                    int32[n, 2]: ids, loss tokens; 0 0: nothing learned
                                       meta.json                      counts, files, what the key was made of
 
@@ -44,7 +44,7 @@ from data_pipelines.tokenizers.tokenizer import Ids
 
 VERSION = 1
 FOLDER = "tokens"
-PART = 16_384  # examples of a file, which one process tokenises
+SMALLEST, PART = 512, 65_536  # examples of a file, at least and at most
 _BATCH = 512  # conversations tokenised together
 _OPEN_FILES = 256
 _HEAD = struct.Struct("<IIII")
@@ -60,7 +60,7 @@ def store_path(directory: Path | str, source: str, split: str, split_hash: str, 
 def _described(split_hash: str, template: Template) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "part": PART,
+        "parts": [SMALLEST, PART],
         "split": split_hash,
         "template": template.fingerprint,
         "tokenizer": template.tokenizer.fingerprint,
@@ -99,9 +99,14 @@ def from_record(record: bytes, dtype: np.dtype[Any]) -> tuple[str, Example]:
     return record[expected - name :].decode(), Example(ids, weights, cut)
 
 
+def part_size(examples: int) -> int:
+    """Examples of a file, of so many in all: a sixteenth, so that processes share even a small split evenly."""
+    return min(PART, max(SMALLEST, -(-examples // 16)))
+
+
 def parts(examples: int) -> range:
     """The numbers of the parts of so many examples."""
-    return range(-(-examples // PART))
+    return range(-(-examples // part_size(examples)))
 
 
 def write_part(
@@ -111,11 +116,12 @@ def write_part(
     part: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Tokenises the conversations part * PART to (part + 1) * PART into the unfinished store `path`, unless it was
+    """Tokenises the part-th `part_size` of the conversations into the unfinished store `path`, unless it was
     done before. progress: told how many more conversations are done. Raises OSError where the disk is full."""
     folder = _unfinished(path)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = range(len(conversations))[part * PART : (part + 1) * PART]
+    size = part_size(len(conversations))
+    wanted = range(len(conversations))[part * size : (part + 1) * size]
     if _lengths_of(folder, part).is_file():
         progress(len(wanted))
         return
@@ -148,6 +154,7 @@ def finish(path: Path, split_hash: str, template: Template, examples: int) -> No
         "examples": examples,
         "ids": int(sum(part[:, 0].sum(dtype=np.int64) for part in lengths)),
         "dtype": _dtype(template).str,
+        "part": part_size(examples),
         "files": files,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
